@@ -1,0 +1,118 @@
+# make serve   sets everything up and serves on HOST:PORT
+# make test    sets everything up and runs the tests, on CPU
+# make lint    ruff, mypy, import-linter and the locks
+# make lock    resolves the locks anew (needs the registries)
+# make clean   removes what these made
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.ONESHELL:
+.SUFFIXES:
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ENV ?= $(if $(wildcard /proc/driver/nvidia/version),serve-cuda,serve-cpu)
+
+VENV := .venv/$(ENV)
+CPU := .venv/serve-cpu
+
+SIZE_serve-cpu := 2.6 GB installed, 2 to 5 minutes
+SIZE_serve-cuda := 8 GB installed, 5 to 15 minutes
+SIZE_test := 100 MB, half a minute
+
+.PHONY: serve test lint lock clean venv venv-test
+
+serve: venv
+	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
+
+test: venv-test
+	@$(CPU)/bin/python -m pytest --cov=yaptext --cov-report=term:skip-covered $(ARGS)
+
+lint: venv-test
+	$(CPU)/bin/ruff check
+	$(CPU)/bin/ruff format --check
+	$(CPU)/bin/mypy
+	$(CPU)/bin/lint-imports
+	$(CPU)/bin/python nix/lock/lock.py --check
+
+lock: .venv/lock/ready
+	@.venv/lock/bin/python nix/lock/lock.py
+
+clean:
+	rm -rf .venv build dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find yaptext tests nix -name __pycache__ -prune -exec rm -rf {} +
+
+venv: $(VENV)/project
+venv-test: $(CPU)/project $(CPU)/test.txt
+
+# A stamp is a copy of the lock that the venv holds: written last, so that an interrupted install counts as none, and
+# compared, so that a checkout that only touches the lock installs nothing.
+
+.venv/%/lock.txt: nix/lock/%.txt
+	@if cmp -s $< $@; then touch $@; exit; fi
+	$(call require-python)
+	rm -rf $(@D)
+	echo "$*: creating $(@D) with $$(grep -c == $<) wheels: $(SIZE_$*)"
+	$(PYTHON) -m venv $(@D)
+	$(call install,$(@D),$<)
+	echo "$*: compiling bytecode"
+	$(call compile,$(@D))
+	cp $< $@
+
+$(CPU)/test.txt: nix/lock/test.txt $(CPU)/lock.txt
+	@if cmp -s $< $@; then touch $@; exit; fi
+	echo "test: adding $$(grep -c == $<) wheels: $(SIZE_test)"
+	$(call install,$(CPU),$<)
+	$(call compile,$(CPU))
+	cp $< $@
+
+# Editable, and built by the locked backend: no network.
+.venv/%/project: .venv/%/lock.txt pyproject.toml
+	@$(@D)/bin/python -m pip install -q --no-index --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/lock/ready:
+	@$(call require-python)
+	$(PYTHON) -m venv .venv/lock
+	.venv/lock/bin/python -m pip install -q --only-binary=:all: --upgrade pip packaging
+	touch $@
+
+define require-python
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+    echo "the locks are for Python 3.11; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name one: make PYTHON=/path/to/python3.11" >&2; \
+    exit 1; }
+endef
+
+# $(call install,VENV,LOCK): of pip's output, the large downloads, a count, and whatever went wrong.
+# An interrupt ends it without the hint.
+define install
+trap 'exit 130' INT TERM
+progress() {
+    local seen=0 line
+    while IFS= read -r line; do
+        case $$line in
+            Collecting* | Processing*) if (( ++seen % 25 == 0 )); then echo "  $$seen of $$(grep -c == $(2)) wheels"; fi ;;
+            *Downloading*\([0-9][0-9]*" MB)" | *Downloading*" GB)") echo "$$line" ;;
+            Installing*) echo "  unpacking" ;;
+            Looking\ in* | Successfully* | *Downloading* | *Using\ cached* | *ninstall* | *Found\ existing*) ;;
+            WARNING:\ Location*) ;;
+            *) echo "$$line" ;;
+        esac
+    done
+}
+$(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-compile --require-hashes --no-deps \
+    --only-binary=:all: -r $(2) 2>&1 | progress || { echo >&2; echo "$$WHEEL_HINT" >&2; exit 1; }
+endef
+
+# Every engine process imports vLLM anew. Some packages carry templates that are not Python: those fail, harmlessly.
+define compile
+$(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
+endef
+
+define WHEEL_HINT
+pip could not install the wheels of the lock; its reason is above. If it found no torch ending in +cpu: those builds are in
+PyTorch's CPU wheel index; give it to pip with its --extra-index-url option, which is PIP_EXTRA_INDEX_URL in the environment.
+endef
+export WHEEL_HINT
