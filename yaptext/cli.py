@@ -1,0 +1,128 @@
+"""The commands of `yap-text`; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+
+from yaptext import __version__
+from yaptext.errors import YapError
+from yaptext.settings import Settings, moved_names, variables
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command; returns the exit status. An error that has a name is one line on stderr."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.command(parsed))
+    except YapError as error:
+        print(f"yap-text: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="yap-text", description="Real-time text inference for voice companions.")
+    parser.add_argument("--version", action="version", version=f"yap-text {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve conversations over /ws",
+        description="Serves conversations over /ws. Settings are environment variables:",
+        epilog=_settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.set_defaults(command=_serve)
+
+    chat = commands.add_parser("chat", help="talk with a running service")
+    _client_options(chat)
+    chat.set_defaults(command=_chat)
+
+    warmup = commands.add_parser("warmup", help="run one turn and print its figures and text as JSON")
+    warmup.add_argument("message", nargs="?", default="Who was Alan Turing?")
+    warmup.add_argument("--history", metavar="TEXT", help="a transcript, lines that open with User: and Assistant:")
+    _client_options(warmup)
+    warmup.set_defaults(command=_warmup)
+    return parser
+
+
+def _client_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", help="address of the service (default: ws://HOST:PORT/ws of the environment)")
+    parser.add_argument("--gender", choices=("woman", "man"), help="assistant_gender")
+    parser.add_argument("--style", help="persona_style")
+    parser.add_argument("--identity", choices=("woman", "man", "non-binary"), help="user_identity")
+    parser.add_argument("--session", help="session_id (default: a new one)")
+
+
+def _settings_help() -> str:
+    lines = []
+    for name, default, meaning in variables():
+        lines.append(f"  {name}" + (f" (default {default})" if default else ""))
+        lines.append(textwrap.fill(meaning, 90, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines)
+
+
+def _serve(_: argparse.Namespace) -> int:
+    settings = Settings.load()
+    from yaptext.observe import logs  # noqa: PLC0415
+
+    on_journal = settings.journal_stream is not None and _is_journal(settings.journal_stream)
+    logs.configure(level=settings.log_level, format=settings.log_format, journald=on_journal)
+    logging.captureWarnings(True)
+    warnings.simplefilter("ignore", FutureWarning)  # of torch and vLLM, about their own next versions
+    import structlog  # noqa: PLC0415
+
+    log = structlog.get_logger(__name__)
+    for note in moved_names().notes:
+        log.warning("setting.moved", note=note)
+    from yaptext.server.app import create_app  # noqa: PLC0415
+    from yaptext.server.lifecycle import Lifecycle, Server  # noqa: PLC0415
+
+    lifecycle = Lifecycle()
+    server = Server(create_app(settings, lifecycle=lifecycle), settings, lifecycle)
+    server.run()
+    return server.exit_status
+
+
+def _is_journal(stream: str) -> bool:
+    """JOURNAL_STREAM is inherited by shells too: it counts where stderr is that very stream."""
+    status = os.fstat(sys.stderr.fileno())
+    return stream == f"{status.st_dev}:{status.st_ino}"
+
+
+def _address(parsed: argparse.Namespace) -> tuple[str, str]:
+    settings = Settings.load()
+    return parsed.url or f"ws://{settings.host}:{settings.port}/ws", settings.api_key.get_secret_value()
+
+
+def _chat(parsed: argparse.Namespace) -> int:
+    from yaptext.tools.chat import chat  # noqa: PLC0415
+
+    url, key = _address(parsed)
+    return asyncio.run(chat(url, key, session=parsed.session, persona=_persona(parsed)))
+
+
+def _warmup(parsed: argparse.Namespace) -> int:
+    from yaptext.tools.warmup import warmup  # noqa: PLC0415
+
+    url, key = _address(parsed)
+    return asyncio.run(
+        warmup(url, key, parsed.message, session=parsed.session, history=parsed.history, persona=_persona(parsed))
+    )
+
+
+def _persona(parsed: argparse.Namespace) -> dict[str, str]:
+    fields = {
+        "assistant_gender": parsed.gender,
+        "persona_style": parsed.style,
+        "user_identity": parsed.identity,
+    }
+    return {name: value for name, value in fields.items() if value}

@@ -1,0 +1,1 @@
+"""Sessions and turns: what an utterance means before an engine sees it."""

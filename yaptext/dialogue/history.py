@@ -1,0 +1,97 @@
+"""Transcripts: what was said in a session, and how much of it a prompt keeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Speaker = Literal["user", "assistant", "note"]
+
+_LABEL = re.compile(r"^\s*(user|human|assistant|ai|bot)\s*:[^\S\n]*", re.IGNORECASE)
+_SPEAKERS: dict[str, Speaker] = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+}
+
+
+@dataclass(slots=True, eq=False)
+class Message:
+    """One thing said. `note` is transcript text without a speaker; only the first message can be one."""
+
+    speaker: Speaker
+    text: str
+    ids: dict[str, list[int]] = field(default_factory=dict)
+    """Its token ids by prompt ("chat", "tool"): each is encoded once in its life, not once a turn."""
+
+
+def parse(text: str) -> list[Message]:
+    """Messages of a written transcript: a line that opens with `User:` or `Assistant:` (or human, ai, bot)
+    begins one, other lines continue it. Empty messages are dropped."""
+    found: list[tuple[Speaker, list[str]]] = []
+    for line in text.strip().splitlines():
+        label = _LABEL.match(line)
+        if label:
+            found.append((_SPEAKERS[label[1].lower()], [line[label.end() :]]))
+        elif found:
+            found[-1][1].append(line)
+        else:
+            found.append(("note", [line]))
+    messages = (Message(speaker, "\n".join(lines).strip()) for speaker, lines in found)
+    return [message for message in messages if message.text]
+
+
+def keep_recent(sizes: Sequence[int], limit: int) -> int:
+    """Index of the first message to keep so that the kept `sizes` (tokens) sum to at most `limit`.
+
+    What is dropped is rounded up to quarters of the limit, so that a growing transcript moves its cut, and
+    loses its cached prefix, once in a quarter's worth of talk instead of every turn. The cut depends on the
+    transcript alone: a client that sends all of it each turn gets the same one.
+    """
+    excess = sum(sizes) - limit
+    if excess <= 0:
+        return 0
+    step = max(1, limit // 4)
+    target = -(-excess // step) * step
+    for index, size in enumerate(sizes):
+        if target <= 0:
+            return index
+        target -= size
+    return len(sizes)
+
+
+class Transcript:
+    """The messages of one session, oldest first."""
+
+    __slots__ = ("messages",)
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def replace(self, text: str) -> None:
+        """Takes a client's own transcript. Messages that stay the same keep their token ids."""
+        new = parse(text)
+        for index, (old, message) in enumerate(zip(self.messages, new, strict=False)):
+            if old.speaker != message.speaker or old.text != message.text:
+                break
+            new[index] = old
+        self.messages = new
+
+    def add_turn(self, utterance: str, reply: str) -> None:
+        self.messages.append(Message("user", utterance))
+        if reply.strip():  # kept as it was sent, since `heard_chars` counts in it
+            self.messages.append(Message("assistant", reply))
+
+    def cut_reply(self, heard_chars: int) -> None:
+        """Cuts the last reply to what the user heard of it. A reply of which nothing was heard goes."""
+        if not self.messages or self.messages[-1].speaker != "assistant":
+            return
+        last = self.messages[-1]
+        if heard_chars >= len(last.text):
+            return
+        heard = last.text[:heard_chars].rstrip()
+        self.messages[-1:] = [Message("assistant", heard)] if heard else []

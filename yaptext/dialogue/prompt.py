@@ -1,0 +1,199 @@
+"""Prompts as token ids, built piece by piece so that what was warmed is a true prefix of what follows.
+
+Every piece (the template's own text, the persona, each message) is encoded alone and once; a prompt is their
+concatenation. What changes most stands last: persona, history, time, utterance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from yaptext.dialogue.history import Message, keep_recent
+from yaptext.engine.base import Engine
+from yaptext.errors import TextTooLong
+
+_MARKS = {"system": "MARKSYSTEM", "first": "MARKFIRST", "reply": "MARKREPLY", "second": "MARKSECOND"}
+_LABELS = {"user": "\nUser: ", "assistant": "\nAssistant: ", "note": "\n"}
+_OVERHEAD_TOKENS = 96
+"""Room for template pieces, segment marks and the time line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A chat template as the token ids around the contents: opening S after_system U after_user A after_reply
+    U closing. Where the template takes no system message, S and the first U share one message."""
+
+    opening: list[int]
+    after_system: list[int]
+    after_user: list[int]
+    after_reply: list[int]
+    closing: list[int]
+
+
+async def learn_shape(engine: Engine, tools: list[dict[str, Any]] | None = None) -> Shape | None:
+    """The shape of the engine's chat template, or None where it has none that fits a conversation.
+
+    With `tools` there is no system content: the template writes its own, and `opening` holds all of it.
+    """
+    talk = [
+        {"role": "user", "content": _MARKS["first"]},
+        {"role": "assistant", "content": _MARKS["reply"]},
+        {"role": "user", "content": _MARKS["second"]},
+    ]
+    system = {"role": "system", "content": _MARKS["system"]}
+    order = [_MARKS["first"], _MARKS["reply"], _MARKS["second"]]
+    if tools is None:
+        pieces = _split(engine.render([system, *talk]), [_MARKS["system"], *order])
+        if pieces is not None:
+            return Shape(*[await engine.encode(piece, special=True) for piece in pieces])
+    pieces = _split(engine.render(talk, tools), order)
+    if pieces is None:
+        return None
+    opening, *rest = [await engine.encode(piece, special=True) for piece in pieces]
+    return Shape(opening, await engine.encode("\n\n"), *rest)
+
+
+def _split(text: str | None, marks: Sequence[str]) -> list[str] | None:
+    """The pieces between the marks, where each stands once and in this order."""
+    if text is None or any(text.count(mark) != 1 for mark in marks):
+        return None
+    pieces = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            return None
+        pieces.append(before)
+    return [*pieces, text]
+
+
+def in_roles(shape: Shape, messages: Sequence[Message], key: str, newline: list[int]) -> tuple[list[int], str]:
+    """Token ids of the messages in the template's own roles, and the role that the last one leaves open."""
+    joints = {
+        ("system", "user"): shape.after_system,
+        ("system", "assistant"): shape.after_system + shape.after_user,
+        ("user", "assistant"): shape.after_user,
+        ("assistant", "user"): shape.after_reply,
+    }
+    ids: list[int] = []
+    role = "system"
+    for message in messages:
+        speaker = "system" if message.speaker == "note" else message.speaker
+        ids += joints.get((role, speaker), newline)
+        ids += message.ids[key]
+        role = speaker
+    return ids, role
+
+
+def joint_to_user(shape: Shape, role: str, newline: list[int]) -> list[int]:
+    return {"system": shape.after_system, "assistant": shape.after_reply, "user": newline}[role]
+
+
+async def fit(engine: Engine, text: str, max_tokens: int, *, keep: Literal["start", "end"], exact: bool) -> str:
+    """`text` cut to `max_tokens`: by the tokenizer, or with `exact` off by 4 characters a token."""
+    if len(text) <= max_tokens:  # no token is shorter than a character
+        return text
+    if exact:
+        return await engine.clip(text, max_tokens, keep=keep)
+    return text[: 4 * max_tokens] if keep == "start" else text[-4 * max_tokens :]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Most tokens of each part of a chat prompt."""
+
+    persona: int
+    history: int
+    utterance: int
+    reply: int
+    exact: bool = True
+
+
+class ChatPrompts:
+    """Builds the chat model's prompts. `format` is segments, turns or bare; without a usable chat template
+    only bare is possible, and `self.format` says what was taken."""
+
+    def __init__(self, engine: Engine, shape: Shape | None, format: str, limits: Limits, newline: list[int]) -> None:
+        self._engine, self._shape, self._limits, self._newline = engine, shape, limits, newline
+        self.format = format if shape is not None else "bare"
+        self.stop = ("\nUser:",) if self.format == "bare" else ()
+        self._personas: OrderedDict[str, list[int]] = OrderedDict()
+
+    @classmethod
+    async def open(cls, engine: Engine, format: str, limits: Limits) -> ChatPrompts:
+        return cls(engine, await learn_shape(engine), format, limits, await engine.encode("\n"))
+
+    async def prefix(self, persona: str, messages: list[Message]) -> list[int]:
+        """What every next prompt of this persona and history begins with, cut at a block of the prefix cache."""
+        ids, _ = await self._standing(persona, messages)
+        return ids[: len(ids) // self._engine.block_size * self._engine.block_size]
+
+    async def turn(self, persona: str, messages: list[Message], utterance: str, now: str) -> list[int]:
+        """The whole prompt of one turn. `messages` is trimmed in place to the history limit, `utterance` is
+        within its limit already. Raises `TextTooLong` for a persona over its limit."""
+        ids, role = await self._standing(persona, messages)
+        if self._shape is None or self.format == "bare":
+            return ids + await self._engine.encode(f"\n({now})\nUser: {utterance}\nAssistant:")
+        if self.format == "segments":
+            ids += await self._engine.encode(f"\nNow: {now}.")
+            ids += self._shape.after_system
+            return ids + await self._engine.encode(utterance) + self._shape.closing
+        ids += joint_to_user(self._shape, role, self._newline)
+        return ids + await self._engine.encode(f"({now}) {utterance}") + self._shape.closing
+
+    async def _standing(self, persona: str, messages: list[Message]) -> tuple[list[int], str]:
+        """The one place that lays out what stays from turn to turn."""
+        ids = list(self._shape.opening) if self._shape else []
+        ids += await self._persona(persona)
+        await self._trim(messages, len(ids))
+        if self._shape is not None and self.format == "turns":
+            told, role = in_roles(self._shape, messages, "chat", self._newline)
+            return ids + told, role
+        if messages:
+            ids += await self._engine.encode("\n<|history|>")
+        for message in messages:
+            ids += message.ids["chat"]
+        return ids, "system"
+
+    async def _persona(self, text: str) -> list[int]:
+        known = self._personas.get(text)
+        if known is None:
+            known = await self._engine.encode(f"<|persona|>\n{text}")
+            if len(known) > self._limits.persona:
+                raise TextTooLong(f"persona_text is {len(known)} tokens; limit is {self._limits.persona}")
+            self._personas[text] = known
+            if len(self._personas) > 256:
+                self._personas.popitem(last=False)
+        else:
+            self._personas.move_to_end(text)
+        return known
+
+    async def _trim(self, messages: list[Message], before: int) -> None:
+        """Encodes what is new and drops the oldest messages over the limit."""
+        limits = self._limits
+        room = self._engine.max_model_len - before - limits.utterance - limits.reply - _OVERHEAD_TOKENS
+        limit = max(0, min(limits.history, room))
+        for index, message in enumerate(messages):
+            if await self._encode(message) and index % 64 == 63:  # noqa: PLR2004
+                await asyncio.sleep(0)  # a transcript of thousands of lines must not hold the loop
+        sizes = [
+            len(m.ids["chat"]) if limits.exact else len(m.text) // 4 + 4 for m in messages
+        ]
+        first = keep_recent(sizes, limit)
+        if first == len(messages) and messages and limit > 16:
+            last = messages[-1]
+            text = await fit(self._engine, last.text, limit - 8, keep="end", exact=limits.exact)
+            messages[:] = [Message(last.speaker, text)]
+            await self._encode(messages[0])
+        else:
+            del messages[:first]
+
+    async def _encode(self, message: Message) -> bool:
+        if "chat" in message.ids:
+            return False
+        label = "" if self.format == "turns" else _LABELS[message.speaker]
+        message.ids["chat"] = await self._engine.encode(label + message.text.strip())
+        return True

@@ -1,0 +1,75 @@
+"""Sessions: what is remembered of one user between turns, and which turn is running."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from yaptext.dialogue.history import Transcript
+from yaptext.dialogue.persona import Persona
+
+if TYPE_CHECKING:
+    from yaptext.dialogue.turn import Turn
+
+SessionKey = tuple[str, str]
+"""(name of the API key, session_id): nobody reaches another key's sessions."""
+
+
+class Session:
+    """One user of one key. It outlives its sockets; two sockets may share it."""
+
+    __slots__ = ("current", "key", "persona", "seed", "transcript", "turns", "used_at")
+
+    def __init__(self, key: SessionKey) -> None:
+        self.key = key
+        self.persona = Persona()
+        self.seed = secrets.randbits(31)
+        self.transcript = Transcript()
+        self.turns = 0
+        self.current: Turn | None = None
+        self.used_at = 0.0
+
+    @property
+    def session_id(self) -> str:
+        return self.key[1]
+
+
+class SessionStore:
+    """Sessions by key, least recently used first. Bounded in number and in idle time; a session whose turn
+    runs is never dropped."""
+
+    def __init__(self, *, max_sessions: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+        self._max, self._ttl_s, self._clock = max_sessions, ttl_s, clock
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def find(self, key: SessionKey) -> Session | None:
+        """The session, where it exists and has not expired."""
+        session = self._sessions.get(key)
+        if session is None or (session.current is None and self._clock() - session.used_at > self._ttl_s):
+            return None
+        return session
+
+    def open(self, key: SessionKey) -> Session:
+        """The session, made where there is none. Counts as use; drops what is over the bounds."""
+        session = self.find(key)
+        if session is None:
+            session = self._sessions[key] = Session(key)
+        session.used_at = self._clock()
+        self._sessions.move_to_end(key)
+        self._drop()
+        return session
+
+    def _drop(self) -> None:
+        now = self._clock()
+        for key, session in list(self._sessions.items())[:-1]:
+            expired = now - session.used_at > self._ttl_s
+            if not expired and len(self._sessions) <= self._max:
+                break  # the rest was used later still
+            if session.current is None:
+                del self._sessions[key]

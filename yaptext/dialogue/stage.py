@@ -1,0 +1,155 @@
+"""The stage: what every turn shares (engines, prompt builders, decider, sessions)."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from yaptext.dialogue import history
+from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
+from yaptext.dialogue.session import Session, SessionStore
+from yaptext.dialogue.toolcall import Decider, ToolSet
+from yaptext.engine.base import Engines, Sampling
+from yaptext.errors import NotDeployed, UnknownPersona
+from yaptext.observe.metrics import Metrics
+from yaptext.settings import Settings
+from yaptext.wire.messages import Ack, Models, SamplingFields, SetPersona, WarmHistory, Warmed, WarmPersona
+
+_WARM_PRIORITY = 2
+"""After decisions (0) and chat (1): warming never delays a user who is waiting."""
+
+
+@dataclass(slots=True)
+class Stage:
+    settings: Settings
+    engines: Engines
+    sessions: SessionStore
+    metrics: Metrics
+    prompts: ChatPrompts | None
+    decider: Decider | None
+
+    @classmethod
+    async def open(cls, settings: Settings, engines: Engines) -> Stage:
+        """Learns the models' templates and reads the tools. Raises `SettingsError`."""
+        prompts = decider = None
+        if engines.chat is not None:
+            limits = Limits(
+                persona=settings.persona_max_tokens,
+                history=settings.history_max_tokens,
+                utterance=settings.user_utt_max_tokens,
+                reply=settings.chat_max_out,
+                exact=settings.exact_token_trim,
+            )
+            prompts = await ChatPrompts.open(engines.chat, settings.chat_prompt_format, limits)
+        if engines.tool is not None:
+            decider = await Decider.open(
+                engines.tool,
+                ToolSet.from_file(settings.tools_file),
+                max_out=settings.tool_max_out,
+                history_tokens=settings.tool_history_tokens,
+                timeout_s=settings.tool_timeout_s,
+            )
+        store = SessionStore(max_sessions=settings.max_sessions, ttl_s=settings.session_ttl_s)
+        return cls(settings, engines, store, Metrics(), prompts, decider)
+
+    async def prime(self) -> None:
+        """One throw-away decision and reply, so that the first user finds both engines and the fixed tool
+        prompt warm."""
+        if self.decider is not None:
+            await self.decider.prime()
+        if self.engines.chat is not None and self.prompts is not None:
+            prompt = await self.prompts.turn(self.persona(Session(("", ""))), [], "Hello!", self.now())
+            async with aclosing(self.engines.chat.stream(prompt, self.sampling(None, 0, 2))) as deltas:
+                async for _ in deltas:
+                    pass
+
+    @property
+    def models(self) -> Models:
+        chat, tool = self.engines.chat, self.engines.tool
+        return Models(chat=chat.model if chat else None, tool=tool.model if tool else None)
+
+    def persona(self, session: Session) -> str:
+        return session.persona.compose(self.settings.default_persona_style)
+
+    def ack(self, what: Literal["start", "set_persona"], session: Session, turn: int, seed: int) -> Ack:
+        persona = session.persona
+        return Ack(
+            for_=what,
+            ok=True,
+            session_id=session.session_id,
+            turn=turn,
+            seed=seed,
+            now=datetime.now().astimezone().isoformat(timespec="seconds"),
+            assistant_gender=persona.gender,
+            persona_style=persona.style or self.settings.default_persona_style,
+            persona_text_override=persona.text is not None,
+            models=self.models,
+        )
+
+    async def utterance(self, text: str) -> str:
+        """The beginning of an utterance, within `USER_UTT_MAX_TOKENS`."""
+        engine = self.engines.chat or self.engines.tool
+        assert engine is not None
+        settings = self.settings
+        return await fit(engine, text, settings.user_utt_max_tokens, keep="start", exact=settings.exact_token_trim)
+
+    @staticmethod
+    def now() -> str:
+        """The time as a prompt tells it, for example `Sunday, 21:46`."""
+        return datetime.now().strftime("%A, %H:%M")  # noqa: DTZ005  # the host's local time is what is meant
+
+    def sampling(self, given: SamplingFields | None, seed: int, room: int) -> Sampling:
+        """The settings' sampling with the client's laid over; at most `room` tokens."""
+        settings, given = self.settings, given or SamplingFields()
+
+        def pick(value: float | None, default: float) -> float:
+            return default if value is None else value
+
+        return Sampling(
+            max_tokens=max(1, min(given.max_tokens or settings.chat_max_out, room)),
+            temperature=pick(given.temperature, settings.chat_temperature),
+            top_p=pick(given.top_p, settings.chat_top_p),
+            top_k=int(pick(given.top_k, settings.chat_top_k)),
+            min_p=pick(given.min_p, settings.chat_min_p),
+            repetition_penalty=pick(given.repetition_penalty, settings.chat_repetition_penalty),
+            presence_penalty=pick(given.presence_penalty, 0.0),
+            frequency_penalty=pick(given.frequency_penalty, 0.0),
+            seed=seed if given.seed is None else given.seed,
+            stop=(*(self.prompts.stop if self.prompts else ()), *(given.stop or ())),
+        )
+
+    async def warm(self, message: WarmPersona | WarmHistory, session: Session | None) -> Warmed:
+        """Computes the prefix that the next turn of this persona (and history) will find in the cache.
+
+        Nothing of the session changes. Raises `NotDeployed`, `UnknownPersona`, `TextTooLong`, `EngineFailed`.
+        """
+        begun = time.perf_counter()
+        if self.engines.chat is None or self.prompts is None:
+            raise NotDeployed("warming needs the chat model; DEPLOY_MODELS=tool")
+        known = session or Session(("", ""))
+        persona = known.persona.merge(message)
+        if isinstance(message, WarmPersona) and persona.text is None and persona.style is None and session is None:
+            raise UnknownPersona("warm_persona needs persona_text or persona_style, or a session_id that has one")
+        text = persona.compose(self.settings.default_persona_style)
+        told = message.history_text if isinstance(message, WarmHistory) else ""
+        prefix = await self.prompts.prefix(text, history.parse(told))
+        cached = 0
+        if prefix:
+            stream = self.engines.chat.stream(prefix, Sampling(max_tokens=1), priority=_WARM_PRIORITY)
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    cached = delta.cached_tokens
+        return Warmed(
+            segment="history" if isinstance(message, WarmHistory) else "persona_static",
+            bytes=len(told.encode()) if isinstance(message, WarmHistory) else len(text.encode()),
+            prefix_tokens=len(prefix),
+            cached_tokens=cached,
+            ms=round((time.perf_counter() - begun) * 1000, 2),
+        )
+
+    @staticmethod
+    def set_persona(session: Session, message: SetPersona) -> None:
+        session.persona = session.persona.merge(message)

@@ -1,0 +1,299 @@
+"""One turn: an utterance becomes an ack, a decision, a stream of tokens, a final and a done."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+import structlog
+from msgspec import UNSET
+
+from yaptext.dialogue.session import Session
+from yaptext.dialogue.stage import Stage
+from yaptext.dialogue.toolcall import Decision, ToolSet
+from yaptext.engine.base import Delta
+from yaptext.errors import EngineFailed, Internal, TextTooLong, WireError
+from yaptext.wire.messages import (
+    Done,
+    Final,
+    ServerMessage,
+    Start,
+    Timings,
+    ToolCall,
+    Usage,
+    error_frame,
+)
+
+_log = structlog.get_logger(__name__)
+
+
+class TokenSink(Protocol):
+    """Where one turn's tokens go. Pushing never waits; what the socket has not taken can be taken back."""
+
+    sent_tokens: int
+    """Model tokens whose text was handed to the socket."""
+
+    def push(self, text: str, tokens: int) -> None: ...
+
+    def retract(self) -> str:
+        """Drops what still waits; returns all text that was handed to the socket."""
+        ...
+
+
+class Turn:
+    """One utterance of one session, on one socket.
+
+    `begin` is synchronous, so that the receive loop never waits; `run` is the turn's task. `cancel` may be
+    called at any moment, also before `run` came to its ack: the turn then still gives ack and done, in its
+    place in the order.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        session: Session,
+        start: Start,
+        *,
+        send: Callable[[ServerMessage], None],
+        tokens: Callable[[int], TokenSink],
+        after: Sequence[Turn] = (),
+    ) -> None:
+        """Merges the persona and takes the session's next number; turns in `after` are told to end, and this
+        one waits for their `finished`. Raises `BadMessage` (then nothing has changed)."""
+        self.received_at = time.perf_counter()
+        tools = None if start.tools is UNSET or start.tools is None else ToolSet(start.tools)
+        session.persona = session.persona.merge(start)
+        self._stage, self._session, self._start, self._send = stage, session, start, send
+        self._tools = tools or (stage.decider.tools if stage.decider else None)
+        session.turns += 1
+        self.number = session.turns
+        self._sink = tokens(self.number)
+        self._persona_text = stage.persona(session)
+        before = {turn for turn in (*after, session.current) if turn is not None}
+        # Those that they wait for as well: a turn whose socket goes ends without waiting.
+        self._after = [turn for turn in before | {t for turn in before for t in turn._after} if not turn.finished.is_set()]
+        for turn in self._after:
+            turn.cancel()
+        session.current = self
+        self.finished = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._running = False
+        self._cancelled_at: float | None = None
+        self._heard_chars: int | None = None
+        self._usage, self._timings = Usage(), Timings()
+        self._text: list[str] = []
+        self._held: list[Delta] | None = None
+        self._finish_reason: str | None = None
+        self._utterance = start.user_utterance
+
+    def cancel(self, heard_chars: int | None = None) -> None:
+        """Asks the turn to end with `done cancelled`. At most the first call counts."""
+        if self._cancelled_at is not None or self.finished.is_set():
+            return
+        self._cancelled_at = time.perf_counter()
+        self._heard_chars = heard_chars
+        if self._running and self._task is not None:
+            self._task.cancel()
+
+    async def run(self) -> None:
+        """The turn, from ack to done. Every way out leaves the transcript and the log line written.
+
+        Raises nothing but `CancelledError` and errors that end the socket (`close_code` is set).
+        """
+        self._task = asyncio.current_task()
+        outcome = "failed"
+        try:
+            for turn in self._after:
+                await turn.finished.wait()
+            self._begin()
+            self._running = True
+            if self._cancelled_at is None:
+                await self._answer()
+                outcome = self._end()
+            else:
+                outcome = self._end_cancelled()
+        except asyncio.CancelledError:
+            outcome = "disconnected" if self._cancelled_at is None else self._end_cancelled()
+            raise
+        except WireError as error:
+            outcome = error.code
+            if error.close_code is not None:
+                raise
+            self._send(error_frame(error, turn=self.number))
+        except Exception as error:
+            outcome = "internal"
+            _log.exception("turn.crashed", turn=self.number)
+            raise Internal("The turn failed by a fault of the service.") from error
+        finally:
+            self._close(outcome)
+
+    # --- the steps
+
+    def _begin(self) -> None:
+        session, start = self._session, self._start
+        if start.heard_chars is not None:
+            session.transcript.cut_reply(start.heard_chars)
+        if start.history_text is not UNSET:
+            session.transcript.replace(start.history_text or "")
+        self._send(self._stage.ack("start", session, self.number, self._seed))
+
+    @property
+    def _seed(self) -> int:
+        given = self._start.sampling
+        if given is not None and given.seed is not None:
+            return given.seed
+        return self._session.seed + self.number
+
+    async def _answer(self) -> None:
+        prompts, decider = self._stage.prompts, self._stage.decider
+        self._utterance = await self._stage.utterance(self._start.user_utterance)
+        if prompts is None:
+            await self._decide()
+        elif decider is None:
+            await self._chat()
+        elif self._stage.settings.concurrent_model_call:
+            await self._both_at_once()
+        else:
+            await self._decide()
+            await self._chat()
+
+    async def _both_at_once(self) -> None:
+        """Chat text is held until the decision is out; then the same stream goes on."""
+        self._held = []
+        failure: WireError | None = None
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._decide())
+            try:
+                await self._chat()
+            except (EngineFailed, TextTooLong) as error:
+                failure = error  # the decision still reaches the client, before the error
+        if failure is not None:
+            raise failure
+
+    async def _decide(self) -> None:
+        decider, tools = self._stage.decider, self._tools
+        assert decider is not None and tools is not None
+        self._mark_queue()
+        decision = await decider.decide(tools, self._session.transcript.messages, self._utterance)
+        self._release(decision)
+
+    def _release(self, decision: Decision) -> None:
+        """Sends the decision, then the chat text that waited for it: one step, nothing comes between."""
+        self._usage.tool_prompt_tokens = decision.prompt_tokens
+        self._usage.tool_cached_tokens = decision.cached_tokens
+        self._timings.tool_ms = round(decision.tool_ms, 2)
+        self._send(
+            ToolCall(
+                status="yes" if decision.calls else "no",
+                raw=decision.calls,
+                turn=self.number,
+                tool_ms=self._timings.tool_ms,
+                reason=decision.reason or UNSET,
+            )
+        )
+        held, self._held = self._held, None
+        for delta in held or ():
+            self._pass_on(delta)
+
+    async def _chat(self) -> None:
+        stage, prompts, engine = self._stage, self._stage.prompts, self._stage.engines.chat
+        assert prompts is not None and engine is not None
+        messages = self._session.transcript.messages
+        prompt = await prompts.turn(self._persona_text, messages, self._utterance, stage.now())
+        room = engine.max_model_len - len(prompt)
+        sampling = stage.sampling(self._start.sampling, self._seed, room)
+        self._mark_queue()
+        async with aclosing(engine.stream(prompt, sampling)) as deltas:
+            async for delta in deltas:
+                self._usage.prompt_tokens = delta.prompt_tokens
+                self._usage.cached_tokens = delta.cached_tokens
+                self._usage.completion_tokens += delta.tokens
+                self._finish_reason = delta.finish_reason
+                if self._held is not None:
+                    self._held.append(delta)
+                else:
+                    self._pass_on(delta)
+
+    def _pass_on(self, delta: Delta) -> None:
+        if not delta.text:
+            return
+        self._sink.push(delta.text, delta.tokens)
+        self._text.append(delta.text)
+        if self._timings.ttft_ms is None:
+            self._timings.ttft_ms = self._since_received()
+
+    # --- the ends
+
+    def _end(self) -> str:
+        text = "".join(self._text)
+        self._send(Final(normalized_text=text, turn=self.number))
+        self._timings.total_ms = self._since_received()
+        self._send(
+            Done(
+                turn=self.number,
+                usage=self._usage,
+                timings=self._timings,
+                finish_reason=self._finish_reason or "stop",
+            )
+        )
+        self._session.transcript.add_turn(self._utterance, text)
+        self._finish_reason = self._finish_reason or "stop"
+        return "finished"
+
+    def _end_cancelled(self) -> str:
+        assert self._cancelled_at is not None
+        heard = self._sink.retract()
+        self._timings.total_ms = self._since_received()
+        cancel_ms = round((time.perf_counter() - self._cancelled_at) * 1000, 3)
+        self._send(
+            Done(
+                turn=self.number,
+                usage=self._usage,
+                timings=self._timings,
+                finish_reason="cancelled",
+                cancelled=True,
+                cancel_ms=cancel_ms,
+                tokens_sent=self._sink.sent_tokens,
+            )
+        )
+        self._stage.metrics.cancel_ms.observe(cancel_ms)
+        if self._heard_chars is not None:
+            heard = heard[: self._heard_chars]
+        self._session.transcript.add_turn(self._utterance, heard)
+        return "cancelled"
+
+    def _close(self, outcome: str) -> None:
+        if outcome not in ("finished", "cancelled"):
+            self._session.transcript.add_turn(self._utterance, self._sink.retract())
+        if self._session.current is self:
+            self._session.current = None
+        self._timings.total_ms = self._timings.total_ms or self._since_received()
+        self._stage.metrics.turn(outcome, self._usage, self._timings)
+        _log.info(
+            "turn.finished",
+            outcome=outcome,
+            turn=self.number,
+            session_id=self._session.session_id,
+            finish_reason=self._finish_reason,
+            tokens_sent=self._sink.sent_tokens,
+            prompt_tokens=self._usage.prompt_tokens,
+            cached_tokens=self._usage.cached_tokens,
+            completion_tokens=self._usage.completion_tokens,
+            tool_prompt_tokens=self._usage.tool_prompt_tokens,
+            tool_cached_tokens=self._usage.tool_cached_tokens,
+            queue_ms=self._timings.queue_ms,
+            tool_ms=self._timings.tool_ms,
+            ttft_ms=self._timings.ttft_ms,
+            total_ms=self._timings.total_ms,
+        )
+        self.finished.set()
+
+    def _mark_queue(self) -> None:
+        if self._timings.queue_ms is None:
+            self._timings.queue_ms = self._since_received()
+
+    def _since_received(self) -> float:
+        return round((time.perf_counter() - self.received_at) * 1000, 2)

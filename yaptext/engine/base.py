@@ -1,0 +1,111 @@
+"""The Engine protocol: token ids in, deltas of text out. Nothing of vLLM is known here."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Role = Literal["chat", "tool"]
+DECIDE, CHAT = 0, 1
+"""Priorities: a lower number is computed first, so that a decision never waits behind chat tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one request is sampled. `json_schema` constrains the text to JSON of that schema, with no white
+    space but what `json.dumps` writes. `top_k=0` is off."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    json_schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one engine step added to one stream. `text` may be empty (half a character), `tokens` may be more
+    than one; `finish_reason` is set on the last. The prompt counts are the same on every delta."""
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine is busy with. `running` counts streams that are open now; `kv_use` is the share of the
+    KV cache in use (0 to 1) at its last step."""
+
+    running: int
+    kv_use: float
+
+
+class Engine(Protocol):
+    """One model, ready to stream.
+
+    Closing the generator of `stream` (or cancelling the task that reads it) aborts the request: nothing of
+    it runs on. Recoverable faults raise `EngineFailed`; after `EngineDead` no call can succeed.
+    """
+
+    model: str
+    """The name or folder it was opened from, for people."""
+    max_model_len: int
+    """Most tokens of a prompt and its reply together."""
+    block_size: int
+    """Tokens that the prefix cache shares as one unit."""
+    weights: str
+    """The kind of weights: float, fp8, awq or gptq."""
+
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
+    ) -> AsyncGenerator[Delta, None]: ...
+
+    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text` alone, nothing added. Only with `special` do control tokens written out in the
+        text count as such; a user's text is never encoded so."""
+        ...
+
+    async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
+        """The longest start or end of `text` that takes at most `max_tokens` tokens."""
+        ...
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
+        """The model's chat template over `messages`, ready for a reply; None where it has no template or
+        the template refuses these roles."""
+        ...
+
+    def load(self) -> Load: ...
+
+    async def check(self) -> None:
+        """Raises `EngineDead` where the engine cannot work any more."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The deployed engines. Both names may stand for one object (a shared engine)."""
+
+    chat: Engine | None
+    tool: Engine | None
+    awq: bool = False
+    demo: bool = False
+
+    @property
+    def distinct(self) -> dict[str, Engine]:
+        """Each engine once, by the roles it serves: `{"chat": ..., "tool": ...}` or `{"chat+tool": ...}`."""
+        if self.chat is not None and self.chat is self.tool:
+            return {"chat+tool": self.chat}
+        named = {"chat": self.chat, "tool": self.tool}
+        return {role: engine for role, engine in named.items() if engine is not None}

@@ -1,0 +1,305 @@
+"""vLLM behind the Engine protocol: the only module that imports vllm."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+from tokenizers import Tokenizer
+
+from yaptext.engine import demo, weights
+from yaptext.engine.base import CHAT, Delta, Engine, Engines, Load, Role, Sampling
+from yaptext.errors import EngineDead, EngineFailed, StartError
+from yaptext.settings import Settings
+
+_log = structlog.get_logger(__name__)
+_LONG_TEXT = 4000
+"""Characters from which a text is tokenized in a thread (about 1 ms of the event loop)."""
+
+
+class VllmEngine:
+    """One AsyncLLM. Opened by `open`, which blocks while weights load; see `Engine` for the contract."""
+
+    def __init__(self, llm: Any, model: str, kind: weights.Kind, gauge: type) -> None:
+        self._llm, self.model, self.weights, self._gauge = llm, model, kind, gauge
+        self.max_model_len: int = llm.model_config.max_model_len
+        self.block_size: int = llm.vllm_config.cache_config.block_size
+        self._template = llm.get_tokenizer()
+        source = self._template.backend_tokenizer.to_str()
+        self._special, self._content = Tokenizer.from_str(source), Tokenizer.from_str(source)
+        for tokenizer in (self._special, self._content):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._content.encode_special_tokens = True
+        self._numbers = itertools.count(1)
+        self._running = 0
+
+    @classmethod
+    def open(cls, settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> VllmEngine:
+        """Loads the checkpoint. Raises `StartError` with vLLM's reason."""
+        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
+
+        gauge = _make_gauge()
+        try:
+            args = AsyncEngineArgs(**_arguments(settings, checkpoint, role, alone=alone))
+            llm = AsyncLLM.from_engine_args(args, stat_loggers=[gauge])
+        except Exception as error:  # vLLM raises whatever the failing layer raises
+            reason = str(error).strip().splitlines()
+            raise StartError(
+                f"the {role} engine cannot open {checkpoint.source}: {reason[-1] if reason else type(error).__name__}"
+            ) from error
+        return cls(llm, checkpoint.source, checkpoint.kind, gauge)
+
+    async def stream(
+        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
+    ) -> AsyncGenerator[Delta, None]:
+        from vllm import TokensPrompt  # noqa: PLC0415
+        from vllm.exceptions import VLLMClientError  # noqa: PLC0415
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # noqa: PLC0415
+
+        request_id = f"{priority}-{next(self._numbers)}"
+        finished = False
+        self._running += 1
+        try:
+            outputs = self._llm.generate(
+                TokensPrompt(prompt_token_ids=list(prompt)),
+                _sampling_params(sampling),
+                request_id,
+                priority=priority,
+            )
+            async with aclosing(outputs):
+                async for output in outputs:
+                    completion = output.outputs[0]
+                    finished = output.finished
+                    yield Delta(
+                        text=completion.text,
+                        tokens=len(completion.token_ids),
+                        prompt_tokens=len(output.prompt_token_ids or ()),
+                        cached_tokens=output.num_cached_tokens or 0,
+                        finish_reason=completion.finish_reason if finished else None,
+                    )
+        except EngineDeadError as error:
+            finished = True
+            raise EngineDead("The engine died.") from error
+        except VLLMClientError as error:
+            finished = True
+            raise EngineFailed(f"The engine refused the request: {error}") from error
+        except EngineGenerateError as error:
+            raise EngineFailed("The engine failed on this request.") from error
+        finally:
+            self._running -= 1
+            if not finished:
+                # generate() aborts by itself, except where it is cancelled before it holds the request.
+                await self._llm.abort(request_id)
+
+    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+        tokenizer = self._special if special else self._content
+        if len(text) > _LONG_TEXT:
+            encoding = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
+        else:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        return list(encoding.ids)
+
+    async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
+        count = max_tokens
+        while True:
+            encoding = await asyncio.to_thread(self._content.encode, text, add_special_tokens=False)
+            if len(encoding.ids) <= max_tokens or not text:
+                return text
+            if count <= 0:
+                return ""
+            text = text[: encoding.offsets[count - 1][1]] if keep == "start" else text[encoding.offsets[-count][0] :]
+            count -= 1  # a cut text can encode into more tokens than it was cut from
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
+        from jinja2 import TemplateError  # noqa: PLC0415
+
+        if not self._template.chat_template:
+            return None
+        try:
+            return str(
+                self._template.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+            )
+        except (TemplateError, ValueError):  # templates refuse roles by raising
+            return None
+
+    def load(self) -> Load:
+        return Load(running=self._running, kv_use=self._gauge.kv_use if self._running else 0.0)
+
+    async def check(self) -> None:
+        if self._llm.errored:
+            raise EngineDead("The engine died.")
+
+    async def aclose(self) -> None:
+        self._llm.shutdown(timeout=5)
+
+
+def open_engines(settings: Settings) -> Engines:
+    """Opens the deployed engines one after the other (each measures free GPU memory while it opens).
+
+    Blocks. Raises `StartError`; what was already open is then closed.
+    """
+    os.environ.update(_environment(settings))
+    is_demo = weights.wants_demo(settings)
+    folder = demo.folder(settings.state) if is_demo else None
+    chosen: dict[Role, weights.Checkpoint] = {}
+    if settings.tool_deployed:
+        chosen["tool"] = weights.choose(settings, "tool", folder)
+    if settings.chat_deployed:
+        chosen["chat"] = weights.choose(settings, "chat", folder)
+    for role, checkpoint in chosen.items():
+        _log.info(
+            "weights.chosen", role=role, model=checkpoint.source, weights=checkpoint.kind, reason=checkpoint.reason
+        )
+    shared = (
+        len(chosen) == 2  # noqa: PLR2004
+        and chosen["chat"].source == chosen["tool"].source
+        and settings.share_engine
+    )
+    if is_demo:
+        _log.warning(
+            "demo.serving", model=demo.NAME, hint="no model is configured; set CHAT_MODEL and TOOL_MODEL for real use"
+        )
+    opened: dict[Role, VllmEngine] = {}
+    try:
+        if shared:
+            opened["chat"] = opened["tool"] = _timed(settings, chosen["chat"], "chat", alone=True)
+        else:
+            for role, checkpoint in chosen.items():
+                opened[role] = _timed(settings, checkpoint, role, alone=len(chosen) == 1)
+    except BaseException:
+        for engine in opened.values():
+            engine._llm.shutdown(timeout=5)
+        raise
+    engines: dict[Role, Engine] = dict(opened)
+    return Engines(
+        chat=engines.get("chat"),
+        tool=engines.get("tool"),
+        awq=all(checkpoint.kind == "awq" for checkpoint in chosen.values()),
+        demo=is_demo,
+    )
+
+
+def _timed(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> VllmEngine:
+    begun = time.monotonic()
+    _log.info("engine.opening", role=role, model=checkpoint.source)
+    engine = VllmEngine.open(settings, checkpoint, role, alone=alone)
+    _log.info(
+        "engine.opened",
+        role=role,
+        model=checkpoint.source,
+        seconds=round(time.monotonic() - begun, 1),
+        max_model_len=engine.max_model_len,
+        block_size=engine.block_size,
+    )
+    return engine
+
+
+def _arguments(
+    settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool
+) -> dict[str, Any]:
+    """AsyncEngineArgs for one role, as plain data."""
+    cuda = settings.on_cuda
+    if settings.kv_dtype == "int8_per_token_head" and not cuda:
+        raise StartError("KV_DTYPE=int8 gives garbage on CPU: use auto or fp8")
+    wanted = settings.chat_max_model_len if role == "chat" else settings.tool_max_model_len
+    default = 8192 if role == "chat" else 4096
+    arguments: dict[str, Any] = {
+        "model": checkpoint.source,
+        "tokenizer_mode": "hf",
+        "dtype": "auto",
+        "kv_cache_dtype": settings.kv_dtype,
+        "max_model_len": min(wanted or default, checkpoint.context),
+        "max_num_batched_tokens": settings.max_num_batched_tokens or 2048,
+        "max_num_seqs": settings.max_num_seqs or (256 if cuda else 64),
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "scheduling_policy": "priority",
+        "enforce_eager": settings.enforce_eager or not cuda,  # compiling for a CPU costs minutes and gains little
+        "generation_config": "vllm",  # the service's own sampling defaults count, not the checkpoint's
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+        "hf_token": settings.hf_token.get_secret_value() if settings.hf_token else None,
+    }
+    if checkpoint.online_fp8:
+        arguments["quantization"] = "fp8"
+    if checkpoint.kind == "awq" and settings.kv_dtype == "fp8":
+        arguments["dtype"] = "bfloat16"  # FlashAttention refuses fp8 KV under float16, AWQ's usual type
+    if settings.attention_backend != "auto":
+        arguments["attention_backend"] = settings.attention_backend
+    if cuda:
+        arguments["gpu_memory_utilization"] = settings.gpu_fraction(role, alone=alone)
+    else:
+        arguments["kv_cache_memory_bytes"] = settings.cpu_kv_cache_mb * 2**20
+    return arguments
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """What vLLM and its processes read from the environment."""
+    values = {
+        "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).parent.parent / "observe" / "vllm_logging.json"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if settings.hf_home:
+        values["HF_HOME"] = str(settings.hf_home)
+    if settings.hf_xet_high_performance:
+        values["HF_XET_HIGH_PERFORMANCE"] = "1"
+    if not settings.on_cuda:
+        values |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(settings.cpu_threads),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # drops the extra worker process of each engine
+        }
+    return values
+
+
+def _sampling_params(sampling: Sampling) -> Any:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams  # noqa: PLC0415
+
+    constraint = None
+    if sampling.json_schema is not None:
+        constraint = StructuredOutputsParams(json=sampling.json_schema, disable_any_whitespace=True)
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+        stop=list(sampling.stop) or None,
+        structured_outputs=constraint,
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _make_gauge() -> type:
+    """A stat logger class that keeps one figure. As a PrometheusStatLogger it takes the place of vLLM's own,
+    which registers globally and would unregister the first engine's collectors when the second opens."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger  # noqa: PLC0415
+
+    class Gauge(PrometheusStatLogger):  # type: ignore[misc]
+        kv_use = 0.0
+
+        def __init__(self, vllm_config: Any, engine_indexes: Any = None) -> None:
+            pass
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+            if scheduler_stats is not None:
+                type(self).kv_use = scheduler_stats.kv_cache_usage
+
+    return Gauge

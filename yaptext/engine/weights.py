@@ -1,0 +1,109 @@
+"""Which checkpoint serves a role, what kind of weights it holds, and why it was chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from yaptext.engine.base import Role
+from yaptext.errors import StartError
+from yaptext.settings import Settings
+
+Kind = Literal["float", "fp8", "awq", "gptq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`source` is a hub id or a folder. `context` is the model's own longest sequence in tokens.
+    `online_fp8` says that float weights are to be quantized while they load."""
+
+    source: str
+    kind: Kind
+    context: int
+    reason: str
+    online_fp8: bool = False
+    demo: bool = False
+
+
+def wants_demo(settings: Settings) -> bool:
+    """True where no model is named at all."""
+    named = (settings.chat_model, settings.tool_model, settings.awq_chat_model, settings.awq_tool_model)
+    return not any(named)
+
+
+def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoint:
+    """The checkpoint for `role`; `demo` is the folder of the embedded model where that is to serve.
+
+    Raises `StartError` where no model is named for a deployed role, it cannot be read, or its weights are
+    not what `QUANTIZATION` asks for.
+    """
+    if demo is not None:
+        return _describe(settings, str(demo), "no model is configured: the embedded demo model serves", demo=True)
+    awq = settings.awq_chat_model if role == "chat" else settings.awq_tool_model
+    plain = settings.chat_model if role == "chat" else settings.tool_model
+    name = role.upper()
+    if awq:
+        return _describe(settings, awq, f"AWQ_{name}_MODEL")
+    if not plain:
+        raise StartError(
+            f"{name}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it "
+            f"(AWQ_{name}_MODEL does as well)"
+        )
+    return _describe(settings, plain, f"{name}_MODEL")
+
+
+def _describe(settings: Settings, source: str, reason: str, *, demo: bool = False) -> Checkpoint:
+    config = _read_config(settings, source)
+    kind = _kind(source, config)
+    wanted = settings.quantization
+    if wanted in ("awq", "gptq") and kind != wanted:
+        raise StartError(
+            f"QUANTIZATION={wanted}, but {source} has {kind} weights: name a {wanted.upper()} checkpoint"
+        )
+    if wanted in ("none", "fp8") and kind not in ("float", "fp8"):
+        raise StartError(f"QUANTIZATION={wanted}, but {source} has {kind} weights: use QUANTIZATION=auto")
+    online = kind == "float" and wanted in ("auto", "fp8")
+    if online and not settings.on_cuda:
+        online = False
+        if wanted == "fp8":
+            reason += "; FP8 weights need CUDA: float weights serve"
+    text = config.get("text_config") or config
+    context = int(text.get("max_position_embeddings") or 8192)
+    return Checkpoint(source, "fp8" if online else kind, context, reason, online_fp8=online, demo=demo)
+
+
+def _kind(source: str, config: dict[str, Any]) -> Kind:
+    """The config decides; where it says nothing, the name does."""
+    method = (config.get("quantization_config") or {}).get("quant_method", "")
+    for kind in ("awq", "gptq", "fp8"):
+        if kind in method:
+            return kind  # type: ignore[return-value]  # one of the literals above
+    name = Path(source).name.lower() if Path(source).exists() else source.lower()
+    if "gptq" in name:
+        return "gptq"
+    return "awq" if "awq" in name else "float"
+
+
+def _read_config(settings: Settings, source: str) -> dict[str, Any]:
+    folder = Path(source)
+    try:
+        if folder.is_dir():
+            path = folder / "config.json"
+        elif source.startswith((".", "/", "~")):
+            raise StartError(f"{source} is not a folder")
+        else:
+            from huggingface_hub import hf_hub_download  # noqa: PLC0415  # heavy, and only hub models need it
+
+            token = settings.hf_token.get_secret_value() if settings.hf_token else None
+            path = Path(hf_hub_download(source, "config.json", token=token))
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except StartError:
+        raise
+    except Exception as error:  # the hub client raises dozens of types; all mean the same here
+        detail = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise StartError(f"cannot read the config of {source}: {detail}") from error
+    if not isinstance(config, dict):
+        raise StartError(f"the config.json of {source} is not an object")
+    return config

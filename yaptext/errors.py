@@ -1,0 +1,113 @@
+"""Every error that Yap Text raises on purpose.
+
+    YapError
+    ├── SettingsError              a variable is wrong; the start ends with this line
+    ├── StartError                 weights or an engine cannot be opened; the start ends
+    └── WireError                  told to the client as an `error` frame
+        ├── AuthenticationFailed   closes the socket, 1008
+        ├── ServerAtCapacity       closes the socket, 1013; a retry helps
+        ├── GoingAway              closes the socket, 1012; a retry helps
+        ├── SlowClient             closes the socket, 4001
+        ├── BadMessage             the frame is not of the protocol
+        ├── TextTooLong            the message names the size and the limit
+        ├── UnknownPersona         nothing is known to warm or to change
+        ├── NotDeployed            the model that would do it is not deployed
+        ├── RateLimited            a retry helps
+        ├── EngineFailed           this request failed, the engine lives
+        │   └── EngineDead         the engine is gone; the process will end
+        └── Internal               a fault of ours; the journal has the traceback
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class YapError(Exception):
+    """The root: `except YapError` is every error that has a name here."""
+
+
+class SettingsError(YapError):
+    """One line that names the variable, its value and what is allowed."""
+
+
+class StartError(YapError):
+    """The service cannot start; the message says what to do about it."""
+
+
+class WireError(YapError):
+    """An error with a place in the protocol.
+
+    `code` is the frame's `error_code`; `close_code` is the WebSocket close code where the error ends
+    the connection; `retry_after_ms` says that waiting helps, and how long.
+    """
+
+    code: ClassVar[str] = "internal"
+    close_code: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_ms = retry_after_ms
+
+
+class AuthenticationFailed(WireError):
+    code, close_code = "authentication_failed", 1008
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Authentication required. Provide valid API key via 'api_key' query parameter or 'X-API-Key' header."
+        )
+
+
+class ServerAtCapacity(WireError):
+    code, close_code = "server_at_capacity", 1013
+
+
+class GoingAway(WireError):
+    code, close_code = "going_away", 1012
+
+
+class SlowClient(WireError):
+    code, close_code = "slow_client", 4001
+
+
+class BadMessage(WireError):
+    code = "bad_message"
+
+
+class TextTooLong(WireError):
+    code = "text_too_long"
+
+
+class UnknownPersona(WireError):
+    code = "unknown_persona"
+
+
+class NotDeployed(WireError):
+    code = "not_deployed"
+
+
+class RateLimited(WireError):
+    code = "rate_limited"
+
+
+class EngineFailed(WireError):
+    code = "engine_failed"
+
+
+class EngineDead(EngineFailed):
+    pass
+
+
+class Internal(WireError):
+    code, close_code = "internal", 1011
+
+
+def wire_codes(root: type[WireError] = WireError) -> list[str]:
+    """Every `error_code` of the protocol, in the order of the tree above."""
+    codes: dict[str, None] = {}
+    for child in root.__subclasses__():
+        codes[child.code] = None
+        codes.update(dict.fromkeys(wire_codes(child)))
+    return list(codes)

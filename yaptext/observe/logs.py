@@ -1,0 +1,85 @@
+"""Structured logs on stderr: one JSON object a line, for this process, uvicorn's and vLLM's alike."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from typing import Any
+
+import structlog
+from structlog.typing import EventDict, Processor
+
+_FORMAT, _PRIORITY = "YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY"
+"""How the process that configures logs tells its engine processes what it chose."""
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+_KEY_IN_URL = re.compile(r"(api_key=)[^&\s\"']+", re.IGNORECASE)
+
+
+def redact(_: Any, __: str, event: EventDict) -> EventDict:
+    """No key that stood in an address reaches a log line, whoever wrote the line."""
+    for name, value in event.items():
+        if isinstance(value, str) and "api_key=" in value.lower():
+            event[name] = _KEY_IN_URL.sub(r"\1***", value)
+    return event
+
+
+_SHARED: list[Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.ExtraAdder(allow=["status"]),
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.StackInfoRenderer(),
+]
+
+
+def formatter() -> logging.Formatter:
+    """The formatter every handler uses; engine processes find it through `vllm_logging.json`."""
+    chain: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if os.environ.get(_FORMAT) == "console":
+        chain += [redact, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    else:
+        chain += [structlog.processors.dict_tracebacks, redact, structlog.processors.JSONRenderer()]
+    inner = structlog.stdlib.ProcessorFormatter(processors=chain, foreign_pre_chain=_SHARED)
+    return _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
+
+
+class _WithPriority(logging.Formatter):
+    """Prefixes `<N>` so that journald files each line under its own priority."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = _PRIORITIES.get(record.levelname.lower(), 6)
+        return f"<{priority}>{self._inner.format(record)}"
+
+
+def configure(*, level: str, format: str, journald: bool) -> None:
+    """Sends all logging of this process and its children through `formatter`. `format` is auto, json or
+    console; auto is console where stderr is a terminal."""
+    if format == "auto":
+        format = "console" if sys.stderr.isatty() else "json"
+    os.environ[_FORMAT] = format
+    os.environ.pop(_PRIORITY, None)
+    if journald:
+        os.environ[_PRIORITY] = "1"
+    structlog.configure(
+        processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "asyncio"):
+        logger = logging.getLogger(noisy)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)

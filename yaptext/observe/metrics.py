@@ -1,0 +1,53 @@
+"""Prometheus metrics of one service, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from yaptext.wire.messages import Timings, Usage
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000, 10_000, 30_000)
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.turns = Counter("yaptext_turns", "Turns by outcome.", ["outcome"], registry=self.registry)
+        self.errors = Counter("yaptext_errors", "Error frames by code.", ["code"], registry=self.registry)
+        self.connections = Gauge("yaptext_connections", "Open WebSockets.", registry=self.registry)
+        self.engine_running = Gauge("yaptext_engine_streams", "Streams an engine is busy with.", ["engine"], registry=self.registry)  # fmt: skip
+        self.engine_kv_use = Gauge("yaptext_engine_kv_use", "Share of the KV cache in use.", ["engine"], registry=self.registry)  # fmt: skip
+        self.tool_ms = self._histogram("yaptext_decision_ms", "Milliseconds of a decision.")
+        self.ttft_ms = self._histogram("yaptext_ttft_ms", "Milliseconds from start to the first token.")
+        self.total_ms = self._histogram("yaptext_turn_ms", "Milliseconds of a whole turn.")
+        self.cancel_ms = self._histogram("yaptext_cancel_ms", "Milliseconds from a cancel to its done.")
+        self.tokens = Counter("yaptext_tokens", "Tokens by kind.", ["kind"], registry=self.registry)
+
+    def turn(self, outcome: str, usage: Usage, timings: Timings) -> None:
+        self.turns.labels(outcome).inc()
+        for histogram, value in (
+            (self.tool_ms, timings.tool_ms),
+            (self.ttft_ms, timings.ttft_ms),
+            (self.total_ms, timings.total_ms),
+        ):
+            if value is not None:
+                histogram.observe(value)
+        for kind, count in (
+            ("prompt", usage.prompt_tokens),
+            ("cached", usage.cached_tokens),
+            ("completion", usage.completion_tokens),
+            ("tool_prompt", usage.tool_prompt_tokens),
+            ("tool_cached", usage.tool_cached_tokens),
+        ):
+            self.tokens.labels(kind).inc(count)
+
+    def exposition(self, refresh: Callable[[], None]) -> bytes:
+        """The text that Prometheus scrapes; `refresh` sets the gauges first."""
+        refresh()
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, meaning: str) -> Histogram:
+        return Histogram(name, meaning, buckets=_MS, registry=self.registry)

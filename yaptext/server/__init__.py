@@ -1,0 +1,1 @@
+"""Sockets, keys and slots: where a frame enters and leaves."""

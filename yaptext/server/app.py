@@ -1,0 +1,197 @@
+"""The ASGI application: routes, and a lifespan that opens the engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import structlog
+from msgspec import UNSET
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from yaptext import __version__
+from yaptext.dialogue.stage import Stage
+from yaptext.engine.base import Engines
+from yaptext.errors import AuthenticationFailed, EngineDead, ServerAtCapacity, WireError
+from yaptext.observe.metrics import CONTENT_TYPE
+from yaptext.server.admission import Admission
+from yaptext.server.connection import Connection
+from yaptext.server.keys import Keys
+from yaptext.server.lifecycle import Lifecycle, going_away
+from yaptext.settings import LOOPBACK, Settings
+from yaptext.wire import asyncapi
+from yaptext.wire.messages import encode, error_frame
+
+_log = structlog.get_logger(__name__)
+OpenEngines = Callable[[Settings], Engines]
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What requests share; lives in the lifespan state."""
+
+    settings: Settings
+    stage: Stage
+    admission: Admission
+    keys: Keys
+    lifecycle: Lifecycle
+    started_at: float
+
+    async def alive(self) -> bool:
+        try:
+            for engine in self.stage.engines.distinct.values():
+                await engine.check()
+        except EngineDead:
+            return False
+        return self.lifecycle.phase != "dead"
+
+    def refresh_gauges(self) -> None:
+        metrics = self.stage.metrics
+        metrics.connections.set(len(self.admission.connections))
+        for role, engine in self.stage.engines.distinct.items():
+            load = engine.load()
+            metrics.engine_running.labels(role).set(load.running)
+            metrics.engine_kv_use.labels(role).set(load.kv_use)
+
+
+def open_vllm(settings: Settings) -> Engines:
+    from yaptext.engine.vllm import open_engines  # noqa: PLC0415  # seconds of imports, only where it serves
+
+    return open_engines(settings)
+
+
+def create_app(
+    settings: Settings, *, open_engines: OpenEngines = open_vllm, lifecycle: Lifecycle | None = None
+) -> Starlette:
+    """The service as an ASGI app. `open_engines` is the seam where tests and benches replace vLLM."""
+    lifecycle = lifecycle or Lifecycle()
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
+        engines = open_engines(settings)
+        try:
+            stage = await Stage.open(settings, engines)
+            begun = time.monotonic()
+            await stage.prime()
+            _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
+            admission = Admission(settings.max_connections(awq=engines.awq))
+            keys = Keys(settings.api_key.get_secret_value())
+            async with lifecycle.watching(engines):
+                yield {"service": Service(settings, stage, admission, keys, lifecycle, time.time())}
+        finally:
+            for engine in engines.distinct.values():
+                await engine.aclose()
+
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz),
+            Route("/livez", healthz),
+            Route("/readyz", readyz),
+            Route("/status", status),
+            Route("/metrics", metrics),
+            Route("/asyncapi.json", describe),
+            WebSocketRoute("/ws", converse),
+        ],
+        exception_handlers={AuthenticationFailed: _unauthorized},
+        lifespan=lifespan,
+    )
+
+
+async def healthz(request: Request) -> Response:
+    """200 while the engines live."""
+    alive = await request.state.service.alive()
+    return _json({"status": "ok" if alive else "engine_dead"}, 200 if alive else 503)
+
+
+async def readyz(request: Request) -> Response:
+    """200 while new conversations are welcome: engines live and no drain has begun."""
+    service: Service = request.state.service
+    phase = service.lifecycle.phase if await service.alive() else "dead"
+    return _json({"status": phase}, 200 if phase == "ready" else 503)
+
+
+async def status(request: Request) -> Response:
+    service: Service = request.state.service
+    service.keys.identify(request)
+    engines = service.stage.engines
+    loads = {role: (engine, engine.load()) for role, engine in engines.distinct.items()}
+    return _json(
+        {
+            "status": service.lifecycle.phase,
+            "version": __version__,
+            "uptime_s": round(time.time() - service.started_at, 1),
+            "deploy_models": service.settings.deploy_models,
+            "concurrent_model_call": service.settings.concurrent_model_call,
+            "demo": engines.demo,
+            "connections": msgspec.to_builtins(service.admission.capacity),
+            "sessions": len(service.stage.sessions),
+            "models": msgspec.to_builtins(service.stage.models),
+            "engines": {
+                role: {
+                    "model": engine.model,
+                    "quantization": engine.weights,
+                    "max_model_len": engine.max_model_len,
+                    "running": load.running,
+                    "kv_use": round(load.kv_use, 4),
+                }
+                for role, (engine, load) in loads.items()
+            },
+        }
+    )
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus text; without a key only for callers on this host."""
+    service: Service = request.state.service
+    if request.client is None or request.client.host not in LOOPBACK:
+        service.keys.identify(request)
+    return Response(service.stage.metrics.exposition(service.refresh_gauges), media_type=CONTENT_TYPE)
+
+
+async def describe(_: Request) -> Response:
+    return _json(asyncapi.document())
+
+
+async def converse(websocket: WebSocket) -> None:
+    """`/ws`: key, slot, conversation. A refused client is told why in a frame, then closed."""
+    service: Service = websocket.state.service
+    try:
+        key_name = service.keys.identify(websocket)
+        if service.lifecycle.draining:
+            raise going_away()
+        connection = Connection(websocket, service.stage, key_name)
+        with service.admission.slot(connection):
+            await websocket.accept()
+            ending = await connection.serve()
+        _log.info("connection.closed", code=ending.code, reason=ending.reason)
+    except WireError as refusal:
+        await _refuse(websocket, service, refusal)
+
+
+async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) -> None:
+    service.stage.metrics.errors.labels(refusal.code).inc()
+    _log.info("connection.refused", error_code=refusal.code)
+    capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else UNSET
+    try:
+        await websocket.accept()
+        await websocket.send_text(encode(error_frame(refusal, capacity=capacity)))
+        await websocket.close(refusal.close_code or 1011)
+    except WebSocketDisconnect:
+        pass  # it left before it was told
+
+
+async def _unauthorized(_: Request, error: Exception) -> Response:
+    assert isinstance(error, AuthenticationFailed)
+    return _json({"error_code": error.code, "message": error.message}, 401)
+
+
+def _json(content: Any, status_code: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status_code, media_type="application/json")

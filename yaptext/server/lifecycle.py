@@ -1,0 +1,154 @@
+"""From the first byte of a start to the last of a stop: readiness, drain, and the death of an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+from typing import Any, Literal
+
+import structlog
+import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from yaptext.engine.base import Engines
+from yaptext.errors import EngineDead, GoingAway
+from yaptext.server.admission import Admission
+from yaptext.settings import Settings
+
+_log = structlog.get_logger(__name__)
+_WATCH_S = 0.5
+_RETRY_AFTER_MS = (1000, 4000)
+"""Clients of a restart come back spread over this window, not all at once."""
+
+Phase = Literal["starting", "ready", "draining", "dead"]
+
+
+class Lifecycle:
+    """The phase the process is in, and the steps from one to the next."""
+
+    def __init__(self) -> None:
+        self.phase: Phase = "starting"
+        self.exit_requested = asyncio.Event()
+
+    @property
+    def draining(self) -> bool:
+        return self.phase == "draining"
+
+    @asynccontextmanager
+    async def watching(self, engines: Engines) -> AsyncIterator[None]:
+        """While the block runs, a dead engine ends the process."""
+        task = asyncio.create_task(self._watch(engines))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _watch(self, engines: Engines) -> None:
+        while True:
+            for role, engine in engines.distinct.items():
+                try:
+                    await engine.check()
+                except EngineDead as error:
+                    _log.critical("engine.died", engine=role, model=engine.model, error=error.message)
+                    self.phase = "dead"
+                    self.exit_requested.set()
+                    return
+            await asyncio.sleep(_WATCH_S)
+
+    async def drain(self, admission: Admission, timeout_s: float) -> None:
+        """Refuses new sockets, lets running turns finish within the time, then sends everyone away."""
+        if self.phase == "ready":
+            self.phase = "draining"
+            _log.info("drain.begun", connections=len(admission.connections), timeout_s=timeout_s)
+            deadline = asyncio.get_running_loop().time() + timeout_s
+            while any(c.busy for c in admission.connections):
+                if asyncio.get_running_loop().time() >= deadline:
+                    break
+                await asyncio.sleep(0.02)
+            cut = sum(c.busy for c in admission.connections)
+            for connection in list(admission.connections):
+                connection.end(going_away())
+            while admission.connections:
+                if asyncio.get_running_loop().time() >= deadline + 3:
+                    break
+                await asyncio.sleep(0.02)
+            _log.info("drain.finished", turns_cut=cut)
+        self.exit_requested.set()
+
+
+def going_away() -> GoingAway:
+    return GoingAway("The server is restarting.", retry_after_ms=random.randint(*_RETRY_AFTER_MS))
+
+
+class Protocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket protocol, except that a close need not wait for a client that does not read."""
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "websocket.close" or message.pop("urgent", False):
+            self.writable.set()
+        await super().send(message)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which drains before it closes sockets and whose exit status tells of a dead engine."""
+
+    def __init__(self, app: Any, settings: Settings, lifecycle: Lifecycle) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                ws=Protocol,
+                ws_max_size=settings.max_frame_bytes,
+                ws_per_message_deflate=False,  # costs memory a socket, gains nothing on token frames
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                server_header=False,
+                timeout_graceful_shutdown=3,
+            )
+        )
+        self.lifecycle, self._settings = lifecycle, settings
+        self.drained: asyncio.Task[None] | None = None
+        self.bound_port = settings.port
+
+    async def startup(self, sockets: Any = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets=sockets)
+        if self.should_exit:
+            return
+        self.bound_port = self.servers[0].sockets[0].getsockname()[1]
+        self.lifecycle.phase = "ready"
+        _log.info("server.ready", url=f"http://{self._settings.host}:{self.bound_port}", pid=os.getpid())
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.lifecycle.exit_requested.is_set()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends at once. Before the start is finished there is nothing
+        to drain."""
+        _log.info("signal.received", signal=signal.Signals(sig).name)
+        if not self.started:
+            raise SystemExit(128 + sig)
+        if self.drained is not None:
+            self.force_exit = True
+            self.lifecycle.exit_requested.set()
+            return
+        self._loop.call_soon_threadsafe(self.begin_drain)
+
+    def begin_drain(self) -> None:
+        if self.drained is None:
+            admission = self.lifespan.state["service"].admission
+            self.drained = asyncio.create_task(
+                self.lifecycle.drain(admission, self._settings.drain_timeout_s)
+            )
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.lifecycle.phase == "dead" else 0

@@ -1,0 +1,253 @@
+"""Every variable of the environment that Yap Text reads: its name, default, bounds and meaning.
+
+Nothing else reads the environment. Defaults that depend on what is deployed are `None` here and
+are resolved by the properties at the end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from yaptext.errors import SettingsError
+
+DEFAULT_API_KEY = "yap_token"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+AWQ_CONNECTIONS = {"tool": 64, "chat": 40, "both": 26}
+FLOAT_CONNECTIONS = {"tool": 32, "chat": 24, "both": 16}
+
+
+def _env(name: str, default: Any, meaning: str, **bounds: Any) -> Any:
+    return Field(default=default, validation_alias=name, description=meaning, **bounds)
+
+
+class Settings(BaseSettings):
+    """The service's settings. `Settings.load()` reads the environment and raises `SettingsError`."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
+
+    # --- server
+    api_key: SecretStr = _env("YAP_TEXT_API_KEY", SecretStr(DEFAULT_API_KEY), "API key of every endpoint except the health checks. With the default the service binds to loopback only.", min_length=1)  # fmt: skip
+    host: str = _env("HOST", "127.0.0.1", "Address to listen on.")
+    port: int = _env("PORT", 8000, "Port to listen on; 0 takes a free one and logs it.", ge=0, le=65535)
+    max_concurrent_connections: int | None = _env("MAX_CONCURRENT_CONNECTIONS", None, "WebSockets at once. Default by deployment: tool 32, chat 24, both 16; with AWQ weights 64, 40, 26.", ge=1, le=100_000)  # fmt: skip
+    idle_timeout_s: float = _env("IDLE_TIMEOUT_S", 600.0, "A socket on which no frame arrives for this long is closed with 4000; 0 never closes.", ge=0)  # fmt: skip
+    max_frame_bytes: int = _env("MAX_FRAME_BYTES", 1_048_576, "Largest frame a client may send; a larger one closes the socket with 1009.", ge=1024)  # fmt: skip
+    send_queue_bytes: int = _env("SEND_QUEUE_BYTES", 262_144, "Bytes that may wait for a slow client before it is closed with 4001.", ge=1024)  # fmt: skip
+    drain_timeout_s: float = _env("DRAIN_TIMEOUT_S", 20.0, "How long running turns may go on after SIGTERM.", ge=0)  # fmt: skip
+    session_ttl_s: float = _env("SESSION_TTL_S", 3600.0, "A session unused for this long is forgotten.", gt=0)
+    max_sessions: int = _env("MAX_SESSIONS", 10_000, "Sessions kept; the least recently used goes first.", ge=1)  # fmt: skip
+
+    # --- models
+    deploy_models: Literal["both", "chat", "tool"] = _env("DEPLOY_MODELS", "both", "Which models to deploy.")
+    chat_model: str | None = _env("CHAT_MODEL", None, "Chat model: a hub id or a local folder. Where no model is named at all, the embedded demo model serves.")  # fmt: skip
+    tool_model: str | None = _env("TOOL_MODEL", None, "Tool model: a hub id or a local folder, for example `MadeAgents/Hammer2.1-1.5b` or `MadeAgents/Hammer2.1-3b`.")  # fmt: skip
+    awq_chat_model: str | None = _env("AWQ_CHAT_MODEL", None, "Pre-quantized AWQ chat model, served instead of `CHAT_MODEL`.")  # fmt: skip
+    awq_tool_model: str | None = _env("AWQ_TOOL_MODEL", None, "Pre-quantized AWQ tool model, served instead of `TOOL_MODEL`.")  # fmt: skip
+    quantization: Literal["auto", "none", "fp8", "awq", "gptq"] = _env("QUANTIZATION", "auto", "Weights: `auto` takes GPTQ or AWQ where the model's name or config says so, else FP8 on CUDA and float on CPU.")  # fmt: skip
+    share_engine: bool = _env("SHARE_ENGINE", True, "One engine for both models where they are the same checkpoint; 0 opens two.")  # fmt: skip
+    device: Literal["auto", "cpu", "cuda"] = _env("YAP_TEXT_DEVICE", "auto", "Where the engines run; `auto` takes CUDA where an NVIDIA driver is loaded.")  # fmt: skip
+    chat_gpu_frac: float | None = _env("CHAT_GPU_FRAC", None, "Share of the GPU's memory for the chat engine. Default 0.70 with both models, 0.90 alone or shared.", gt=0, le=0.98)  # fmt: skip
+    tool_gpu_frac: float | None = _env("TOOL_GPU_FRAC", None, "Share of the GPU's memory for the tool engine. Default 0.20 with both models, 0.90 alone.", gt=0, le=0.98)  # fmt: skip
+    kv_dtype: Literal["auto", "fp8", "int8_per_token_head"] = _env("KV_DTYPE", "auto", "KV cache type. `fp8` halves its memory; `int8` is today's `int8_per_token_head`, CUDA only.")  # fmt: skip
+    attention_backend: Literal["auto", "FLASHINFER", "FLASH_ATTN"] = _env("VLLM_ATTENTION_BACKEND", "auto", "Attention kernels; `auto` is vLLM's own choice for the card. XFORMERS no longer exists and becomes FLASH_ATTN.")  # fmt: skip
+    enforce_eager: bool = _env("ENFORCE_EAGER", False, "1 turns CUDA graphs and compilation off: a faster start, several times slower tokens.")  # fmt: skip
+    chat_max_model_len: int | None = _env("CHAT_MAX_MODEL_LEN", None, "Context of the chat engine in tokens. Default: 8192, or the model's own where that is less.", ge=256)  # fmt: skip
+    tool_max_model_len: int | None = _env("TOOL_MAX_MODEL_LEN", None, "Context of the tool engine in tokens. Default: 4096, or the model's own where that is less.", ge=256)  # fmt: skip
+    max_num_batched_tokens: int | None = _env("MAX_NUM_BATCHED_TOKENS", None, "Tokens one engine step may compute: it bounds how long a step, and so a cancel, can take. Default 2048.", ge=128)  # fmt: skip
+    max_num_seqs: int | None = _env("MAX_NUM_SEQS", None, "Requests one engine computes at once. Default: 256 on CUDA, 64 on CPU.", ge=1)  # fmt: skip
+    cpu_kv_cache_mb: int = _env("CPU_KV_CACHE_MB", 1024, "KV cache of each engine on CPU, in MiB.", ge=64)
+    cpu_threads: int = _env("CPU_THREADS", 1, "Compute threads of each engine on CPU.", ge=1, le=512)
+
+    # --- streaming and concurrency
+    stream_flush_ms: float = _env("STREAM_FLUSH_MS", 0.0, "Gathers tokens for this long after the first, to send fewer packets; 0 sends each at once.", ge=0, le=1000)  # fmt: skip
+    concurrent_model_call: bool = _env("CONCURRENT_MODEL_CALL", False, "0: decision first, then chat. 1: both start together, chat text waits for the decision.")  # fmt: skip
+
+    # --- tokens
+    chat_max_out: int = _env("CHAT_MAX_OUT", 200, "Most tokens of one reply.", ge=1, le=4096)
+    history_max_tokens: int = _env("HISTORY_MAX_TOKENS", 3000, "Most tokens of history in a prompt; the most recent whole messages stay.", ge=0)  # fmt: skip
+    user_utt_max_tokens: int = _env("USER_UTT_MAX_TOKENS", 350, "Most tokens of an utterance; its beginning stays.", ge=1)  # fmt: skip
+    persona_max_tokens: int = _env("PERSONA_MAX_TOKENS", 1500, "Most tokens of a persona; a longer one is refused.", ge=1)  # fmt: skip
+    exact_token_trim: bool = _env("EXACT_TOKEN_TRIM", True, "1 trims by the model's tokenizer; 0 by an estimate of 4 characters a token.")  # fmt: skip
+    chat_prompt_format: Literal["segments", "turns", "bare"] = _env("CHAT_PROMPT_FORMAT", "segments", "`segments`: persona and history as the system message; `turns`: history as the template's own roles; `bare`: plain text, for models without a chat template.")  # fmt: skip
+    default_persona_style: str = _env("DEFAULT_PERSONA_STYLE", "wholesome", "Persona of a session that names none.")  # fmt: skip
+
+    # --- sampling of the chat model
+    chat_temperature: float = _env("CHAT_TEMPERATURE", 0.8, "Sampling temperature; 0 is greedy.", ge=0, le=2)
+    chat_top_p: float = _env("CHAT_TOP_P", 0.95, "Nucleus sampling.", gt=0, le=1)
+    chat_top_k: int = _env("CHAT_TOP_K", 40, "Top-k sampling; 0 is off.", ge=0, le=1000)
+    chat_min_p: float = _env("CHAT_MIN_P", 0.05, "Minimum probability relative to the best token.", ge=0, le=1)  # fmt: skip
+    chat_repetition_penalty: float = _env("CHAT_REPETITION_PENALTY", 1.05, "Repetition penalty; 1 is off.", gt=0, le=2)  # fmt: skip
+
+    # --- the decision
+    tools_file: Path | None = _env("TOOLS_FILE", None, "JSON list of tools (name, description, parameters). Default: the built-in five.")  # fmt: skip
+    tool_max_out: int = _env("TOOL_MAX_OUT", 96, "Most tokens of a decision.", ge=2, le=1024)
+    tool_history_tokens: int = _env("TOOL_HISTORY_TOKENS", 200, "Most tokens of recent history the tool model sees.", ge=0)  # fmt: skip
+    tool_hard_timeout_ms: int | None = _env("TOOL_HARD_TIMEOUT_MS", None, "A decision that takes longer is `no` with reason `timeout`. Default: 300 on CUDA, 20000 on CPU.", ge=1)  # fmt: skip
+
+    # --- hub
+    hf_token: SecretStr | None = _env("HF_TOKEN", None, "Hub token for private or gated models. `HUGGING_FACE_HUB_TOKEN` and `HUGGINGFACE_HUB_TOKEN` work too.")  # fmt: skip
+    hf_home: Path | None = _env("HF_HOME", None, "Where hub downloads are kept. Default: the hub client's own.")
+    hf_xet_high_performance: bool = _env("HF_XET_HIGH_PERFORMANCE", False, "Faster hub transfers at the price of memory and CPU. `HF_HUB_ENABLE_HF_TRANSFER` (default 0) is its older name.")  # fmt: skip
+    hf_awq_push: bool = _env("HF_AWQ_PUSH", False, "1 uploads freshly quantized folders to the hub (quantizer).")
+    hf_awq_chat_repo: str | None = _env("HF_AWQ_CHAT_REPO", None, "Hub repository of the quantized chat model (quantizer).")  # fmt: skip
+    hf_awq_tool_repo: str | None = _env("HF_AWQ_TOOL_REPO", None, "Hub repository of the quantized tool model (quantizer).")  # fmt: skip
+    hf_awq_branch: str = _env("HF_AWQ_BRANCH", "main", "Branch that uploads go to (quantizer).")
+    hf_awq_private: bool = _env("HF_AWQ_PRIVATE", True, "1 creates repositories private (quantizer).")
+    hf_awq_allow_create: bool = _env("HF_AWQ_ALLOW_CREATE", True, "1 creates missing repositories; 0 expects them (quantizer).")  # fmt: skip
+    hf_awq_commit_msg_chat: str | None = _env("HF_AWQ_COMMIT_MSG_CHAT", None, "Commit message of the chat upload (quantizer).")  # fmt: skip
+    hf_awq_commit_msg_tool: str | None = _env("HF_AWQ_COMMIT_MSG_TOOL", None, "Commit message of the tool upload (quantizer).")  # fmt: skip
+
+    # --- operation
+    state_dir: Path | None = _env("YAP_TEXT_STATE_DIR", None, "Where converted models are kept. Default: `STATE_DIRECTORY` under systemd, else `~/.local/state/yap-text`.")  # fmt: skip
+    log_level: Literal["debug", "info", "warning", "error"] = _env("LOG_LEVEL", "info", "Least level that is logged.")  # fmt: skip
+    log_format: Literal["auto", "json", "console"] = _env("LOG_FORMAT", "auto", "`auto` is JSON, and a readable form where stderr is a terminal.")  # fmt: skip
+
+    # --- set by systemd, not by people
+    journal_stream: str | None = _env("JOURNAL_STREAM", None, "Set by systemd: log lines then carry a priority prefix.")  # fmt: skip
+    state_directory: Path | None = _env("STATE_DIRECTORY", None, "Set by systemd (`StateDirectory=`).")
+
+    @model_validator(mode="after")
+    def _default_key_stays_at_home(self) -> Settings:
+        if self.api_key.get_secret_value() == DEFAULT_API_KEY and self.host not in LOOPBACK:
+            raise ValueError(
+                f"HOST={self.host!r} is not allowed with the default API key: set YAP_TEXT_API_KEY, "
+                f"or listen on one of {', '.join(LOOPBACK)}"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, _MovedNames(settings_cls), env_settings)
+
+    @classmethod
+    def load(cls, **given: Any) -> Settings:
+        """Reads the environment; `given` (by variable name) wins over it. Raises `SettingsError`, one line."""
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise SettingsError(_one_line(error)) from None
+
+    # --- what the deployment decides
+
+    @property
+    def chat_deployed(self) -> bool:
+        return self.deploy_models != "tool"
+
+    @property
+    def tool_deployed(self) -> bool:
+        return self.deploy_models != "chat"
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device == "cuda" or (
+            self.device == "auto" and Path("/proc/driver/nvidia/version").exists()
+        )
+
+    @property
+    def state(self) -> Path:
+        return self.state_dir or self.state_directory or Path.home() / ".local/state/yap-text"
+
+    @property
+    def tool_timeout_s(self) -> float:
+        default = 300 if self.on_cuda else 20_000
+        return (self.tool_hard_timeout_ms or default) / 1000
+
+    def max_connections(self, *, awq: bool) -> int:
+        """The connection limit, where `awq` says that every deployed model has AWQ weights."""
+        by_deployment = AWQ_CONNECTIONS if awq else FLOAT_CONNECTIONS
+        return self.max_concurrent_connections or by_deployment[self.deploy_models]
+
+    def gpu_fraction(self, role: Literal["chat", "tool"], *, alone: bool) -> float:
+        chosen = self.chat_gpu_frac if role == "chat" else self.tool_gpu_frac
+        return chosen or (0.90 if alone else {"chat": 0.70, "tool": 0.20}[role])
+
+
+class Moved(NamedTuple):
+    """What old names and values became: `values` by today's variable name, and one `note` each."""
+
+    values: dict[str, str]
+    notes: list[str]
+
+
+def moved_names(environ: Mapping[str, str] | None = None) -> Moved:
+    """Maps variables and values of earlier stacks to today's (`environ` defaults to the process's own)."""
+    environ = os.environ if environ is None else environ
+    values: dict[str, str] = {}
+    notes: list[str] = []
+
+    def rename(old: str, new: str) -> None:
+        if environ.get(old) and not environ.get(new) and new not in values:
+            values[new] = environ[old]
+            notes.append(f"{old} is now {new}")
+
+    rename("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN")
+    rename("HUGGINGFACE_HUB_TOKEN", "HF_TOKEN")
+    rename("HF_HUB_ENABLE_HF_TRANSFER", "HF_XET_HIGH_PERFORMANCE")
+    backend = environ.get("VLLM_ATTENTION_BACKEND", "").upper()
+    if backend == "XFORMERS":
+        values["VLLM_ATTENTION_BACKEND"] = "FLASH_ATTN"
+        notes.append("VLLM_ATTENTION_BACKEND=XFORMERS no longer exists in vLLM: FLASH_ATTN is used")
+    elif backend:
+        values["VLLM_ATTENTION_BACKEND"] = "auto" if backend == "AUTO" else backend
+        if backend != "AUTO":
+            notes.append("VLLM_ATTENTION_BACKEND is now an argument of the engine: it is passed on as one")
+    if environ.get("KV_DTYPE", "").lower() == "int8":
+        values["KV_DTYPE"] = "int8_per_token_head"
+        notes.append("KV_DTYPE=int8 is now int8_per_token_head")
+    return Moved(values, notes)
+
+
+class _MovedNames(PydanticBaseSettingsSource):
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError  # the whole source is one dict, below
+
+    def __call__(self) -> dict[str, Any]:
+        return dict(moved_names().values)
+
+
+class Variable(NamedTuple):
+    """One row of the settings table."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+def variables() -> list[Variable]:
+    """Every variable in the order of the class, as `serve --help` and the README show them."""
+    rows = []
+    for field in Settings.model_fields.values():
+        value = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+        if isinstance(value, bool):
+            value = int(value)
+        elif isinstance(value, float) and value.is_integer():
+            value = int(value)
+        rows.append(
+            Variable(str(field.validation_alias), "" if value is None else str(value), field.description or "")
+        )
+    return rows
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if not first["loc"]:  # a rule over several variables words itself
+        return first["msg"].removeprefix("Value error, ")
+    name = str(first["loc"][0])
+    field = next(f for f in Settings.model_fields.values() if f.validation_alias == name)
+    secret = "SecretStr" in str(field.annotation)
+    value = "(hidden)" if secret else repr(first["input"])
+    return f"{name}={value} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}. {field.description}"

@@ -1,0 +1,129 @@
+"""`yap-text chat`: a conversation in the terminal. Ctrl-C barges in, Ctrl-D or /quit leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import uuid
+from typing import Any
+
+from yaptext.tools.client import Client, connect
+
+_HELP = "/style NAME  /gender woman|man  /persona TEXT  /quit.  Ctrl-C stops the reply, or leaves when there is none."
+
+
+async def chat(url: str, key: str, *, session: str | None, persona: dict[str, str]) -> int:
+    session = session or uuid.uuid4().hex
+    async with connect(url, key) as client:
+        screen = _Screen(sys.stdout.isatty())
+        screen.note(f"Connected to {url}. {_HELP}")
+        changes: dict[str, Any] = dict(persona)
+        while True:
+            try:
+                line = await _read_line(screen.prompt)
+            except (EOFError, KeyboardInterrupt):
+                print()
+                await client.send("end")
+                return 0
+            if line == "/quit":
+                await client.send("end")
+                return 0
+            if line.startswith("/"):
+                changes.update(_command(line, screen))
+            elif line:
+                await client.send("start", session_id=session, user_utterance=line, **changes)
+                changes = {}
+                await _show_turn(client, screen)
+
+
+def _command(line: str, screen: _Screen) -> dict[str, str]:
+    name, _, value = line[1:].partition(" ")
+    field = {"style": "persona_style", "gender": "assistant_gender", "persona": "persona_text"}.get(name)
+    if field is None or not value:
+        screen.note(_HELP)
+        return {}
+    screen.note("from the next message on")
+    return {field: value}
+
+
+async def _read_line(prompt: str) -> str:
+    """One line of input. While it waits, Ctrl-C raises KeyboardInterrupt, as a prompt does."""
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[str] = loop.create_future()
+
+    def settle(text: str) -> None:
+        if line.done():
+            return
+        if text:
+            line.set_result(text.strip())
+        else:
+            line.set_exception(EOFError())
+
+    def interrupt() -> None:
+        if not line.done():
+            line.set_exception(KeyboardInterrupt())
+
+    print(prompt, end="", flush=True)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    try:
+        # A plain file or an ended pipe cannot be watched by every loop: a thread reads them all.
+        reader = loop.run_in_executor(None, sys.stdin.readline)
+        reader.add_done_callback(lambda done: None if done.cancelled() else settle(done.result()))
+        return await line
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+async def _show_turn(client: Client, screen: _Screen) -> None:
+    loop = asyncio.get_running_loop()
+    cancels: set[asyncio.Task[None]] = set()
+
+    def barge_in() -> None:
+        cancels.add(loop.create_task(client.send("cancel")))
+
+    loop.add_signal_handler(signal.SIGINT, barge_in)
+    try:
+        async for frame in client.turn():
+            screen.show(frame)
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        if cancels:
+            await asyncio.wait(cancels)
+
+
+class _Screen:
+    def __init__(self, color: bool) -> None:
+        self._dim, self._bold, self._off = ("\033[2m", "\033[1m", "\033[0m") if color else ("", "", "")
+        self.prompt = f"{self._bold}you>{self._off} "
+
+    def note(self, text: str) -> None:
+        print(f"{self._dim}{text}{self._off}", flush=True)
+
+    def show(self, frame: dict[str, Any]) -> None:
+        match frame["type"]:
+            case "toolcall":
+                calls = ", ".join(f"{call['name']}({call['arguments']})" for call in frame["raw"])
+                self.note(f"[tool: {calls or 'none'}, {frame['tool_ms']:.0f} ms{self._reason(frame)}]")
+            case "token":
+                print(frame["text"], end="", flush=True)
+            case "done" if frame.get("cancelled"):
+                print()
+                self.note(f"[cancelled after {frame['tokens_sent']} tokens, in {frame['cancel_ms']:.1f} ms]")
+            case "done":
+                usage, timings = frame["usage"], frame["timings"]
+                print()
+                self.note(
+                    f"[first token {timings['ttft_ms']} ms, {usage['completion_tokens']} tokens in "
+                    f"{timings['total_ms']} ms, {usage['cached_tokens']}/{usage['prompt_tokens']} cached]"
+                )
+            case "error":
+                print()
+                self.note(f"[{frame['error_code']}: {frame['message']}]")
+
+    @staticmethod
+    def _reason(frame: dict[str, Any]) -> str:
+        return f", {frame['reason']}" if frame.get("reason") else ""
+
+
+
