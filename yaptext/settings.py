@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     default_persona_style: str = _env("DEFAULT_PERSONA_STYLE", "wholesome", "Persona of a session that names none.")  # fmt: skip
 
     # --- sampling of the chat model
-    chat_temperature: float = _env("CHAT_TEMPERATURE", 0.8, "Sampling temperature; 0 is greedy.", ge=0, le=2)
+    chat_temperature: float | None = _env("CHAT_TEMPERATURE", None, "Sampling temperature; 0 is greedy. Default 0.8; the demo model is too small for any but 0.", ge=0, le=2)  # fmt: skip
     chat_top_p: float = _env("CHAT_TOP_P", 0.95, "Nucleus sampling.", gt=0, le=1)
     chat_top_k: int = _env("CHAT_TOP_K", 40, "Top-k sampling; 0 is off.", ge=0, le=1000)
     chat_min_p: float = _env("CHAT_MIN_P", 0.05, "Minimum probability relative to the best token.", ge=0, le=1)  # fmt: skip

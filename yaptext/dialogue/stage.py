@@ -18,6 +18,7 @@ from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
 from yaptext.wire.messages import Ack, Models, SamplingFields, SetPersona, WarmHistory, Warmed, WarmPersona
 
+_TEMPERATURE = 0.8
 _WARM_PRIORITY = 2
 """After decisions (0) and chat (1): warming never delays a user who is waiting."""
 
@@ -96,6 +97,13 @@ class Stage:
         settings = self.settings
         return await fit(engine, text, settings.user_utt_max_tokens, keep="start", exact=settings.exact_token_trim)
 
+    @property
+    def _temperature(self) -> float:
+        chosen = self.settings.chat_temperature
+        if chosen is None:
+            return 0.0 if self.engines.demo else _TEMPERATURE
+        return chosen
+
     @staticmethod
     def now() -> str:
         """The time as a prompt tells it, for example `Sunday, 21:46`."""
@@ -110,7 +118,7 @@ class Stage:
 
         return Sampling(
             max_tokens=max(1, min(given.max_tokens or settings.chat_max_out, room)),
-            temperature=pick(given.temperature, settings.chat_temperature),
+            temperature=pick(given.temperature, self._temperature),
             top_p=pick(given.top_p, settings.chat_top_p),
             top_k=int(pick(given.top_k, settings.chat_top_k)),
             min_p=pick(given.min_p, settings.chat_min_p),

@@ -6,6 +6,7 @@ The answer is constrained by a grammar to `[]` or a list of calls that are valid
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +36,50 @@ You decide whether the user's last message asks for one of these tools. Answer w
 for example [{"name": "NAME", "arguments": {...}}]. Answer [] when the message is talk or a question that \
 needs no tool. Tools:
 """
+_TALK = (
+    "How are you today?",
+    "Why is the sky blue?",
+    "Tell me about your day",
+    "I had a long day at work",
+    "Who wrote Hamlet?",
+    "Good morning!",
+    "Tell me a story",
+    "I am so happy",
+    "What is the largest planet?",
+    "Thanks, bye",
+)
+"""Messages that call for nothing: one stands before each of the tools' own examples, or a small model learns from
+them that every message is a call."""
 _calls_decoder = msgspec.json.Decoder(list[Call])
+
+
+class Example(msgspec.Struct, frozen=True):
+    """A message that calls a tool, for models whose chat template knows no tools."""
+
+    message: str
+    arguments: dict[str, Any]
 
 
 class ToolSet:
     """A validated list of tools, with the JSON schema of the decisions it allows."""
 
-    __slots__ = ("key", "names", "schema", "tools")
+    __slots__ = ("examples", "key", "names", "schema", "tools")
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
-        """Takes `{"name", "description", "parameters"}` or the same under `"function"`.
-        Raises `BadMessage`, which names the tool and the field."""
+        """Takes `{"name", "description", "parameters", "examples"}` or the same under `"function"`; all but the
+        name may be absent. Raises `BadMessage`, which names the tool and the field."""
         if len(tools) > MAX_TOOLS:
             raise BadMessage(f"{len(tools)} tools; limit is {MAX_TOOLS} - at $.tools")
         self.tools = [_plain(tool, index) for index, tool in enumerate(tools)]
         self.names = [tool["name"] for tool in self.tools]
+        self.examples = [
+            (example.message, [Call(name, example.arguments)])
+            for index, (name, tool) in enumerate(zip(self.names, tools, strict=True))
+            for example in _examples(tool, index)
+        ]
         if len(set(self.names)) != len(self.names):
             raise BadMessage("two tools have the same name - at $.tools")
-        encoded = msgspec.json.encode(self.tools)
+        encoded = msgspec.json.encode([self.tools, self.examples])
         if len(encoded) > MAX_TOOLS_BYTES:
             raise BadMessage(f"tools are {len(encoded)} bytes of JSON; limit is {MAX_TOOLS_BYTES} - at $.tools")
         self.key = encoded
@@ -95,6 +123,13 @@ def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise BadMessage(f"parameters must be a JSON schema of type object - at {where}.parameters")
     return {"name": name, "description": description, "parameters": parameters}
+
+
+def _examples(tool: dict[str, Any], index: int) -> list[Example]:
+    try:
+        return msgspec.convert(tool.get("function", tool).get("examples", []), list[Example])
+    except msgspec.ValidationError as error:
+        raise BadMessage(f"{error} - of $.tools[{index}].examples".replace("`", "")) from None
 
 
 def _answer_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
@@ -191,8 +226,6 @@ class Decider:
         else:
             self._heads.move_to_end(tools.key)
         recent = await self._recent(messages, head.labels)
-        if head.shape is None:
-            return head.ids + await self._engine.encode(f"\nUser: {utterance}\nCalls: ")
         if head.labels:
             ids = head.ids + [token for message in recent for token in message.ids["tool"]]
             return ids + await self._engine.encode(f"Message: {utterance}") + head.shape.closing
@@ -221,7 +254,7 @@ class _Head:
     message (the general instruction), not in the template's roles."""
 
     ids: list[int]
-    shape: Shape | None
+    shape: Shape
     labels: bool
 
 
@@ -233,9 +266,28 @@ async def _learn_head(engine: Engine, tools: ToolSet) -> _Head:
         shape = await learn_shape(engine, functions)
         if shape is not None:
             return _Head(shape.opening, shape, labels=False)
-    lines = "\n".join(msgspec.json.encode(tool).decode() for tool in tools.tools)
-    ids = await engine.encode(_INSTRUCTION + lines)
+    signatures = (
+        f"{tool['name']}({', '.join(tool['parameters'].get('properties', {}))}): {tool['description']}"
+        for tool in tools.tools
+    )
+    instruction = await engine.encode(_INSTRUCTION + "\n".join(signatures))
     shape = await learn_shape(engine)
     if shape is None:
-        return _Head(ids, None, labels=True)
-    return _Head(shape.opening + ids + shape.after_system, shape, labels=True)
+        bare = Shape([], *[await engine.encode(text) for text in ("\n\n", "\nCalls: ", "\n", "\nCalls: ")])
+        return _Head(instruction + await _shots(engine, bare, tools), bare, labels=True)
+    return _Head(shape.opening + instruction + await _shots(engine, shape, tools), shape, labels=True)
+
+
+async def _shots(engine: Engine, shape: Shape, tools: ToolSet) -> list[int]:
+    """The tools' examples and as many of plain talk as earlier exchanges, up to where the next message opens."""
+    ids = list(shape.after_system)
+    for talk, (message, calls) in zip(cycle(_TALK), tools.examples, strict=False):
+        for said, answer in ((talk, []), (message, calls)):
+            ids += await engine.encode(f"Message: {said}") + shape.after_user
+            ids += await engine.encode(_dumps(answer)) + shape.after_reply
+    return ids
+
+
+def _dumps(calls: list[Call]) -> str:
+    """Calls in the spacing that the grammar lets the model write."""
+    return json.dumps(msgspec.to_builtins(calls), ensure_ascii=False)
