@@ -31,9 +31,7 @@ lock = load()
 
 
 def line(name: str, version: str, digit: str = "1") -> str:
-    return (
-        f"{name}=={version} --hash=sha256:{SHA}{digit}  # {name.replace('-', '_')}-{version}-py3-none-any.whl"
-    )
+    return f"{name}=={version} --hash=sha256:{SHA}{digit}  # {name.replace('-', '_')}-{version}-py3-none-any.whl"
 
 
 def inputs(*requirements: str, **options: Any) -> Any:
@@ -73,9 +71,7 @@ def test_what_is_rendered_parses_to_the_same_wheels_sorted_by_name() -> None:
 def test_a_line_has_exactly_the_form_that_pip_and_nix_read() -> None:
     """Name, version, one sha256 and, as a comment, the wheel's file."""
     wheel = lock.Wheel("torch", "2.13.0+cpu", SHA + "a", "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl")
-    assert str(wheel) == (
-        f"torch==2.13.0+cpu --hash=sha256:{SHA}a  # torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl"
-    )
+    assert str(wheel) == (f"torch==2.13.0+cpu --hash=sha256:{SHA}a  # torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +109,7 @@ def test_a_lock_that_satisfies_its_inputs_has_no_findings() -> None:
 
 def test_a_missing_package_is_found() -> None:
     """A requirement that no line pins."""
-    assert findings(inputs("ant", "zebra>=1"), line("ant", "1")) == [
-        "zebra>=1 is required, but zebra is not pinned"
-    ]
+    assert findings(inputs("ant", "zebra>=1"), line("ant", "1")) == ["zebra>=1 is required, but zebra is not pinned"]
 
 
 def test_an_unsatisfied_specifier_is_found_with_both_versions() -> None:
@@ -160,9 +154,7 @@ def test_an_environment_on_top_of_another_counts_what_that_one_pins() -> None:
     base = lock.parse(line("attrs", "26.1.0"))
     wanted = inputs("attrs", "pytest", on="below")
     assert findings(wanted, line("pytest", "9"), base=base) == []
-    assert findings(wanted, line("attrs", "25"), line("pytest", "9"), base=base) == [
-        "attrs is pinned already by below"
-    ]
+    assert findings(wanted, line("attrs", "25"), line("pytest", "9"), base=base) == ["attrs is pinned already by below"]
 
 
 # pip's report
@@ -170,9 +162,7 @@ def test_an_environment_on_top_of_another_counts_what_that_one_pins() -> None:
 
 def test_a_report_becomes_lines_without_their_address() -> None:
     """Names are normalized, %2B is a plus, and the registry is forgotten."""
-    made = lock.wheels_of(
-        report(entry("Jinja2", "3.1.6"), entry("torch", "2.13.0+cpu")), inputs("jinja2", "torch")
-    )
+    made = lock.wheels_of(report(entry("Jinja2", "3.1.6"), entry("torch", "2.13.0+cpu")), inputs("jinja2", "torch"))
     assert lock.render("serve", made).splitlines()[2:] == [
         f"jinja2==3.1.6 --hash=sha256:{SHA}1  # Jinja2-3.1.6-py3-none-any.whl",
         f"torch==2.13.0+cpu --hash=sha256:{SHA}1  # torch-2.13.0+cpu-py3-none-any.whl",
@@ -305,9 +295,7 @@ def test_check_fails_with_a_line_that_names_the_lock(copy: Path, capsys: pytest.
     path = copy / "nix" / "lock" / "serve-cpu.txt"
     path.write_text(re.sub(r"(?m)^starlette==.*\n", "", path.read_text()))
     assert lock.main(["--check"], root=copy) == 1
-    assert capsys.readouterr().err == (
-        "serve-cpu.txt: starlette>=1 is required, but starlette is not pinned\n"
-    )
+    assert capsys.readouterr().err == ("serve-cpu.txt: starlette>=1 is required, but starlette is not pinned\n")
 
 
 def test_check_fails_on_a_lock_that_is_not_there(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    from yaptext.cli import run  # noqa: PLC0415  # engine processes import this module anew, and need no CLI
+    from yaptext.cli import run  # engine processes import this module anew, and need no CLI
 
     sys.exit(run(sys.argv[1:]))
 

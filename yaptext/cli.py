@@ -72,19 +72,19 @@ def _settings_help() -> str:
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.load()
-    from yaptext.observe import logs  # noqa: PLC0415
+    from yaptext.observe import logs
 
     on_journal = settings.journal_stream is not None and _is_journal(settings.journal_stream)
     logs.configure(level=settings.log_level, format=settings.log_format, journald=on_journal)
     logging.captureWarnings(True)
     warnings.simplefilter("ignore", FutureWarning)  # of torch and vLLM, about their own next versions
-    import structlog  # noqa: PLC0415
+    import structlog
 
     log = structlog.get_logger(__name__)
     for note in moved_names().notes:
         log.warning("setting.moved", note=note)
-    from yaptext.server.app import create_app  # noqa: PLC0415
-    from yaptext.server.lifecycle import Lifecycle, Server  # noqa: PLC0415
+    from yaptext.server.app import create_app
+    from yaptext.server.lifecycle import Lifecycle, Server
 
     lifecycle = Lifecycle()
     server = Server(create_app(settings, lifecycle=lifecycle), settings, lifecycle)
@@ -104,14 +104,14 @@ def _address(parsed: argparse.Namespace) -> tuple[str, str]:
 
 
 def _chat(parsed: argparse.Namespace) -> int:
-    from yaptext.tools.chat import chat  # noqa: PLC0415
+    from yaptext.tools.chat import chat
 
     url, key = _address(parsed)
     return asyncio.run(chat(url, key, session=parsed.session, persona=_persona(parsed)))
 
 
 def _warmup(parsed: argparse.Namespace) -> int:
-    from yaptext.tools.warmup import warmup  # noqa: PLC0415
+    from yaptext.tools.warmup import warmup
 
     url, key = _address(parsed)
     return asyncio.run(

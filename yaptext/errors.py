@@ -1,21 +1,21 @@
 """Every error that Yap Text raises on purpose.
 
-    YapError
-    ├── SettingsError              a variable is wrong; the start ends with this line
-    ├── StartError                 weights or an engine cannot be opened; the start ends
-    └── WireError                  told to the client as an `error` frame
-        ├── AuthenticationFailed   closes the socket, 1008
-        ├── ServerAtCapacity       closes the socket, 1013; a retry helps
-        ├── GoingAway              closes the socket, 1012; a retry helps
-        ├── SlowClient             closes the socket, 4001
-        ├── BadMessage             the frame is not of the protocol
-        ├── TextTooLong            the message names the size and the limit
-        ├── UnknownPersona         nothing is known to warm or to change
-        ├── NotDeployed            the model that would do it is not deployed
-        ├── RateLimited            a retry helps
-        ├── EngineFailed           this request failed, the engine lives
-        │   └── EngineDead         the engine is gone; the process will end
-        └── Internal               a fault of ours; the journal has the traceback
+YapError
+├── SettingsError              a variable is wrong; the start ends with this line
+├── StartError                 weights or an engine cannot be opened; the start ends
+└── WireError                  told to the client as an `error` frame
+    ├── AuthenticationFailed   closes the socket, 1008
+    ├── ServerAtCapacity       closes the socket, 1013; a retry helps
+    ├── GoingAway              closes the socket, 1012; a retry helps
+    ├── SlowClient             closes the socket, 4001
+    ├── BadMessage             the frame is not of the protocol
+    ├── TextTooLong            the message names the size and the limit
+    ├── UnknownPersona         nothing is known to warm or to change
+    ├── NotDeployed            the model that would do it is not deployed
+    ├── RateLimited            a retry helps
+    ├── EngineFailed           this request failed, the engine lives
+    │   └── EngineDead         the engine is gone; the process will end
+    └── Internal               a fault of ours; the journal has the traceback
 """
 
 from __future__ import annotations

@@ -153,9 +153,7 @@ class Settings(BaseSettings):
 
     @property
     def on_cuda(self) -> bool:
-        return self.device == "cuda" or (
-            self.device == "auto" and Path("/proc/driver/nvidia/version").exists()
-        )
+        return self.device == "cuda" or (self.device == "auto" and Path("/proc/driver/nvidia/version").exists())
 
     @property
     def state(self) -> Path:
@@ -232,13 +230,9 @@ def variables() -> list[Variable]:
     rows = []
     for field in Settings.model_fields.values():
         value = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
             value = int(value)
-        elif isinstance(value, float) and value.is_integer():
-            value = int(value)
-        rows.append(
-            Variable(str(field.validation_alias), "" if value is None else str(value), field.description or "")
-        )
+        rows.append(Variable(str(field.validation_alias), "" if value is None else str(value), field.description or ""))
     return rows
 
 

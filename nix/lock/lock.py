@@ -120,9 +120,7 @@ def parse(text: str) -> Lock:
         if match := LINE.fullmatch(line):
             wheels.append(Wheel(**match.groupdict()))
         else:
-            malformed.append(
-                f"line {number} is not `name==version --hash=sha256:<64 hex digits>  # file.whl`: {line}"
-            )
+            malformed.append(f"line {number} is not `name==version --hash=sha256:<64 hex digits>  # file.whl`: {line}")
     return Lock(tuple(wheels), tuple(malformed))
 
 
@@ -175,9 +173,7 @@ def wheel_of(item: Mapping[str, Any]) -> Wheel:
 def wheels_of(report: Mapping[str, Any], inputs: Inputs) -> list[Wheel]:
     """The wheels of a report that the environment needs; a local build is refused where it takes none."""
     keep = needed(report, inputs.requirements, inputs.exclude)
-    wheels = [
-        wheel_of(item) for item in report["install"] if canonicalize_name(item["metadata"]["name"]) in keep
-    ]
+    wheels = [wheel_of(item) for item in report["install"] if canonicalize_name(item["metadata"]["name"]) in keep]
     if inputs.registry_only and (local := [wheel for wheel in wheels if "+" in wheel.version]):
         raise LockError(
             f"{inputs.env} takes registry builds only, but pip chose "
@@ -227,9 +223,7 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None) -> list[str]:
     """What is wrong with a lock, a sentence each; empty when it satisfies its inputs."""
     findings = list(lock.malformed)
     names = [wheel.name for wheel in lock.wheels]
-    findings += [
-        f"{name} is pinned {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
-    ]
+    findings += [f"{name} is pinned {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1]
     if names != sorted(names):
         findings.append("the lines are not sorted by name")
     below = base.versions() if base else {}
@@ -239,9 +233,7 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None) -> list[str]:
         if wheel.name in below:
             findings.append(f"{wheel.name} is pinned already by {inputs.on}")
         if inputs.registry_only and "+" in wheel.version:
-            findings.append(
-                f"{wheel.name} {wheel.version} is a local build; {inputs.env} takes registry builds only"
-            )
+            findings.append(f"{wheel.name} {wheel.version} is a local build; {inputs.env} takes registry builds only")
         findings += disagreements(wheel)
     versions = below | lock.versions()
     for requirement in inputs.requirements:

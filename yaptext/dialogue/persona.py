@@ -59,7 +59,7 @@ class Persona:
         if not isinstance(fields.assistant_gender, UnsetType):
             changes["gender"] = None if fields.assistant_gender is None else gender(fields.assistant_gender)
         if fields.user_identity is not UNSET:
-            changes["identity"] = fields.user_identity  # type: ignore[assignment]  # mypy does not narrow `is not UNSET`
+            changes["identity"] = fields.user_identity
         if not isinstance(fields.persona_text, UnsetType):
             changes["text"] = fields.persona_text
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]

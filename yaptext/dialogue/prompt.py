@@ -177,11 +177,9 @@ class ChatPrompts:
         room = self._engine.max_model_len - before - limits.utterance - limits.reply - _OVERHEAD_TOKENS
         limit = max(0, min(limits.history, room))
         for index, message in enumerate(messages):
-            if await self._encode(message) and index % 64 == 63:  # noqa: PLR2004
+            if await self._encode(message) and index % 64 == 63:
                 await asyncio.sleep(0)  # a transcript of thousands of lines must not hold the loop
-        sizes = [
-            len(m.ids["chat"]) if limits.exact else len(m.text) // 4 + 4 for m in messages
-        ]
+        sizes = [len(m.ids["chat"]) if limits.exact else len(m.text) // 4 + 4 for m in messages]
         first = keep_recent(sizes, limit)
         if first == len(messages) and messages and limit > 16:
             last = messages[-1]

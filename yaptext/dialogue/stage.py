@@ -16,7 +16,7 @@ from yaptext.engine.base import Engines, Sampling
 from yaptext.errors import NotDeployed, UnknownPersona
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
-from yaptext.wire.messages import Ack, Models, SamplingFields, SetPersona, WarmHistory, Warmed, WarmPersona
+from yaptext.wire.messages import Ack, Models, SamplingFields, SetPersona, Warmed, WarmHistory, WarmPersona
 
 _TEMPERATURE = 0.8
 _WARM_PRIORITY = 2
@@ -107,7 +107,7 @@ class Stage:
     @staticmethod
     def now() -> str:
         """The time as a prompt tells it, for example `Sunday, 21:46`."""
-        return datetime.now().strftime("%A, %H:%M")  # noqa: DTZ005  # the host's local time is what is meant
+        return datetime.now().strftime("%A, %H:%M")  # the host's local time is what is meant
 
     def sampling(self, given: SamplingFields | None, seed: int, room: int) -> Sampling:
         """The settings' sampling with the client's laid over; at most `room` tokens."""

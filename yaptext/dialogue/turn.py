@@ -72,13 +72,14 @@ class Turn:
         self.number = session.turns
         self._sink = tokens(self.number)
         self._persona_text = stage.persona(session)
-        before = {turn for turn in (*after, session.current) if turn is not None}
-        # Those that they wait for as well: a turn whose socket goes ends without waiting.
-        self._after = [turn for turn in before | {t for turn in before for t in turn._after} if not turn.finished.is_set()]
+        # With those that they wait for themselves: a turn whose socket goes ends without waiting.
+        before: set[Turn] = {turn for turn in (*after, session.current) if turn is not None}
+        before |= {turn for waiting in before for turn in waiting._after}
+        self._after: list[Turn] = [turn for turn in before if not turn.finished.is_set()]
         for turn in self._after:
             turn.cancel()
         session.current = self
-        self.finished = asyncio.Event()
+        self.finished: asyncio.Event = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._running = False
         self._cancelled_at: float | None = None

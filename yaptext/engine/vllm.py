@@ -15,7 +15,7 @@ import structlog
 from tokenizers import Tokenizer
 
 from yaptext.engine import demo, weights
-from yaptext.engine.base import CHAT, Delta, Engine, Engines, Load, Role, Sampling
+from yaptext.engine.base import CHAT, Delta, Engines, Load, Role, Sampling
 from yaptext.errors import EngineDead, EngineFailed, StartError
 from yaptext.settings import Settings
 
@@ -27,8 +27,9 @@ _LONG_TEXT = 4000
 class VllmEngine:
     """One AsyncLLM. Opened by `open`, which blocks while weights load; see `Engine` for the contract."""
 
-    def __init__(self, llm: Any, model: str, kind: weights.Kind, gauge: type) -> None:
-        self._llm, self.model, self.weights, self._gauge = llm, model, kind, gauge
+    def __init__(self, llm: Any, model: str, kind: weights.Kind, gauge: Any) -> None:
+        self._llm, self.model, self._gauge = llm, model, gauge
+        self.weights: str = kind
         self.max_model_len: int = llm.model_config.max_model_len
         self.block_size: int = llm.vllm_config.cache_config.block_size
         self._template = llm.get_tokenizer()
@@ -44,8 +45,8 @@ class VllmEngine:
     @classmethod
     def open(cls, settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> VllmEngine:
         """Loads the checkpoint. Raises `StartError` with vLLM's reason."""
-        from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
-        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
 
         gauge = _make_gauge()
         try:
@@ -61,9 +62,9 @@ class VllmEngine:
     async def stream(
         self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
     ) -> AsyncGenerator[Delta, None]:
-        from vllm import TokensPrompt  # noqa: PLC0415
-        from vllm.exceptions import VLLMClientError  # noqa: PLC0415
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # noqa: PLC0415
+        from vllm import TokensPrompt
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         request_id = f"{priority}-{next(self._numbers)}"
         finished = False
@@ -120,7 +121,7 @@ class VllmEngine:
             count -= 1  # a cut text can encode into more tokens than it was cut from
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
-        from jinja2 import TemplateError  # noqa: PLC0415
+        from jinja2 import TemplateError
 
         if not self._template.chat_template:
             return None
@@ -159,11 +160,7 @@ def open_engines(settings: Settings) -> Engines:
         _log.info(
             "weights.chosen", role=role, model=checkpoint.source, weights=checkpoint.kind, reason=checkpoint.reason
         )
-    shared = (
-        len(chosen) == 2  # noqa: PLR2004
-        and chosen["chat"].source == chosen["tool"].source
-        and settings.share_engine
-    )
+    shared = len(chosen) == 2 and chosen["chat"].source == chosen["tool"].source and settings.share_engine
     if is_demo:
         _log.warning(
             "demo.serving", model=demo.NAME, hint="no model is configured; set CHAT_MODEL and TOOL_MODEL for real use"
@@ -179,10 +176,9 @@ def open_engines(settings: Settings) -> Engines:
         for engine in opened.values():
             engine._llm.shutdown(timeout=5)
         raise
-    engines: dict[Role, Engine] = dict(opened)
     return Engines(
-        chat=engines.get("chat"),
-        tool=engines.get("tool"),
+        chat=opened.get("chat"),
+        tool=opened.get("tool"),
         awq=all(checkpoint.kind == "awq" for checkpoint in chosen.values()),
         demo=is_demo,
     )
@@ -203,9 +199,7 @@ def _timed(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, al
     return engine
 
 
-def _arguments(
-    settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool
-) -> dict[str, Any]:
+def _arguments(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> dict[str, Any]:
     """AsyncEngineArgs for one role, as plain data."""
     cuda = settings.on_cuda
     if settings.kv_dtype == "int8_per_token_head" and not cuda:
@@ -263,7 +257,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _sampling_params(sampling: Sampling) -> Any:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams  # noqa: PLC0415
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
     constraint = None
     if sampling.json_schema is not None:
@@ -284,10 +278,10 @@ def _sampling_params(sampling: Sampling) -> Any:
     )
 
 
-def _make_gauge() -> type:
+def _make_gauge() -> Any:
     """A stat logger class that keeps one figure. As a PrometheusStatLogger it takes the place of vLLM's own,
     which registers globally and would unregister the first engine's collectors when the second opens."""
-    from vllm.v1.metrics.loggers import PrometheusStatLogger  # noqa: PLC0415
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     class Gauge(PrometheusStatLogger):  # type: ignore[misc]
         kv_use = 0.0

@@ -59,9 +59,7 @@ def _describe(settings: Settings, source: str, reason: str, *, demo: bool = Fals
     kind = _kind(source, config)
     wanted = settings.quantization
     if wanted in ("awq", "gptq") and kind != wanted:
-        raise StartError(
-            f"QUANTIZATION={wanted}, but {source} has {kind} weights: name a {wanted.upper()} checkpoint"
-        )
+        raise StartError(f"QUANTIZATION={wanted}, but {source} has {kind} weights: name a {wanted.upper()} checkpoint")
     if wanted in ("none", "fp8") and kind not in ("float", "fp8"):
         raise StartError(f"QUANTIZATION={wanted}, but {source} has {kind} weights: use QUANTIZATION=auto")
     online = kind == "float" and wanted in ("auto", "fp8")
@@ -79,7 +77,7 @@ def _kind(source: str, config: dict[str, Any]) -> Kind:
     method = (config.get("quantization_config") or {}).get("quant_method", "")
     for kind in ("awq", "gptq", "fp8"):
         if kind in method:
-            return kind  # type: ignore[return-value]  # one of the literals above
+            return kind
     name = Path(source).name.lower() if Path(source).exists() else source.lower()
     if "gptq" in name:
         return "gptq"
@@ -94,7 +92,7 @@ def _read_config(settings: Settings, source: str) -> dict[str, Any]:
         elif source.startswith((".", "/", "~")):
             raise StartError(f"{source} is not a folder")
         else:
-            from huggingface_hub import hf_hub_download  # noqa: PLC0415  # heavy, and only hub models need it
+            from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
 
             token = settings.hf_token.get_secret_value() if settings.hf_token else None
             path = Path(hf_hub_download(source, "config.json", token=token))

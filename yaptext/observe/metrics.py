@@ -15,16 +15,16 @@ _MS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 50
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.turns = Counter("yaptext_turns", "Turns by outcome.", ["outcome"], registry=self.registry)
-        self.errors = Counter("yaptext_errors", "Error frames by code.", ["code"], registry=self.registry)
+        self.turns = self._counter("yaptext_turns", "Turns by outcome.", "outcome")
+        self.errors = self._counter("yaptext_errors", "Error frames by code.", "code")
+        self.tokens = self._counter("yaptext_tokens", "Tokens by kind.", "kind")
         self.connections = Gauge("yaptext_connections", "Open WebSockets.", registry=self.registry)
-        self.engine_running = Gauge("yaptext_engine_streams", "Streams an engine is busy with.", ["engine"], registry=self.registry)  # fmt: skip
-        self.engine_kv_use = Gauge("yaptext_engine_kv_use", "Share of the KV cache in use.", ["engine"], registry=self.registry)  # fmt: skip
+        self.engine_running = self._gauge("yaptext_engine_streams", "Streams an engine is busy with.", "engine")
+        self.engine_kv_use = self._gauge("yaptext_engine_kv_use", "Share of the KV cache in use.", "engine")
         self.tool_ms = self._histogram("yaptext_decision_ms", "Milliseconds of a decision.")
         self.ttft_ms = self._histogram("yaptext_ttft_ms", "Milliseconds from start to the first token.")
         self.total_ms = self._histogram("yaptext_turn_ms", "Milliseconds of a whole turn.")
         self.cancel_ms = self._histogram("yaptext_cancel_ms", "Milliseconds from a cancel to its done.")
-        self.tokens = Counter("yaptext_tokens", "Tokens by kind.", ["kind"], registry=self.registry)
 
     def turn(self, outcome: str, usage: Usage, timings: Timings) -> None:
         self.turns.labels(outcome).inc()
@@ -51,3 +51,9 @@ class Metrics:
 
     def _histogram(self, name: str, meaning: str) -> Histogram:
         return Histogram(name, meaning, buckets=_MS, registry=self.registry)
+
+    def _counter(self, name: str, meaning: str, label: str) -> Counter:
+        return Counter(name, meaning, [label], registry=self.registry)
+
+    def _gauge(self, name: str, meaning: str, label: str) -> Gauge:
+        return Gauge(name, meaning, [label], registry=self.registry)

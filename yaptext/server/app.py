@@ -63,7 +63,7 @@ class Service:
 
 
 def open_vllm(settings: Settings) -> Engines:
-    from yaptext.engine.vllm import open_engines  # noqa: PLC0415  # seconds of imports, only where it serves
+    from yaptext.engine.vllm import open_engines  # seconds of imports, only where it serves
 
     return open_engines(settings)
 

@@ -145,9 +145,7 @@ class Server(uvicorn.Server):
     def begin_drain(self) -> None:
         if self.drained is None:
             admission = self.lifespan.state["service"].admission
-            self.drained = asyncio.create_task(
-                self.lifecycle.drain(admission, self._settings.drain_timeout_s)
-            )
+            self.drained = asyncio.create_task(self.lifecycle.drain(admission, self._settings.drain_timeout_s))
 
     @property
     def exit_status(self) -> int:

@@ -124,6 +124,3 @@ class _Screen:
     @staticmethod
     def _reason(frame: dict[str, Any]) -> str:
         return f", {frame['reason']}" if frame.get("reason") else ""
-
-
-

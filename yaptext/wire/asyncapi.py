@@ -14,9 +14,7 @@ from yaptext.wire.messages import ClientMessage, ServerMessage
 def document() -> dict[str, Any]:
     """A JSON-ready dict; every message of the protocol is under `components.messages` by its tag."""
     sent, received = get_args(ClientMessage), get_args(ServerMessage)
-    _, schemas = msgspec.json.schema_components(
-        sent + received, ref_template="#/components/schemas/{name}"
-    )
+    _, schemas = msgspec.json.schema_components(sent + received, ref_template="#/components/schemas/{name}")
     schemas["Error"]["properties"]["error_code"] = {"type": "string", "enum": wire_codes()}
     schema_of = {cls: cls.__name__ for cls in sent + received}
     messages = {

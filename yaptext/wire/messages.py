@@ -46,17 +46,17 @@ class SamplingFields(Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
 
 
 class PersonaFields(Struct, frozen=True, omit_defaults=True):
-    persona_text: str | None | UnsetType = UNSET
-    persona_style: str | None | UnsetType = UNSET
-    assistant_gender: GenderIn | None | UnsetType = UNSET
-    user_identity: Identity | None | UnsetType = UNSET
+    persona_text: str | UnsetType | None = UNSET
+    persona_style: str | UnsetType | None = UNSET
+    assistant_gender: GenderIn | UnsetType | None = UNSET
+    user_identity: Identity | UnsetType | None = UNSET
 
 
 class Start(PersonaFields, frozen=True, omit_defaults=True, tag="start", kw_only=True):
     session_id: SessionId
     user_utterance: str
-    history_text: str | None | UnsetType = UNSET
-    tools: list[dict[str, Any]] | None | UnsetType = UNSET
+    history_text: str | UnsetType | None = UNSET
+    tools: list[dict[str, Any]] | UnsetType | None = UNSET
     sampling: SamplingFields | None = None
     heard_chars: Count | None = None
 
@@ -204,20 +204,17 @@ _encoder = msgspec.json.Encoder()
 def decode(frame: str | bytes) -> ClientMessage:
     """One client frame. Raises `BadMessage`, which names the field, for whatever is not of the protocol."""
     try:
-        return _decoder.decode(frame)
+        message: ClientMessage = _decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         # The underlying text can quote the frame (an invalid tag does), which may hold what a user said.
         raise BadMessage(str(error).replace("`", "")[:300]) from None
+    return message
 
 
 def encode(message: ServerMessage) -> str:
     return _encoder.encode(message).decode()
 
 
-def error_frame(
-    error: WireError, *, turn: int | UnsetType = UNSET, capacity: Capacity | UnsetType = UNSET
-) -> Error:
+def error_frame(error: WireError, *, turn: int | UnsetType = UNSET, capacity: Capacity | UnsetType = UNSET) -> Error:
     retry = UNSET if error.retry_after_ms is None else error.retry_after_ms
-    return Error(
-        error_code=error.code, message=error.message, turn=turn, retry_after_ms=retry, capacity=capacity
-    )
+    return Error(error_code=error.code, message=error.message, turn=turn, retry_after_ms=retry, capacity=capacity)
