@@ -1,0 +1,175 @@
+"""ScriptedEngine: an Engine that says what a test tells it to, and counts what was opened and aborted."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from yaptext.engine.base import CHAT, Delta, Load, Sampling
+from yaptext.errors import EngineDead, EngineFailed
+
+_SPECIAL = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
+_PIECES = re.compile(r" ?\w{1,6}| ?[^\w\s]|\s")
+
+Pace = Callable[[], Awaitable[None]]
+
+
+async def at_once() -> None:
+    """A pace without pauses."""
+
+
+@dataclass
+class Script:
+    """What one kind of request is answered with: pieces of text, one a step, then an error or a finish."""
+
+    pieces: Sequence[str] = ("Hello", " there", ".")
+    pace: Pace = at_once
+    error: Exception | None = None
+    finish: str = "stop"
+
+
+@dataclass
+class ScriptedEngine:
+    """`chat` answers free text, `decision` answers requests with a JSON schema. It keeps the rules of the Engine
+    protocol: a prefix cache in whole blocks, `max_tokens`, `stop`, errors for prompts that are too long."""
+
+    chat: Script = field(default_factory=Script)
+    decision: Script = field(default_factory=lambda: Script(("[]",)))
+    model: str = "scripted"
+    max_model_len: int = 4096
+    block_size: int = 16
+    weights: str = "float"
+    template: Literal["chatml", "tools", "no-system", "none"] = "chatml"
+    requests: list[tuple[list[int], Sampling, int]] = field(default_factory=list)
+    running: int = 0
+    finished: int = 0
+    aborted: int = 0
+    dead: bool = False
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._ids: dict[str, int] = {}
+        self._texts: list[str] = []
+        self._cache: set[tuple[int, ...]] = set()
+
+    async def stream(
+        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
+    ) -> AsyncGenerator[Delta, None]:
+        self.requests.append((list(prompt), sampling, priority))
+        script = self.decision if sampling.json_schema is not None else self.chat
+        if self.dead:
+            raise EngineDead("The engine died.")
+        if len(prompt) + 1 > self.max_model_len:
+            raise EngineFailed(f"The prompt is {len(prompt)} tokens; limit is {self.max_model_len - 1}")
+        cached = self._use_cache(list(prompt))
+        self.running += 1
+        done = False
+        text = ""
+        try:
+            for number, scripted in enumerate(script.pieces, 1):
+                piece = scripted
+                await script.pace()
+                if self.dead:
+                    raise EngineDead("The engine died.")
+                text += piece
+                last = number == len(script.pieces) and script.error is None
+                finish = script.finish if last else None
+                for stop in sampling.stop:
+                    if stop in text:
+                        piece, finish = piece[: max(0, len(piece) - len(text) + text.index(stop))], "stop"
+                if finish is None and number >= sampling.max_tokens:
+                    finish = "length"
+                done = finish is not None
+                yield Delta(piece, 1, len(prompt), cached, finish)
+                if done:
+                    return
+            if script.error is not None:
+                done = True
+                raise script.error
+        finally:
+            self.running -= 1
+            if done:
+                self.finished += 1
+            else:
+                self.aborted += 1
+
+    def _use_cache(self, prompt: list[int]) -> int:
+        """Tokens of `prompt` found in the cache; like vLLM never all of them, and in whole blocks."""
+        size = self.block_size
+        ends = range(size, len(prompt) + 1, size)
+        hit = 0
+        for end in ends:
+            if tuple(prompt[:end]) in self._cache and end < len(prompt):
+                hit = end
+        self._cache.update(tuple(prompt[:end]) for end in ends)
+        return hit
+
+    def _pieces(self, text: str, special: bool) -> list[str]:
+        parts = _SPECIAL.split(text) if special else [text]
+        found: list[str] = []
+        for part in parts:
+            found += [part] if special and _SPECIAL.fullmatch(part) else _PIECES.findall(part)
+        return found
+
+    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+        ids = []
+        for piece in self._pieces(text, special):
+            if piece not in self._ids:
+                self._ids[piece] = len(self._texts)
+                self._texts.append(piece)
+            ids.append(self._ids[piece])
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """For tests: the text that a prompt's ids stand for."""
+        return "".join(self._texts[token] for token in ids)
+
+    async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
+        pieces = self._pieces(text, False)
+        if max_tokens <= 0:
+            return ""
+        return "".join(pieces[:max_tokens] if keep == "start" else pieces[-max_tokens:])
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
+        if self.template == "none":
+            return None
+        if self.template == "no-system" and messages[0]["role"] == "system":
+            return None
+        opening = ""
+        if self.template == "tools" and tools is not None:
+            names = ", ".join(tool["function"]["name"] for tool in tools)
+            opening = f"<|im_start|>system\nYou may call {names}.<|im_end|>\n"
+        told = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        return f"{opening}{told}<|im_start|>assistant\n"
+
+    def load(self) -> Load:
+        return Load(self.running, 0.5 if self.running else 0.0)
+
+    async def check(self) -> None:
+        if self.dead:
+            raise EngineDead("The engine died.")
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class Gate:
+    """A pace that a test opens step by step: `await gate.step()` lets one delta through."""
+
+    def __init__(self) -> None:
+        self._permits = asyncio.Semaphore(0)
+        self.waiting = 0
+
+    async def __call__(self) -> None:
+        self.waiting += 1
+        try:
+            await self._permits.acquire()
+        finally:
+            self.waiting -= 1
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self._permits.release()
