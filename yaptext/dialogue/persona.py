@@ -77,6 +77,6 @@ class Persona:
             "non-binary": "the user, who is non-binary",
         }[self.identity]
         return (
-            f"{who} talking with {whom} on a voice call. {chosen.text} Answer what the user says, in one "
-            "to three short spoken sentences. No lists, no emoji, no stage directions."
+            f"{who} talking with {whom} on a voice call. {chosen.text} Answer every question directly and correctly, "
+            "in one to three short spoken sentences. No lists, no emoji, no stage directions."
         )

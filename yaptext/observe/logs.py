@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor
 
 _FORMAT, _PRIORITY = "YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY"
@@ -39,9 +40,12 @@ def formatter() -> logging.Formatter:
     """The formatter every handler uses; engine processes find it through `vllm_logging.json`."""
     chain: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if os.environ.get(_FORMAT) == "console":
-        chain += [redact, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        plain = structlog.dev.plain_traceback
+        chain += [redact, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     else:
-        chain += [structlog.processors.dict_tracebacks, redact, structlog.processors.JSONRenderer()]
+        # Without locals: they hold what users say.
+        tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
+        chain += [tracebacks, redact, structlog.processors.JSONRenderer()]
     inner = structlog.stdlib.ProcessorFormatter(processors=chain, foreign_pre_chain=_SHARED)
     return _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
 

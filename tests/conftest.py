@@ -1,0 +1,188 @@
+"""What tests share: a conversation in memory, and the service on a loopback port."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import websockets
+from fakes import ScriptedEngine
+
+from yaptext.dialogue.stage import Stage
+from yaptext.engine.base import Engines
+from yaptext.server.app import create_app
+from yaptext.server.connection import Connection
+from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.settings import Settings
+
+Frame = dict[str, Any]
+
+
+class MemorySocket:
+    """A client and its socket in one: `say` and `leave` are the client's, the rest is what Connection calls."""
+
+    def __init__(self) -> None:
+        self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._news = asyncio.Condition()
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.frames: list[Frame] = []
+        self.closed: int | None = None
+
+    def say(self, type: str, **fields: Any) -> None:
+        self.say_raw(json.dumps({"type": type, **fields}))
+
+    def say_raw(self, frame: str) -> None:
+        self._inbox.put_nowait({"type": "websocket.receive", "text": frame})
+
+    def start(self, utterance: str = "hi", session_id: str = "s", **fields: Any) -> None:
+        self.say("start", session_id=session_id, user_utterance=utterance, **fields)
+
+    def leave(self) -> None:
+        self._inbox.put_nowait({"type": "websocket.disconnect", "code": 1006})
+
+    async def until(self, found: Callable[[Frame], bool] | str, count: int = 1) -> Frame:
+        """The `count`-th frame that matches, a type name or a test, as soon as it is there."""
+
+        def matches(frame: Frame) -> bool:
+            return frame["type"] == found if isinstance(found, str) else found(frame)
+
+        async with asyncio.timeout(10), self._news:
+            await self._news.wait_for(lambda: sum(map(matches, self.frames)) >= count)
+        return [frame for frame in self.frames if matches(frame)][count - 1]
+
+    def of(self, type: str, turn: int | None = None) -> list[Frame]:
+        return [f for f in self.frames if f["type"] == type and turn in (None, f.get("turn"))]
+
+    async def receive(self) -> dict[str, Any]:
+        return await self._inbox.get()
+
+    async def send_text(self, text: str) -> None:
+        await self.reading.wait()
+        async with self._news:
+            self.frames.append(json.loads(text))
+            self._news.notify_all()
+
+    async def send(self, event: dict[str, Any]) -> None:
+        self.frames.append(json.loads(event["text"]))
+
+    async def close(self, code: int, reason: str = "") -> None:
+        self.closed = code
+
+
+class Talk:
+    """A stage with scripted engines, and sockets that talk on it."""
+
+    def __init__(self, stage: Stage, group: asyncio.TaskGroup) -> None:
+        self.stage, self._group = stage, group
+        self.open: list[tuple[MemorySocket, asyncio.Task[Any]]] = []
+
+    def socket(self, key_name: str = "default") -> MemorySocket:
+        socket = MemorySocket()
+        connection = Connection(socket, self.stage, key_name)  # type: ignore[arg-type]
+        self.open.append((socket, self._group.create_task(connection.serve())))
+        return socket
+
+    async def over(self, socket: MemorySocket) -> None:
+        """Waits until the connection of `socket` has ended."""
+        async with asyncio.timeout(10):
+            await next(task for other, task in self.open if other is socket)
+
+
+@asynccontextmanager
+async def talking(
+    chat: ScriptedEngine | None = None, tool: ScriptedEngine | None = None, **variables: Any
+) -> AsyncIterator[Talk]:
+    """Both roles on one scripted engine unless told otherwise; `variables` are settings by name."""
+    chat = chat or ScriptedEngine()
+    settings = Settings.load(**variables)
+    deployed = Engines(
+        chat=chat if settings.chat_deployed else None,
+        tool=(tool or chat) if settings.tool_deployed else None,
+    )
+    stage = await Stage.open(settings, deployed)
+    async with asyncio.TaskGroup() as group:
+        talk = Talk(stage, group)
+        yield talk
+        for socket, _ in talk.open:
+            socket.reading.set()
+            socket.leave()
+
+
+def check_frames(frames: list[Frame], *, decides: bool = True) -> None:
+    """Holds the frames of one socket against the rules of a turn, whatever was sent to it."""
+    seen: dict[int, list[str]] = defaultdict(list)
+    text: dict[int, str] = defaultdict(str)
+    for frame in frames:
+        turn = frame.get("turn")
+        if not turn or (frame["type"] == "ack" and frame["for"] != "start"):
+            continue
+        kinds = seen[turn]
+        kind = frame["type"]
+        assert "done" not in kinds and "error" not in kinds, f"{kind} after the end of turn {turn}"
+        match kind:
+            case "ack":
+                assert not kinds
+            case "toolcall":
+                assert kinds == ["ack"]
+            case "token":
+                assert "toolcall" in kinds or not decides, "a token before its decision"
+                text[turn] += frame["text"]
+            case "final":
+                assert frame["normalized_text"] == text[turn]
+            case "done":
+                assert kinds[0] == "ack"
+                assert frame.get("cancelled") or "final" in kinds
+        kinds.append(kind)
+    running: set[int] = set()
+    for frame in frames:
+        if frame["type"] == "ack" and frame["for"] == "start":
+            assert not running, f"ack of turn {frame['turn']} while {running} had no done"
+            running.add(frame["turn"])
+        elif frame["type"] in ("done", "error"):
+            running.discard(frame.get("turn", 0))
+
+
+class Running:
+    """A service that listens on loopback."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.http = f"http://127.0.0.1:{server.bound_port}"
+        self.ws = f"ws://127.0.0.1:{server.bound_port}/ws"
+
+    def connect(self, key: str = "yap_token", **options: Any) -> Any:
+        return websockets.connect(self.ws, additional_headers={"X-API-Key": key}, proxy=None, **options)
+
+
+@asynccontextmanager
+async def service(engines: Engines, **variables: Any) -> AsyncIterator[Running]:
+    """The whole service in this process, on a free port, over the given engines."""
+    settings = Settings.load(PORT=0, **variables)
+    lifecycle = Lifecycle()
+    server = Server(create_app(settings, open_engines=lambda _: engines, lifecycle=lifecycle), settings, lifecycle)
+    task = asyncio.create_task(server._serve())
+    try:
+        while not server.started:
+            assert not task.done(), task.result()
+            await asyncio.sleep(0.01)
+        yield Running(server)
+    finally:
+        lifecycle.exit_requested.set()
+        await task
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Settings come from the test, not from the machine that it runs on."""
+    from yaptext.settings import variables
+
+    for variable in variables():
+        monkeypatch.delenv(variable.name, raising=False)
+    for old in ("HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_ENABLE_HF_TRANSFER"):
+        monkeypatch.delenv(old, raising=False)
