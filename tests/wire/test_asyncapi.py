@@ -1,0 +1,199 @@
+"""wire/asyncapi.py: the published document says all that protocol.md says, and nothing that does not resolve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import jsonschema
+import pytest
+
+from yaptext import __version__
+from yaptext.wire.asyncapi import document
+from yaptext.wire.messages import (
+    Ack,
+    Done,
+    Models,
+    Pong,
+    ServerMessage,
+    Timings,
+    Token,
+    ToolCall,
+    Usage,
+    Warmed,
+    encode,
+)
+
+SENT = {"start", "cancel", "warm_persona", "warm_history", "set_persona", "ping", "end"}
+RECEIVED = {"ack", "toolcall", "token", "final", "done", "warmed", "pong", "error"}
+CODES = {
+    "authentication_failed", "server_at_capacity", "bad_message", "text_too_long", "unknown_persona", "not_deployed",
+    "rate_limited", "slow_client", "engine_failed", "going_away", "internal",
+}  # fmt: skip
+FIELDS: dict[str, set[str]] = {
+    "start": {
+        "session_id", "user_utterance", "persona_text", "persona_style", "assistant_gender", "user_identity",
+        "history_text", "tools", "sampling", "heard_chars",
+    },
+    "cancel": {"heard_chars"},
+    "warm_persona": {"persona_text", "persona_style", "assistant_gender", "session_id"},
+    "warm_history": {"history_text", "session_id", "persona_text", "persona_style", "assistant_gender"},
+    "set_persona": {"persona_style", "assistant_gender", "user_identity", "persona_text", "session_id"},
+    "ping": set(),
+    "end": set(),
+    "ack": {
+        "for", "ok", "session_id", "turn", "seed", "now", "assistant_gender", "persona_style",
+        "persona_text_override", "models",
+    },
+    "toolcall": {"status", "raw", "turn", "tool_ms", "reason"},
+    "token": {"text", "turn"},
+    "final": {"normalized_text", "turn"},
+    "done": {"turn", "usage", "timings", "finish_reason", "cancelled", "cancel_ms", "tokens_sent"},
+    "warmed": {"segment", "bytes", "prefix_tokens", "cached_tokens", "ms"},
+    "pong": set(),
+    "error": {"error_code", "message", "turn", "retry_after_ms", "capacity"},
+}  # fmt: skip
+
+
+def resolve(ref: str) -> Any:
+    """What a local `$ref` points at."""
+    assert ref.startswith("#/")
+    found: Any = document()
+    for step in ref[2:].split("/"):
+        found = found[step]
+    return found
+
+
+def refs(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for inner in node.values():
+            yield from refs(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from refs(inner)
+
+
+def payload(tag: str) -> dict[str, Any]:
+    """The JSON schema of one message."""
+    schema: dict[str, Any] = resolve(document()["components"]["messages"][tag]["payload"]["$ref"])
+    return schema
+
+
+def check(frame: dict[str, Any]) -> None:
+    """Holds a frame against the schema of its type. Raises `ValidationError`."""
+    ref = document()["components"]["messages"][frame["type"]]["payload"]["$ref"]
+    jsonschema.Draft202012Validator({"$ref": ref, "components": document()["components"]}).validate(frame)
+
+
+def tags(operation: str) -> set[str]:
+    return {ref["$ref"].rsplit("/", 1)[1] for ref in document()["operations"][operation]["messages"]}
+
+
+def test_every_message_of_the_protocol_is_in_the_document() -> None:
+    """Each type stands in the components, in the channel and in the operation of its direction."""
+    assert set(document()["components"]["messages"]) == SENT | RECEIVED
+    assert set(document()["channels"]["ws"]["messages"]) == SENT | RECEIVED
+    assert tags("receive") == SENT
+    assert tags("send") == RECEIVED
+
+
+@pytest.mark.parametrize("tag", FIELDS)
+def test_every_field_of_the_protocol_is_in_the_document(tag: str) -> None:
+    """The published fields of a message include those of the protocol's table, and its type is fixed."""
+    schema = payload(tag)
+    assert set(schema["properties"]) >= FIELDS[tag] | {"type"}
+    assert "type" in schema["required"]
+    assert schema["properties"]["type"]["enum"] == [tag]
+
+
+def test_every_error_code_is_in_the_document() -> None:
+    """A client author can read off which codes an error frame may have."""
+    assert set(payload("error")["properties"]["error_code"]["enum"]) == CODES
+
+
+def test_every_reference_resolves() -> None:
+    """No `$ref` of the document leads nowhere."""
+    found = list(refs(document()))
+    assert found
+    for ref in found:
+        assert resolve(ref) is not None
+
+
+def test_every_schema_is_a_json_schema() -> None:
+    """Code can be generated from the payloads."""
+    for schema in document()["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_the_document_is_plain_json_and_new_each_time() -> None:
+    """What one caller does to the document, the next does not see."""
+    assert json.loads(json.dumps(document())) == document()
+    document()["components"]["messages"].clear()
+    assert document()["components"]["messages"]
+
+
+def test_the_document_names_the_service_and_where_it_listens() -> None:
+    """Title, version, address, and the three ways to give a key."""
+    shown = document()
+    assert shown["asyncapi"] == "3.0.0"
+    assert shown["info"]["version"] == __version__
+    assert shown["channels"]["ws"]["address"] == "/ws"
+    ways = shown["components"]["securitySchemes"]
+    assert {(way.get("name"), way.get("scheme")) for way in ways.values()} == {
+        ("api_key", None),
+        ("X-API-Key", None),
+        (None, "bearer"),
+    }
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ack(
+            for_="set_persona",
+            ok=True,
+            session_id="s",
+            turn=0,
+            seed=1,
+            now="2026-11-22T21:46:00+01:00",
+            assistant_gender="woman",
+            persona_style=None,
+            persona_text_override=True,
+            models=Models(chat=None, tool="t"),
+        ),
+        ToolCall(status="no", raw=[], turn=1, tool_ms=300.1, reason="timeout"),
+        Token(text="x", turn=1),
+        Done(turn=1, usage=Usage(), timings=Timings(), finish_reason="stop"),
+        Done(turn=0, cancelled=True, cancel_ms=0.0, tokens_sent=0),
+        Warmed(segment="history", bytes=1, prefix_tokens=1, cached_tokens=0, ms=1.0),
+        Pong(),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_frames_fit_their_own_schema(message: ServerMessage) -> None:
+    """What the service sends is valid by what it publishes."""
+    check(json.loads(encode(message)))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"type": "start", "session_id": "", "user_utterance": "x"},
+        {"type": "start", "session_id": "s"},
+        {"type": "start", "session_id": "s", "user_utterance": "x", "sampling": {"temperature": 3}},
+        {"type": "error", "error_code": "unheard_of", "message": "x"},
+    ],
+)
+def test_the_schemas_refuse_what_the_service_refuses(frame: dict[str, Any]) -> None:
+    """Bounds, required fields and codes are part of the published schemas."""
+    with pytest.raises(jsonschema.ValidationError):
+        check(frame)
+
+
+def test_the_tables_of_this_file_are_complete() -> None:
+    """Every struct of the unions is checked above."""
+    assert len(get_args(ServerMessage)) == len(RECEIVED)
+    assert set(FIELDS) == SENT | RECEIVED
