@@ -1,0 +1,153 @@
+"""dialogue/session.py: which sessions are remembered, for how long, and for whom."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yaptext.dialogue.persona import Persona
+from yaptext.dialogue.session import Session, SessionStore
+
+RUNNING = cast(Any, object())
+"""Stands for a turn: a store only looks whether there is one."""
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_store(max_sessions: int = 3, ttl_s: float = 60) -> tuple[SessionStore, Clock]:
+    clock = Clock()
+    return SessionStore(max_sessions=max_sessions, ttl_s=ttl_s, clock=clock), clock
+
+
+def key(session_id: object, name: str = "k") -> tuple[str, str]:
+    return (name, str(session_id))
+
+
+def test_a_new_session_knows_nothing() -> None:
+    """It has its id, no persona of its own, no transcript and no turn."""
+    session = Session(key("a"))
+    assert session.session_id == "a"
+    assert (session.persona, session.transcript.messages, session.turns, session.current) == (Persona(), [], 0, None)
+
+
+def test_sessions_have_seeds_of_their_own() -> None:
+    """Two users with the same words need not get the same answers."""
+    assert len({Session(key("a")).seed for _ in range(20)}) > 1
+
+
+def test_the_same_key_is_the_same_session() -> None:
+    """A session outlives what opened it; finding it does not make one."""
+    store, _ = make_store()
+    assert store.find(key("a")) is None
+    session = store.open(key("a"))
+    assert store.open(key("a")) is store.find(key("a")) is session
+    assert len(store) == 1
+
+
+def test_the_same_id_under_another_api_key_is_another_session() -> None:
+    """Nobody reaches another key's sessions."""
+    store, _ = make_store()
+    one, other = store.open(key("a", "one")), store.open(key("a", "other"))
+    assert one is not other
+    assert store.find(key("a", "one")) is one
+    assert store.find(key("a", "third")) is None
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    """Over the bound the session is dropped that was opened longest ago, counting every use."""
+    store, _ = make_store(max_sessions=3)
+    for name in "abcad":
+        store.open(key(name))
+    assert [name for name in "abcd" if store.find(key(name))] == ["a", "c", "d"]
+
+
+def test_finding_is_no_use() -> None:
+    """Only a turn keeps a session young, not a look at it."""
+    store, _ = make_store(max_sessions=2)
+    for name in "ab":
+        store.open(key(name))
+    store.find(key("a"))
+    store.open(key("c"))
+    assert store.find(key("a")) is None
+
+
+@pytest.mark.parametrize(("seconds", "known"), [(59, True), (60, True), (61, False)])
+def test_an_unused_session_is_forgotten_after_its_time(seconds: float, known: bool) -> None:
+    """After SESSION_TTL_S without use the session is gone, and opening it begins anew."""
+    store, clock = make_store(ttl_s=60)
+    session = store.open(key("a"))
+    clock.now += seconds
+    assert (store.find(key("a")) is session) == known
+    assert (store.open(key("a")) is session) == known
+
+
+def test_use_begins_the_time_anew() -> None:
+    """A session that is used again and again is never forgotten."""
+    store, clock = make_store(ttl_s=60)
+    session = store.open(key("a"))
+    for _ in range(5):
+        clock.now += 59
+        assert store.open(key("a")) is session
+
+
+def test_expired_sessions_take_no_room() -> None:
+    """Any use of the store drops all that expired, not only what was asked for."""
+    store, clock = make_store(max_sessions=10)
+    for name in "abc":
+        store.open(key(name))
+    clock.now += 61
+    store.open(key("d"))
+    assert len(store) == 1
+
+
+def test_a_running_session_is_never_dropped() -> None:
+    """Neither its age nor the bound ends a session whose turn runs; what can go in its place goes."""
+    store, clock = make_store(max_sessions=2)
+    session = store.open(key("a"))
+    session.current = RUNNING
+    clock.now += 1000
+    assert store.find(key("a")) is session
+    for name in "bcd":
+        store.open(key(name))
+    assert [name for name in "abcd" if store.find(key(name))] == ["a", "d"]
+    session.current = None
+    assert store.find(key("a")) is None
+
+
+def test_a_session_just_opened_stays_where_all_others_run() -> None:
+    """The bound gives way rather than the session of the turn that is about to begin."""
+    store, _ = make_store(max_sessions=1)
+    for name in "ab":
+        store.open(key(name)).current = RUNNING
+    session = store.open(key("c"))
+    assert store.find(key("c")) is session
+    assert len(store) == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 30), st.booleans()), max_size=40), st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_the_bounds_hold_whatever_happens(steps: list[tuple[int, int, bool]], most: int) -> None:
+    """At any moment: no more than the bound are idle, running ones are all there, the last one used is there."""
+    store, clock = make_store(max_sessions=most, ttl_s=60)
+    running: dict[int, Session] = {}
+    for name, seconds, runs in steps:
+        clock.now += seconds
+        session = store.open(key(name))
+        session.current = RUNNING if runs else None
+        running.pop(name, None)
+        if runs:
+            running[name] = session
+        assert store.find(key(name)) is session
+        assert all(store.find(key(other)) is kept for other, kept in running.items())
+        assert len(store) <= max(most, len(running) + 1)
