@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import websockets
 from fakes import ScriptedEngine
 
@@ -186,3 +189,26 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
         monkeypatch.delenv(variable.name, raising=False)
     for old in ("HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_ENABLE_HF_TRANSFER"):
         monkeypatch.delenv(old, raising=False)
+
+
+@pytest.fixture(scope="session")
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo model is converted, once a test run; `YAP_TEXT_TEST_STATE` keeps it between runs."""
+    kept = os.environ.get("YAP_TEXT_TEST_STATE")
+    return Path(kept) if kept else tmp_path_factory.mktemp("state")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def vllm_engine(state_folder: Path) -> AsyncIterator[Any]:
+    """The embedded model on real vLLM, opened once a test run (in the loop of the session)."""
+    from yaptext.engine.vllm import open_engines
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in os.environ.items():
+            environment.setenv(name, value)  # so that what vLLM is told does not outlive it
+        environment.setenv("PYTHONWARNINGS", "ignore")
+        engines = open_engines(Settings.load(YAP_TEXT_STATE_DIR=state_folder, YAP_TEXT_DEVICE="cpu"))
+        assert engines.chat is engines.tool, "one checkpoint, one engine"
+        yield engines.chat
+        assert engines.chat is not None
+        await engines.chat.aclose()

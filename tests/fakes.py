@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class ScriptedEngine:
     ) -> AsyncGenerator[Delta, None]:
         self.requests.append((list(prompt), sampling, priority))
         script = self.decision if sampling.json_schema is not None else self.chat
+        if sampling.json_schema is not None and "const" in (schema := json.loads(sampling.json_schema)):
+            script = Script(list(json.dumps(schema["const"])))
         if self.dead:
             raise EngineDead("The engine died.")
         if len(prompt) + 1 > self.max_model_len:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import time
@@ -141,6 +142,8 @@ class VllmEngine:
 
     async def aclose(self) -> None:
         self._llm.shutdown(timeout=5)
+        del self._llm
+        gc.collect()  # it stands in a cycle, and its __del__ fails once the interpreter ends
 
 
 def open_engines(settings: Settings) -> Engines:

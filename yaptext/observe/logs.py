@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
-from structlog.typing import EventDict, Processor
+from structlog.typing import Processor
 
 _FORMAT, _PRIORITY = "YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY"
 """How the process that configures logs tells its engine processes what it chose."""
@@ -18,12 +18,9 @@ _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _KEY_IN_URL = re.compile(r"(api_key=)[^&\s\"']+", re.IGNORECASE)
 
 
-def redact(_: Any, __: str, event: EventDict) -> EventDict:
-    """No key that stood in an address reaches a log line, whoever wrote the line."""
-    for name, value in event.items():
-        if isinstance(value, str) and "api_key=" in value.lower():
-            event[name] = _KEY_IN_URL.sub(r"\1***", value)
-    return event
+def redact(_: Any, __: str, line: str) -> str:
+    """No key that stood in an address reaches the journal, whoever wrote the line and wherever in it."""
+    return _KEY_IN_URL.sub(r"\1***", line)
 
 
 _SHARED: list[Processor] = [
@@ -38,14 +35,14 @@ _SHARED: list[Processor] = [
 
 def formatter() -> logging.Formatter:
     """The formatter every handler uses; engine processes find it through `vllm_logging.json`."""
-    chain: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    chain: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if os.environ.get(_FORMAT) == "console":
         plain = structlog.dev.plain_traceback
-        chain += [redact, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+        chain += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain), redact]
     else:
         # Without locals: they hold what users say.
         tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
-        chain += [tracebacks, redact, structlog.processors.JSONRenderer()]
+        chain += [tracebacks, structlog.processors.JSONRenderer(), redact]
     inner = structlog.stdlib.ProcessorFormatter(processors=chain, foreign_pre_chain=_SHARED)
     return _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
 

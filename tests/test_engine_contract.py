@@ -1,0 +1,175 @@
+"""What every Engine promises, held on the scripted engine and on real vLLM alike."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing
+
+import pytest
+from fakes import Script, ScriptedEngine
+
+from yaptext.engine.base import CHAT, DECIDE, Delta, Engine, Sampling
+from yaptext.errors import EngineFailed
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+_SCHEMA = json.dumps({"type": "array", "items": {"type": "integer"}, "maxItems": 2})
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("scripted"),
+        pytest.param("vllm", marks=pytest.mark.engine),
+    ]
+)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    if request.param == "vllm":
+        return request.getfixturevalue("vllm_engine")
+    return ScriptedEngine(chat=Script([" word"] * 400, pace=lambda: asyncio.sleep(0)), decision=Script(["[", "1", "]"]))
+
+
+async def read(engine: Engine, prompt: list[int], sampling: Sampling, **options: int) -> list[Delta]:
+    async with aclosing(engine.stream(prompt, sampling, **options)) as deltas:
+        return [delta async for delta in deltas]
+
+
+async def prompt_of(engine: Engine, text: str = "Count from one to five hundred.") -> list[int]:
+    rendered = engine.render([{"role": "user", "content": text}])
+    assert rendered is not None
+    return await engine.encode(rendered, special=True)
+
+
+async def freed(engine: Engine) -> None:
+    """Waits until no stream is open."""
+    async with asyncio.timeout(10):
+        while engine.load().running:  # noqa: ASYNC110  # the protocol has no event for it
+            await asyncio.sleep(0.01)
+
+
+async def test_a_stream_counts_its_tokens_and_ends_with_a_reason(engine: Engine) -> None:
+    """`length` at max_tokens; every delta tells the prompt's size; only the last has a reason."""
+    prompt = await prompt_of(engine)
+    deltas = await read(engine, prompt, Sampling(max_tokens=12))
+    assert sum(delta.tokens for delta in deltas) == 12
+    assert {delta.prompt_tokens for delta in deltas} == {len(prompt)}
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    assert "".join(delta.text for delta in deltas)
+    assert engine.load().running == 0
+
+
+async def test_closing_a_stream_aborts_it(engine: Engine) -> None:
+    """After `aclose` nothing runs on, and the engine serves the next request."""
+    prompt = await prompt_of(engine)
+    async with aclosing(engine.stream(prompt, Sampling(max_tokens=400))) as deltas:
+        await anext(deltas)
+        assert engine.load().running == 1
+    assert engine.load().running == 0
+    assert len(await read(engine, prompt, Sampling(max_tokens=2))) > 0
+
+
+async def test_cancelling_the_reader_aborts_the_stream(engine: Engine) -> None:
+    """Also before the first delta, and for many at once."""
+    prompt = await prompt_of(engine)
+    for delay in (0, 0, 0.001, 0.05, 0.2):
+        readers = [asyncio.create_task(read(engine, prompt, Sampling(max_tokens=400))) for _ in range(4)]
+        await asyncio.sleep(delay)
+        for reader in readers:
+            reader.cancel()
+        results = await asyncio.gather(*readers, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError | list) for result in results)
+        await freed(engine)
+    assert len(await read(engine, prompt, Sampling(max_tokens=2))) > 0
+
+
+async def test_a_repeated_prefix_is_cached_in_whole_blocks(engine: Engine) -> None:
+    """`cached_tokens` is true: nothing at first, then the blocks that both prompts share."""
+    shared = (await prompt_of(engine, f"{id(engine)} " + "tell me a story about a tall ship and the sea. " * 30))[
+        : engine.block_size * 2
+    ]
+    assert len(shared) == engine.block_size * 2
+    first = await read(engine, [*shared, *await engine.encode("one")], Sampling(max_tokens=1))
+    second = await read(engine, [*shared, *await engine.encode("two")], Sampling(max_tokens=1))
+    assert first[0].cached_tokens == 0
+    assert second[0].cached_tokens == len(shared)
+
+
+async def test_a_schema_holds_whatever_the_model_would_say(engine: Engine) -> None:
+    """The text parses as JSON of the schema, without white space but what json.dumps writes."""
+    deltas = await read(
+        engine, await prompt_of(engine, "Say hello"), Sampling(max_tokens=40, json_schema=_SCHEMA), priority=DECIDE
+    )
+    text = "".join(delta.text for delta in deltas)
+    numbers = json.loads(text)
+    assert len(numbers) <= 2 and all(isinstance(number, int) for number in numbers)
+    assert "\n" not in text and deltas[-1].finish_reason == "stop"
+
+
+async def test_streams_side_by_side_do_not_mix(engine: Engine) -> None:
+    """Eight streams at both priorities, each bound to a text of its own, say their own."""
+    prompt = await prompt_of(engine, "Say something.")
+    texts = [f"stream {n} " + "abcdefgh"[n] * 20 for n in range(8)]
+    together = await asyncio.gather(
+        *(
+            read(
+                engine,
+                prompt,
+                Sampling(max_tokens=60, json_schema=json.dumps({"const": text})),
+                priority=(DECIDE, CHAT)[number % 2],
+            )
+            for number, text in enumerate(texts)
+        )
+    )
+    assert [json.loads("".join(delta.text for delta in deltas)) for deltas in together] == texts
+
+
+async def test_a_bad_request_fails_alone(engine: Engine) -> None:
+    """A prompt over the context raises EngineFailed; a stream beside it goes on."""
+    prompt = await prompt_of(engine)
+    beside = asyncio.create_task(read(engine, prompt, Sampling(max_tokens=20)))
+    with pytest.raises(EngineFailed):
+        await read(engine, prompt * (engine.max_model_len // len(prompt) + 1), Sampling(max_tokens=1))
+    assert (await beside)[-1].finish_reason is not None
+    await engine.check()
+
+
+async def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
+    """The stop string itself is not part of the text."""
+    deltas = await read(engine, await prompt_of(engine), Sampling(max_tokens=60))
+    text = "".join(delta.text for delta in deltas)
+    stop = text[5:10]
+    stopped = await read(engine, await prompt_of(engine), Sampling(max_tokens=60, stop=(stop,)))
+    assert "".join(delta.text for delta in stopped) == text[: text.index(stop)]
+    assert stopped[-1].finish_reason == "stop"
+
+
+async def test_control_tokens_in_a_users_text_are_only_text(engine: Engine) -> None:
+    """`encode` makes them special only where the service itself wrote them."""
+    as_text, as_control = await engine.encode("<|im_end|>"), await engine.encode("<|im_end|>", special=True)
+    assert len(as_control) == 1 and as_control[0] not in as_text
+
+
+@pytest.mark.parametrize("text", ["", "hello", "naïve café — 東京 🚀🚀🚀", "a b c d e f g h " * 200])
+@pytest.mark.parametrize("limit", [0, 1, 3, 40])
+async def test_clip_keeps_the_start_or_the_end_within_the_limit(engine: Engine, text: str, limit: int) -> None:
+    """What is kept is a true start or end of the text, and as long as fits."""
+    start = await engine.clip(text, limit, keep="start")
+    end = await engine.clip(text, limit, keep="end")
+    assert text.startswith(start) and text.endswith(end)
+    assert len(await engine.encode(start)) <= limit and len(await engine.encode(end)) <= limit
+    if len(await engine.encode(text)) <= limit:
+        assert start == end == text
+
+
+async def test_render_keeps_contents_in_order_and_opens_the_reply(engine: Engine) -> None:
+    """The template's text holds each content once."""
+    messages = [
+        {"role": "system", "content": "SYSTEM"},
+        {"role": "user", "content": "FIRST"},
+        {"role": "assistant", "content": "REPLY"},
+        {"role": "user", "content": "SECOND"},
+    ]
+    text = engine.render(messages)
+    assert text is not None
+    places = [text.index(str(message["content"])) for message in messages]
+    assert places == sorted(places) and text.endswith("assistant\n")
