@@ -1,0 +1,234 @@
+"""engine/weights.py: which checkpoint serves, what kind of weights it holds, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from yaptext.engine.weights import Checkpoint, choose, wants_demo
+from yaptext.errors import StartError
+from yaptext.settings import Settings
+
+
+def model(folder: Path, name: str = "model", **config: Any) -> str:
+    """A model folder with this config."""
+    path = folder / name
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def quantized(method: str) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": method}}
+
+
+def chosen(source: str, device: str = "cpu", **variables: str) -> Checkpoint:
+    return choose(Settings.load(CHAT_MODEL=source, YAP_TEXT_DEVICE=device, **variables), "chat")
+
+
+# Which checkpoint
+
+
+@pytest.mark.parametrize("name", ["CHAT_MODEL", "TOOL_MODEL", "AWQ_CHAT_MODEL", "AWQ_TOOL_MODEL"])
+def test_the_demo_serves_where_no_model_is_named(name: str) -> None:
+    """Whoever names one model means it."""
+    assert wants_demo(Settings.load())
+    assert not wants_demo(Settings.load(**{name: "some/model"}))
+
+
+def test_the_demo_is_both_roles_and_says_so(tmp_path: Path) -> None:
+    """The operator reads why this model serves."""
+    folder = Path(model(tmp_path, max_position_embeddings=2048))
+    for role in ("chat", "tool"):
+        found = choose(Settings.load(YAP_TEXT_DEVICE="cpu"), role, folder)
+        assert (found.source, found.kind, found.context, found.demo) == (str(folder), "float", 2048, True)
+        assert "demo" in found.reason
+
+
+@pytest.mark.parametrize("role", ["chat", "tool"])
+def test_an_awq_model_is_served_instead_of_the_plain_one(tmp_path: Path, role: Any) -> None:
+    """AWQ_CHAT_MODEL and AWQ_TOOL_MODEL win, each for its role; the reason names the variable."""
+    plain, awq = model(tmp_path, "plain"), model(tmp_path, "other", **quantized("awq"))
+    name = role.upper()
+    settings = Settings.load(YAP_TEXT_DEVICE="cpu", **{f"{name}_MODEL": plain})
+    assert (choose(settings, role).source, choose(settings, role).reason) == (plain, f"{name}_MODEL")
+    settings = Settings.load(YAP_TEXT_DEVICE="cpu", **{f"{name}_MODEL": plain, f"AWQ_{name}_MODEL": awq})
+    found = choose(settings, role)
+    assert (found.source, found.kind, found.reason, found.demo) == (awq, "awq", f"AWQ_{name}_MODEL", False)
+
+
+@pytest.mark.parametrize(("role", "other"), [("chat", "TOOL_MODEL"), ("tool", "CHAT_MODEL")])
+def test_a_deployed_role_needs_its_model(role: Any, other: str) -> None:
+    """The line names the variable that is missing, its AWQ form, and the deployment that needs it."""
+    with pytest.raises(StartError) as caught:
+        choose(Settings.load(**{other: "some/model"}), role)
+    for words in (f"{role.upper()}_MODEL is not set", "DEPLOY_MODELS=both", f"AWQ_{role.upper()}_MODEL"):
+        assert words in str(caught.value)
+
+
+# What kind of weights
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "kind"),
+    [
+        ("plain", {}, "float"),
+        ("plain", quantized("awq"), "awq"),
+        ("plain", quantized("gptq"), "gptq"),
+        ("plain", quantized("gptq_marlin"), "gptq"),
+        ("plain", quantized("fp8"), "fp8"),
+        ("plain", {"quantization_config": None}, "float"),
+        ("Impish-12B-AWQ", {}, "awq"),
+        ("impish-12b-awq", {}, "awq"),
+        ("Impish-12B-GPTQ-Int4", {}, "gptq"),
+        ("Impish-12B-AWQ", quantized("gptq"), "gptq"),
+        ("Impish-12B-GPTQ", quantized("awq"), "awq"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_finds_out_what_the_weights_are(
+    tmp_path: Path, device: str, name: str, config: dict[str, Any], kind: str
+) -> None:
+    """The config decides; where it says nothing, the name does; float weights become FP8 on CUDA."""
+    found = chosen(model(tmp_path, name, **config), device)
+    online = kind == "float" and device == "cuda"
+    assert (found.kind, found.online_fp8) == ("fp8" if online else kind, online)
+
+
+def test_only_the_name_of_the_folder_counts(tmp_path: Path) -> None:
+    """A model does not become AWQ by lying in a folder that is called so."""
+    shelf = tmp_path / "awq-and-gptq"
+    shelf.mkdir()
+    assert chosen(model(shelf)).kind == "float"
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "bitsandbytes", "mxfp4"])
+def test_weights_quantized_in_another_way_are_not_quantized_again(tmp_path: Path, method: str) -> None:
+    """What is quantized already is left to the engine, which reads the config too."""
+    assert not chosen(model(tmp_path, **quantized(method)), "cuda").online_fp8
+
+
+@pytest.mark.parametrize(
+    ("wanted", "config", "kind"),
+    [
+        ("none", {}, "float"),
+        ("none", quantized("fp8"), "fp8"),
+        ("fp8", quantized("fp8"), "fp8"),
+        ("awq", quantized("awq"), "awq"),
+        ("gptq", quantized("gptq"), "gptq"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_asked_for_and_there_is_served(
+    tmp_path: Path, device: str, wanted: str, config: dict[str, Any], kind: str
+) -> None:
+    """No weights change on the way."""
+    found = chosen(model(tmp_path, **config), device, QUANTIZATION=wanted)
+    assert (found.kind, found.online_fp8) == (kind, False)
+
+
+@pytest.mark.parametrize(("device", "kind", "online"), [("cuda", "fp8", True), ("cpu", "float", False)])
+def test_fp8_of_float_weights_is_made_on_cuda(tmp_path: Path, device: str, kind: str, online: bool) -> None:
+    """On CPU, where it cannot be, float weights serve and the reason says so."""
+    found = chosen(model(tmp_path), device, QUANTIZATION="fp8")
+    assert (found.kind, found.online_fp8) == (kind, online)
+    assert ("FP8 weights need CUDA" in found.reason) == (not online)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "config"),
+    [
+        ("awq", {}),
+        ("awq", quantized("gptq")),
+        ("gptq", {}),
+        ("gptq", quantized("awq")),
+        ("none", quantized("awq")),
+        ("fp8", quantized("gptq")),
+    ],
+)
+def test_weights_that_are_not_what_was_asked_for_are_refused(
+    tmp_path: Path, wanted: str, config: dict[str, Any]
+) -> None:
+    """The line says what was asked for, what is there, and what to do."""
+    with pytest.raises(StartError) as caught:
+        chosen(model(tmp_path, **config), QUANTIZATION=wanted)
+    line = str(caught.value)
+    assert line.startswith(f"QUANTIZATION={wanted}, but ")
+    assert f"has {config['quantization_config']['quant_method'] if config else 'float'} weights: " in line
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"text_config": {"max_position_embeddings": 32768}, "max_position_embeddings": 1}, 32768),
+        ({}, 8192),
+    ],
+)
+def test_the_context_is_the_models_own(tmp_path: Path, config: dict[str, Any], context: int) -> None:
+    """Models that see keep it one level deeper; one that does not say has 8192."""
+    assert chosen(model(tmp_path, **config)).context == context
+
+
+# Reading it
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "5"])
+def test_a_folder_without_a_config_is_no_model(tmp_path: Path, content: str | None) -> None:
+    """The line names the folder."""
+    path = tmp_path / "model"
+    path.mkdir()
+    if content is not None:
+        (path / "config.json").write_text(content)
+    with pytest.raises(StartError, match=str(path)):
+        chosen(str(path))
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./no-such-folder", "~/no-such-folder"])
+def test_a_path_is_not_looked_for_on_the_hub(source: str) -> None:
+    """Who writes a path means a folder."""
+    with pytest.raises(StartError, match=f"^{source} is not a folder$"):
+        chosen(source)
+
+
+class Hub:
+    """Stands in for the hub client: one file, or an error."""
+
+    def __init__(self, answer: str | Exception) -> None:
+        self.answer = answer
+        self.asked: list[tuple[Any, ...]] = []
+
+    def download(self, repo: str, file: str, *, token: str | None) -> str:
+        self.asked.append((repo, file, token))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize("token", [None, "hf_secret"])
+def test_a_hub_model_is_asked_for_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str | None
+) -> None:
+    """Only the config is fetched, with the token where there is one; the hub's name tells the kind as well."""
+    hub = Hub(f"{model(tmp_path)}/config.json")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    found = chosen("yapwithai/impish-12b-awq", **({"HF_TOKEN": token} if token else {}))
+    assert (found.source, found.kind) == ("yapwithai/impish-12b-awq", "awq")
+    assert hub.asked == [("yapwithai/impish-12b-awq", "config.json", token)]
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"), [(OSError("401 Unauthorized\nlong story"), "401 Unauthorized"), (KeyError(), "KeyError")]
+)
+def test_what_the_hub_refuses_ends_the_start_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, detail: str
+) -> None:
+    """The model and the first line of the reason; never the token."""
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Hub(error).download)
+    with pytest.raises(StartError) as caught:
+        chosen("some/model", HF_TOKEN="hf_secret")
+    assert str(caught.value) == f"cannot read the config of some/model: {detail}"
