@@ -17,6 +17,7 @@ import websockets
 from fakes import ScriptedEngine
 
 from yaptext.dialogue.stage import Stage
+from yaptext.dialogue.toolcall import ToolSet
 from yaptext.engine.base import Engines
 from yaptext.server.app import create_app
 from yaptext.server.connection import Connection
@@ -108,7 +109,7 @@ async def talking(
         chat=chat if settings.chat_deployed else None,
         tool=(tool or chat) if settings.tool_deployed else None,
     )
-    stage = await Stage.open(settings, deployed)
+    stage = await Stage.open(settings, deployed, ToolSet.from_file(settings.tools_file))
     async with asyncio.TaskGroup() as group:
         talk = Talk(stage, group)
         yield talk
@@ -206,7 +207,6 @@ async def vllm_engine(state_folder: Path) -> AsyncIterator[Any]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in os.environ.items():
             environment.setenv(name, value)  # so that what vLLM is told does not outlive it
-        environment.setenv("PYTHONWARNINGS", "ignore")
         engines = open_engines(Settings.load(YAP_TEXT_STATE_DIR=state_folder, YAP_TEXT_DEVICE="cpu"))
         assert engines.chat is engines.tool, "one checkpoint, one engine"
         yield engines.chat

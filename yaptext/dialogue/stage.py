@@ -33,8 +33,8 @@ class Stage:
     decider: Decider | None
 
     @classmethod
-    async def open(cls, settings: Settings, engines: Engines) -> Stage:
-        """Learns the models' templates and reads the tools. Raises `SettingsError`."""
+    async def open(cls, settings: Settings, engines: Engines, tools: ToolSet) -> Stage:
+        """Learns the models' templates."""
         prompts = decider = None
         if engines.chat is not None:
             limits = Limits(
@@ -48,9 +48,10 @@ class Stage:
         if engines.tool is not None:
             decider = await Decider.open(
                 engines.tool,
-                ToolSet.from_file(settings.tools_file),
+                tools,
                 max_out=settings.tool_max_out,
-                history_tokens=settings.tool_history_tokens,
+                # The demo model takes what was said before for what is asked now.
+                history_tokens=0 if engines.demo else settings.tool_history_tokens,
                 timeout_s=settings.tool_timeout_s,
             )
         store = SessionStore(max_sessions=settings.max_sessions, ttl_s=settings.session_ttl_s)

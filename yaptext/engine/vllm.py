@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import os
 import time
@@ -142,8 +141,7 @@ class VllmEngine:
 
     async def aclose(self) -> None:
         self._llm.shutdown(timeout=5)
-        del self._llm
-        gc.collect()  # it stands in a cycle, and its __del__ fails once the interpreter ends
+        self._llm.shutdown = lambda timeout=None: None  # __del__ calls it again, when the interpreter is half gone
 
 
 def open_engines(settings: Settings) -> Engines:
@@ -245,6 +243,11 @@ def _environment(settings: Settings) -> dict[str, str]:
         "VLLM_LOGGING_CONFIG_PATH": str(Path(__file__).parent.parent / "observe" / "vllm_logging.json"),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # What would stand between the log's lines in a form of its own: progress bars, torch's logs, warnings.
+        "TQDM_DISABLE": "1",
+        "TORCH_LOGS": "-all",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
     }
     if settings.hf_home:
         values["HF_HOME"] = str(settings.hf_home)

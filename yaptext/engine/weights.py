@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +95,7 @@ def _read_config(settings: Settings, source: str) -> dict[str, Any]:
         else:
             from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
 
+            logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already
             token = settings.hf_token.get_secret_value() if settings.hf_token else None
             path = Path(hf_hub_download(source, "config.json", token=token))
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -19,8 +19,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from yaptext import __version__
 from yaptext.dialogue.stage import Stage
+from yaptext.dialogue.toolcall import ToolSet
 from yaptext.engine.base import Engines
-from yaptext.errors import AuthenticationFailed, EngineDead, ServerAtCapacity, WireError
+from yaptext.errors import AuthenticationFailed, EngineDead, ServerAtCapacity, WireError, YapError
 from yaptext.observe.metrics import CONTENT_TYPE
 from yaptext.server.admission import Admission
 from yaptext.server.connection import Connection
@@ -76,9 +77,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
-        engines = open_engines(settings)
         try:
-            stage = await Stage.open(settings, engines)
+            tools = ToolSet.from_file(settings.tools_file)  # before the engines: a typo is told at once
+            engines = open_engines(settings)
+        except YapError as error:
+            lifecycle.fail(error)
+            raise
+        try:
+            stage = await Stage.open(settings, engines, tools)
             begun = time.monotonic()
             await stage.prime()
             _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from yaptext.engine.base import Engines
-from yaptext.errors import EngineDead, GoingAway
+from yaptext.errors import EngineDead, GoingAway, YapError
 from yaptext.server.admission import Admission
 from yaptext.settings import Settings
 
@@ -34,10 +35,16 @@ class Lifecycle:
     def __init__(self) -> None:
         self.phase: Phase = "starting"
         self.exit_requested = asyncio.Event()
+        self.failure: YapError | None = None
 
     @property
     def draining(self) -> bool:
         return self.phase == "draining"
+
+    def fail(self, error: YapError) -> None:
+        """The start ends with this error, which says enough: uvicorn's traceback of it is not wanted."""
+        self.failure = error
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
 
     @asynccontextmanager
     async def watching(self, engines: Engines) -> AsyncIterator[None]:
@@ -120,7 +127,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets=sockets)
+        try:
+            await super().startup(sockets=sockets)
+        except SystemExit:
+            if self.lifecycle.failure is not None:
+                raise self.lifecycle.failure from None
+            raise
         if self.should_exit:
             return
         self.bound_port = self.servers[0].sockets[0].getsockname()[1]

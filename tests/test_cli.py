@@ -1,0 +1,196 @@
+"""`yap-text` as its user meets it: its own process, its exit status, its lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.sync.client import connect
+
+from yaptext.settings import variables
+
+pytestmark = pytest.mark.subprocess
+KEY = "a-key-of-the-test"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "yaptext", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_lists_every_variable() -> None:
+    """Name, default and meaning, as the README has them."""
+    text = re.sub(r"\s+", " ", run("serve", "--help").stdout)
+    for name, default, meaning in variables():
+        assert f" {name}" + (f" (default {default})" if default else "") in text
+        assert re.sub(r"\s+", " ", meaning) in text
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"CHAT_GPU_FRAC": "1.5"}, "CHAT_GPU_FRAC='1.5' is not allowed"),
+        ({"DEPLOY_MODELS": "all"}, "DEPLOY_MODELS='all' is not allowed"),
+        ({"HOST": "0.0.0.0"}, "HOST='0.0.0.0' is not allowed with the default API key"),
+        ({"CHAT_MODEL": "/nowhere", "TOOL_MODEL": "/nowhere"}, "/nowhere is not a folder"),
+        ({"CHAT_MODEL": "/nowhere"}, "TOOL_MODEL is not set"),
+        ({"TOOLS_FILE": "/nowhere.json"}, "TOOLS_FILE"),
+    ],
+)
+def test_a_bad_setting_ends_the_start_with_one_line(environment: dict[str, str], told: str) -> None:
+    """Exit status 2 and no traceback: the line names variable and value."""
+    ended = run("serve", LOG_LEVEL="error", **environment)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1 and told in ended.stderr, ended.stderr
+
+
+def test_the_app_imports_neither_vllm_nor_torch() -> None:
+    """`import yaptext.server.app` stays light; the engine's imports happen where it opens."""
+    code = "import sys, yaptext.server.app; print([m for m in ('vllm', 'torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_client_without_a_service_says_so_in_one_line() -> None:
+    """`warmup` against a closed port."""
+    ended = run("warmup", "--url", "ws://127.0.0.1:9/ws")
+    assert ended.returncode == 2 and "cannot connect" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+class Served:
+    """A service in its own process, and its journal."""
+
+    def __init__(self, process: subprocess.Popen[bytes], journal: Path) -> None:
+        self.process, self._journal = process, journal
+
+    def lines(self) -> list[str]:
+        return self._journal.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        parsed = [json.loads(line) for line in self.lines() if line.startswith("{")]
+        return [event for event in parsed if event["event"] == name]
+
+    def ready(self) -> str:
+        for _ in range(1200):
+            assert self.process.poll() is None, "\n".join(self.lines()[-20:])
+            if self.events("server.ready"):
+                return str(self.events("server.ready")[0]["url"])
+            time.sleep(0.1)
+        raise AssertionError("not ready in two minutes")
+
+
+@pytest.fixture(scope="module")
+def served(state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    journal = tmp_path_factory.mktemp("serve") / "journal"
+    environment = os.environ | {
+        "PORT": "0",
+        "YAP_TEXT_API_KEY": KEY,
+        "YAP_TEXT_STATE_DIR": str(state_folder),
+        "YAP_TEXT_DEVICE": "cpu",
+        "LOG_FORMAT": "json",
+        "KV_DTYPE": "auto",
+        "HUGGINGFACE_HUB_TOKEN": "hf_test",
+    }
+    with journal.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, "-m", "yaptext", "serve"], env=environment, stderr=stderr)
+    try:
+        yield Served(process, journal)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.engine
+class TestServed:
+    """One life of the service, in order: ready, talk, signals."""
+
+    def test_it_says_what_it_serves(self, served: Served) -> None:
+        """Demo, weights with their reason, moved names: one line each; every line is JSON."""
+        served.ready()
+        assert served.events("demo.serving") and served.events("weights.chosen")[0]["reason"]
+        assert [e["note"] for e in served.events("setting.moved")] == ["HUGGINGFACE_HUB_TOKEN is now HF_TOKEN"]
+        assert [line for line in served.lines() if not line.startswith("{")] == []
+
+    def test_warmup_prints_figures_and_an_answer(self, served: Served) -> None:
+        """One line of metrics, one of decision and text; options reach the service."""
+        url = served.ready().replace("http", "ws") + "/ws"
+        options = ("--url", url, "--gender", "woman", "--style", "scholar")
+        ended = run("warmup", "What is the capital of France?", *options, YAP_TEXT_API_KEY=KEY)
+        assert ended.returncode == 0, ended.stderr
+        figures, result = map(json.loads, ended.stdout.splitlines())
+        assert figures["metrics"]["ttft_ms"] > 0 and figures["metrics"]["usage"]["completion_tokens"] > 0
+        assert "Paris" in result["text"] and result["toolcall"]["status"] in ("yes", "no")
+
+    def test_chat_streams_and_ctrl_c_barges_in(self, served: Served) -> None:
+        """In a terminal: the reply appears, Ctrl-C stops it and keeps the conversation, /quit leaves."""
+        url = served.ready().replace("http", "ws") + "/ws"
+        command = [sys.executable, "-m", "yaptext", "chat", "--url", url]
+        master, slave = pty.openpty()
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"YAP_TEXT_API_KEY": KEY},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            process_group=0,
+        )
+        os.close(slave)
+        screen = ""
+
+        def until(text: str) -> None:
+            nonlocal screen
+            while text not in screen:
+                screen += os.read(master, 4096).decode(errors="replace")
+            screen = screen.partition(text)[2]
+
+        until("you>")
+        os.write(master, b"Tell me a very long story about the sea and a ship.\n")
+        until("[tool: none")
+        until("]")
+        until(" ")
+        process.send_signal(signal.SIGINT)
+        until("[cancelled after")
+        until("you>")
+        os.write(master, b"/quit\n")
+        assert process.wait(20) == 0
+        os.close(master)
+
+    def test_no_key_and_no_utterance_is_in_the_journal(self, served: Served) -> None:
+        """Not even one that came in an address."""
+        url = served.ready().replace("http", "ws") + "/ws"
+        with connect(f"{url}?api_key={KEY}", proxy=None) as socket:
+            socket.send(json.dumps({"type": "start", "session_id": "s", "user_utterance": "canary words"}))
+            while json.loads(socket.recv(60))["type"] != "done":
+                pass
+        assert not [line for line in served.lines() if KEY in line or "canary" in line or "hf_test" in line]
+        finished = served.events("turn.finished")[-1]
+        assert finished["outcome"] == "finished" and finished["ttft_ms"] > 0 and finished["completion_tokens"] > 0
+
+    def test_sigterm_drains_and_exits_with_zero(self, served: Served) -> None:
+        """The open socket hears going_away with 1012; the journal tells of the drain; nothing is left."""
+        url = served.ready().replace("http", "ws") + "/ws"
+        with connect(url, additional_headers={"X-API-Key": KEY}, proxy=None) as socket:
+            socket.send('{"type": "ping"}')
+            assert json.loads(socket.recv(20))["type"] == "pong"
+            served.process.send_signal(signal.SIGTERM)
+            assert json.loads(socket.recv(20))["error_code"] == "going_away"
+            with pytest.raises(Exception, match="1012"):
+                socket.recv(20)
+        assert served.process.wait(30) == 0
+        assert served.events("drain.finished")
+        assert not [event for event in map(json.loads, served.lines()) if event["level"] in ("error", "critical")]
