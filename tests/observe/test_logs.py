@@ -187,6 +187,7 @@ WAYS: dict[str, Callable[[], Any]] = {
     "event, among others": lambda: say(f"GET /ws?a=1&api_key={SECRET}&b=2 and /ws?api_key={SECRET}"),
     "field": lambda: say("x", url=f"/ws?api_key={SECRET}"),
     "upper case": lambda: say("x", url=f"/ws?API_KEY={SECRET}", env=f"YAP_TEXT_API_KEY={SECRET}"),
+    "beyond ASCII": lambda: say(f"GET /ws?api_key=schlüssel-{SECRET}", url=f"/ws?api_key=🔑{SECRET}&b=2"),
     "quoted": lambda: say(f'"GET /ws?api_key={SECRET}" 101'),
     "quoted field": lambda: say("x", request=f'"/ws?api_key={SECRET}"', other=f"'/ws?api_key={SECRET}'"),
     "nested field": lambda: say("x", scope={"headers": [("referer", f"/ws?api_key={SECRET}")]}),
