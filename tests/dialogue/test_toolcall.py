@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 from fakes import Gate, Script, ScriptedEngine
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from yaptext.dialogue.history import Message, parse
@@ -443,6 +443,7 @@ loose_tools = st.fixed_dictionaries(
 
 
 @given(st.lists(loose_tools, max_size=3))
+@example([{"name": "a", "parameters": {"type": "object", "properties": None}}])
 @often
 @pytest.mark.parametrize("template", ["chatml", "tools"])
 async def test_any_tools_that_are_accepted_can_be_decided_on(template: Any, tools: list[dict[str, Any]]) -> None:
