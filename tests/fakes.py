@@ -38,6 +38,8 @@ class ScriptedEngine:
     protocol: a prefix cache in whole blocks, `max_tokens`, `stop`, errors for prompts that are too long."""
 
     chat: Script = field(default_factory=Script)
+    aborting: Pace = at_once
+    """How long an abort takes."""
     decision: Script = field(default_factory=lambda: Script(("[]",)))
     model: str = "scripted"
     max_model_len: int = 4096
@@ -93,11 +95,11 @@ class ScriptedEngine:
                 done = True
                 raise script.error
         finally:
+            if not done:
+                await self.aborting()
             self.running -= 1
-            if done:
-                self.finished += 1
-            else:
-                self.aborted += 1
+            self.finished += done
+            self.aborted += not done
 
     def _use_cache(self, prompt: list[int]) -> int:
         """Tokens of `prompt` found in the cache; like vLLM never all of them, and in whole blocks."""

@@ -147,6 +147,28 @@ async def test_rule_3_a_start_on_a_second_socket_ends_the_turn_of_the_first() ->
         assert talk.stage.engines.chat.aborted == 1
 
 
+@pytest.mark.parametrize("sockets", [1, 2])
+async def test_rule_3_the_new_turn_waits_for_an_abort_that_takes_long(sockets: int) -> None:
+    """However slow the engine lets go, the old done comes before the new ack; a third start keeps the order."""
+    abort = Gate()
+    engine = ScriptedEngine(Script(["x"] * 3, pace=(gate := Gate())), aborting=abort)
+    async with talking(engine, DEPLOY_MODELS="chat") as talk:
+        first = talk.socket()
+        second = first if sockets == 1 else talk.socket()
+        first.start("one")
+        gate.step()
+        await first.until("token")
+        second.start("two")
+        first.start("three")
+        await settle()
+        assert {f["turn"] for f in first.of("ack") + second.of("ack")} == {1}
+        abort.step()
+        gate.step(3)
+        await first.until(lambda f: f["type"] == "done" and f["turn"] == 3)
+        check_frames(first.frames, decides=False)
+        check_frames(second.frames, decides=False)
+
+
 async def test_rule_3_another_key_with_the_same_session_id_is_another_session() -> None:
     """No key reaches a session of another key."""
     async with talking(ScriptedEngine(Script(["x"], pace=(gate := Gate())))) as talk:
@@ -204,8 +226,9 @@ async def test_rule_5_a_cancel_is_acted_on_while_the_socket_is_stalled() -> None
         gate.step(2)
         await socket.until("token")
         socket.reading.clear()
-        gate.step(5)
-        await settle()
+        for _ in range(5):
+            gate.step()
+            await settle()
         socket.say("cancel")
         await settle()
         assert talk.stage.engines.chat.aborted == 1

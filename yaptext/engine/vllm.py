@@ -220,6 +220,7 @@ def _arguments(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *
         "scheduling_policy": "priority",
         "enforce_eager": settings.enforce_eager or not cuda,  # compiling for a CPU costs minutes and gains little
         "generation_config": "vllm",  # the service's own sampling defaults count, not the checkpoint's
+        "use_tqdm_on_load": False,
         "disable_log_stats": True,
         "enable_log_requests": False,
         "hf_token": settings.hf_token.get_secret_value() if settings.hf_token else None,
