@@ -160,6 +160,11 @@ class Running:
         self.http = f"http://127.0.0.1:{server.bound_port}"
         self.ws = f"ws://127.0.0.1:{server.bound_port}/ws"
 
+    @property
+    def active(self) -> int:
+        """Slots in use."""
+        return len(self.server.lifespan.state["service"].admission.connections)
+
     def connect(self, key: str = "yap_token", **options: Any) -> Any:
         return websockets.connect(self.ws, additional_headers={"X-API-Key": key}, proxy=None, **options)
 
