@@ -156,7 +156,7 @@ async def test_rule_10_a_client_that_does_not_read_closes_with_4001() -> None:
         async with running.connect(max_queue=1) as socket:
             await say(socket, "start", session_id="s", user_utterance="hi")
             async with asyncio.timeout(20):
-                while running.active or not engine.aborted:
+                while running.active or not engine.aborted:  # noqa: ASYNC110  # neither has an event
                     await asyncio.sleep(0.01)
             assert await closed_with(socket) == 4001
         assert engine.running == 0
