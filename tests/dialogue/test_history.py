@@ -250,6 +250,16 @@ def test_a_cut_reply_is_a_new_message() -> None:
     assert talk.messages[-1].ids == {}
 
 
+@pytest.mark.parametrize("heard", [14, 15, 1000])
+def test_a_reply_that_was_heard_whole_stays_as_it_is(heard: int) -> None:
+    """It keeps its last white space, and its token ids."""
+    talk = Transcript()
+    talk.add_turn("hi", "Hello friend.\n")
+    before = talk.messages[-1]
+    talk.cut_reply(heard)
+    assert talk.messages[-1] is before
+
+
 @pytest.mark.parametrize("text", ["", "User: hi", "just a note"])
 def test_only_a_reply_is_cut(text: str) -> None:
     """Where the last word is not the assistant's, there is nothing to cut."""
