@@ -513,7 +513,7 @@ def test_done_shows_every_figure_of_a_finished_turn() -> None:
 
 def test_text_is_sent_as_it_is() -> None:
     """Characters beyond ASCII travel unescaped, and a frame is one line."""
-    assert encode(Token(text="naïve 🫠\n", turn=1)) == '{"type":"token","text":"naïve 🫠\\n","turn":1}'
+    assert encode(Token(text="naïve 🫠\n", turn=1)) == '{"type":"token","text":"naïve 🫠\\n","turn":1}'.encode()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Literal
 
 Speaker = Literal["user", "assistant", "note"]
 
-_LABEL = re.compile(r"^\s*(user|human|assistant|ai|bot)\s*:[^\S\n]*", re.IGNORECASE)
+_LABEL = re.compile(r"^\s*(user|human|assistant|ai|bot)\s*:[^\S\n]*", re.IGNORECASE | re.ASCII)
 _SPEAKERS: dict[str, Speaker] = {
     "user": "user",
     "human": "user",
@@ -67,19 +67,22 @@ def keep_recent(sizes: Sequence[int], limit: int) -> int:
 class Transcript:
     """The messages of one session, oldest first."""
 
-    __slots__ = ("messages",)
+    __slots__ = ("_sent", "messages")
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
+        self._sent: list[Message] = []
 
     def replace(self, text: str) -> None:
-        """Takes a client's own transcript. Messages that stay the same keep their token ids."""
+        """Takes a client's own transcript. Messages that stood in the last one keep their token ids, also
+        those that a prompt had no room for."""
         new = parse(text)
-        for index, (old, message) in enumerate(zip(self.messages, new, strict=False)):
+        for index, (old, message) in enumerate(zip(self._sent, new, strict=False)):
             if old.speaker != message.speaker or old.text != message.text:
                 break
             new[index] = old
-        self.messages = new
+        self._sent = new
+        self.messages = list(new)
 
     def add_turn(self, utterance: str, reply: str) -> None:
         self.messages.append(Message("user", utterance))

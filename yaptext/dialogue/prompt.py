@@ -94,7 +94,7 @@ def joint_to_user(shape: Shape, role: str, newline: list[int]) -> list[int]:
 
 async def fit(engine: Engine, text: str, max_tokens: int, *, keep: Literal["start", "end"], exact: bool) -> str:
     """`text` cut to `max_tokens`: by the tokenizer, or with `exact` off by 4 characters a token."""
-    if len(text) <= max_tokens:  # no token is shorter than a character
+    if len(text.encode()) <= max_tokens:  # no token is shorter than a byte
         return text
     if exact:
         return await engine.clip(text, max_tokens, keep=keep)
@@ -146,7 +146,7 @@ class ChatPrompts:
 
     async def _standing(self, persona: str, messages: list[Message]) -> tuple[list[int], str]:
         """The one place that lays out what stays from turn to turn."""
-        ids = list(self._shape.opening) if self._shape else []
+        ids = list(self._shape.opening) if self._shape is not None and self.format != "bare" else []
         ids += await self._persona(persona)
         await self._trim(messages, len(ids))
         if self._shape is not None and self.format == "turns":
@@ -180,7 +180,12 @@ class ChatPrompts:
             if await self._encode(message) and index % 64 == 63:
                 await asyncio.sleep(0)  # a transcript of thousands of lines must not hold the loop
         sizes = [len(m.ids["chat"]) if limits.exact else len(m.text) // 4 + 4 for m in messages]
+        if self.format == "turns" and self._shape is not None:
+            between = max(len(self._shape.after_user), len(self._shape.after_reply))
+            sizes = [size + between for size in sizes]
         first = keep_recent(sizes, limit)
+        if first == len(messages) and messages and sizes[-1] <= limit:
+            first -= 1
         if first == len(messages) and messages and limit > 16:
             last = messages[-1]
             text = await fit(self._engine, last.text, limit - 8, keep="end", exact=limits.exact)

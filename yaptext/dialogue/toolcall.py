@@ -70,20 +70,22 @@ class ToolSet:
         name may be absent. Raises `BadMessage`, which names the tool and the field."""
         if len(tools) > MAX_TOOLS:
             raise BadMessage(f"{len(tools)} tools; limit is {MAX_TOOLS} - at $.tools")
-        self.tools = [_plain(tool, index) for index, tool in enumerate(tools)]
-        self.names = [tool["name"] for tool in self.tools]
-        self.examples = [
-            (example.message, [Call(name, example.arguments)])
-            for index, (name, tool) in enumerate(zip(self.names, tools, strict=True))
-            for example in _examples(tool, index)
-        ]
+        try:
+            self.tools = [_plain(tool, index) for index, tool in enumerate(tools)]
+            self.names = [tool["name"] for tool in self.tools]
+            self.examples = [
+                (example.message, [Call(name, example.arguments)])
+                for index, (name, tool) in enumerate(zip(self.names, tools, strict=True))
+                for example in _examples(tool, index)
+            ]
+            self.key = msgspec.json.encode([self.tools, self.examples])
+            self.schema = msgspec.json.encode(_answer_schema(self.tools)).decode()
+        except RecursionError:
+            raise BadMessage("the schemas are nested too deep - at $.tools") from None
         if len(set(self.names)) != len(self.names):
             raise BadMessage("two tools have the same name - at $.tools")
-        encoded = msgspec.json.encode([self.tools, self.examples])
-        if len(encoded) > MAX_TOOLS_BYTES:
-            raise BadMessage(f"tools are {len(encoded)} bytes of JSON; limit is {MAX_TOOLS_BYTES} - at $.tools")
-        self.key = encoded
-        self.schema = msgspec.json.encode(_answer_schema(self.tools)).decode()
+        if len(self.key) > MAX_TOOLS_BYTES:
+            raise BadMessage(f"tools are {len(self.key)} bytes of JSON; limit is {MAX_TOOLS_BYTES} - at $.tools")
 
     @classmethod
     def from_file(cls, path: Path | None) -> ToolSet:
@@ -98,7 +100,8 @@ class ToolSet:
             raise SettingsError(f"TOOLS_FILE={str(path)!r} is not a list of tools: {error}") from None
 
     def parse(self, text: str) -> list[Call]:
-        """The calls of a finished decision. Raises `ValueError` for what the grammar does not allow."""
+        """The calls of a finished decision, whose arguments the grammar has held to their schemas.
+        Raises `ValueError` for what is no list of calls of these tools."""
         try:
             calls = _calls_decoder.decode(text)
         except msgspec.DecodeError as error:
@@ -110,6 +113,8 @@ class ToolSet:
 
 
 def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
+    from jsonschema import Draft202012Validator, SchemaError  # slow to import
+
     tool = tool.get("function", tool)
     where = f"$.tools[{index}]"
     if not isinstance(tool, dict):
@@ -122,6 +127,10 @@ def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
         raise BadMessage(f"Expected str - at {where}.description")
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise BadMessage(f"parameters must be a JSON schema of type object - at {where}.parameters")
+    try:
+        Draft202012Validator.check_schema(parameters)
+    except SchemaError as error:
+        raise BadMessage(f"not a JSON schema: {error.message[:200]} - at {where}.parameters") from None
     return {"name": name, "description": description, "parameters": parameters}
 
 
@@ -135,16 +144,35 @@ def _examples(tool: dict[str, Any], index: int) -> list[Example]:
 def _answer_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
     if not tools:
         return {"type": "array", "maxItems": 0}
-    call = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool["name"]}, "arguments": tool["parameters"]},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return {"type": "array", "items": {"anyOf": call}, "minItems": 0, "maxItems": MAX_CALLS}
+    calls, definitions = [], {}
+    for number, tool in enumerate(tools):
+        arguments = tool["parameters"]
+        if b'"$ref"' in msgspec.json.encode(arguments):
+            definitions[f"tool{number}"] = _rooted(arguments, f"#/$defs/tool{number}")
+            arguments = {"$ref": f"#/$defs/tool{number}"}
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool["name"]}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 0, "maxItems": MAX_CALLS}
+    return schema | {"$defs": definitions} if definitions else schema
+
+
+def _rooted(schema: Any, root: str) -> Any:
+    """A schema whose own references (`#`, `#/$defs/...`) point below `root`, where it will stand."""
+    if isinstance(schema, list):
+        return [_rooted(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    rooted = {name: _rooted(value, root) for name, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        rooted["$ref"] = root + reference[1:]
+    return rooted
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +255,7 @@ class Decider:
             self._heads.move_to_end(tools.key)
         recent = await self._recent(messages, head.labels)
         if head.labels:
-            ids = head.ids + [token for message in recent for token in message.ids["tool"]]
+            ids = head.ids + [token for message in recent for token in message.ids["tool as text"]]
             return ids + await self._engine.encode(f"Message: {utterance}") + head.shape.closing
         told, role = in_roles(head.shape, recent, "tool", self._newline)
         joint = [] if role == "system" else joint_to_user(head.shape, role, self._newline)
@@ -237,12 +265,13 @@ class Decider:
 
     async def _recent(self, messages: Sequence[Message], labels: bool) -> list[Message]:
         """The last whole messages within the limit, beginning with the user's."""
+        key = "tool as text" if labels else "tool"
         recent = [m for m in messages[-16:] if m.speaker != "note"]
         for message in recent:
-            if "tool" not in message.ids:
+            if key not in message.ids:
                 text = f"{message.speaker.capitalize()}: {message.text.strip()}\n" if labels else message.text.strip()
-                message.ids["tool"] = await self._engine.encode(text)
-        recent = recent[keep_recent([len(m.ids["tool"]) for m in recent], self._history_tokens) :]
+                message.ids[key] = await self._engine.encode(text)
+        recent = recent[keep_recent([len(m.ids[key]) for m in recent], self._history_tokens) :]
         while recent and recent[0].speaker != "user":
             recent = recent[1:]
         return recent

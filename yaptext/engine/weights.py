@@ -12,7 +12,7 @@ from yaptext.engine.base import Role
 from yaptext.errors import StartError
 from yaptext.settings import Settings
 
-Kind = Literal["float", "fp8", "awq", "gptq"]
+Kind = Literal["float", "fp8", "awq", "gptq", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,10 @@ def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoi
     plain = settings.chat_model if role == "chat" else settings.tool_model
     name = role.upper()
     if awq:
-        return _describe(settings, awq, f"AWQ_{name}_MODEL")
+        checkpoint = _describe(settings, awq, f"AWQ_{name}_MODEL")
+        if checkpoint.kind != "awq":
+            raise StartError(f"AWQ_{name}_MODEL={awq} has {checkpoint.kind} weights: name it in {name}_MODEL")
+        return checkpoint
     if not plain:
         raise StartError(
             f"{name}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it "
@@ -79,6 +82,8 @@ def _kind(source: str, config: dict[str, Any]) -> Kind:
     for kind in ("awq", "gptq", "fp8"):
         if kind in method:
             return kind
+    if method:
+        return "other"  # quantized in a way of its own: the engine reads the config, too
     name = Path(source).name.lower() if Path(source).exists() else source.lower()
     if "gptq" in name:
         return "gptq"

@@ -188,7 +188,7 @@ async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) ->
     capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else UNSET
     try:
         await websocket.accept()
-        await websocket.send_text(encode(error_frame(refusal, capacity=capacity)))
+        await websocket.send_text(encode(error_frame(refusal, capacity=capacity)).decode())
         await websocket.close(refusal.close_code or 1011)
     except WebSocketDisconnect:
         pass  # it left before it was told

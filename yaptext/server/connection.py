@@ -227,7 +227,9 @@ class Connection:
             return
         try:
             if slow and ending.error is not None:
-                await self._socket.send({"type": "websocket.send", "text": encode(ending.error), "urgent": True})
+                await self._socket.send(
+                    {"type": "websocket.send", "text": encode(ending.error).decode(), "urgent": True}
+                )
             await self._socket.close(ending.code, ending.reason)
         except Exception as error:  # the client left meanwhile
             _log.debug("close.failed", error=type(error).__name__)

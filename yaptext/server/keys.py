@@ -16,7 +16,7 @@ class Keys:
     """The one key of `YAP_TEXT_API_KEY`. Keys are compared as bytes, in constant time."""
 
     def __init__(self, key: str) -> None:
-        self._key = key.encode()
+        self._key = key.encode(errors="surrogateescape")  # the environment may hold any bytes
 
     def identify(self, connection: HTTPConnection) -> str:
         """The name of the caller's key. Raises `AuthenticationFailed`.
@@ -26,7 +26,7 @@ class Keys:
         given = [connection.headers.get("x-api-key")]
         scheme, _, token = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            given.append(token.strip())
+            given.append(token.strip(" "))
         # latin-1: the bytes of the query as they came, whatever they are
         query = parse_qs(connection.scope.get("query_string", b"").decode("latin-1"), encoding="latin-1")
         candidates = [value.encode("latin-1", "replace") for value in given if value]

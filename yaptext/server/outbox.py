@@ -16,12 +16,13 @@ _TOKEN_FRAME_BYTES = 40
 class TokenStream:
     """The tokens of one turn on their way out. Tokens that wait together leave in one frame."""
 
-    __slots__ = ("_outbox", "pending", "pending_tokens", "queued", "sent", "sent_tokens", "turn")
+    __slots__ = ("_outbox", "pending", "pending_bytes", "pending_tokens", "queued", "sent", "sent_tokens", "turn")
 
     def __init__(self, outbox: Outbox, turn: int) -> None:
         self._outbox, self.turn = outbox, turn
         self.pending: list[str] = []
         self.pending_tokens = 0
+        self.pending_bytes = 0
         self.queued = False
         self.sent: list[str] = []
         self.sent_tokens = 0
@@ -29,13 +30,13 @@ class TokenStream:
     def push(self, text: str, tokens: int) -> None:
         self.pending.append(text)
         self.pending_tokens += tokens
-        self._outbox.tokens_waiting(self, len(text))
+        size = len(text) if text.isascii() else len(text.encode())
+        self.pending_bytes += size
+        self._outbox.tokens_waiting(self, size)
 
     def retract(self) -> str:
         """Drops what still waits; returns the text that was handed to the socket."""
-        self._outbox.tokens_gone(self)
-        self.pending.clear()
-        self.pending_tokens = 0
+        self._clear()
         return "".join(self.sent)
 
     def take(self) -> str:
@@ -43,10 +44,13 @@ class TokenStream:
         text = "".join(self.pending)
         self.sent.append(text)
         self.sent_tokens += self.pending_tokens
+        self._clear()
+        return text
+
+    def _clear(self) -> None:
         self._outbox.tokens_gone(self)
         self.pending.clear()
-        self.pending_tokens = 0
-        return text
+        self.pending_tokens = self.pending_bytes = 0
 
 
 class Outbox:
@@ -57,7 +61,7 @@ class Outbox:
     """
 
     def __init__(self, *, max_bytes: int, flush_s: float, on_overflow: Callable[[], None]) -> None:
-        self._queue: deque[str | TokenStream | None] = deque()
+        self._queue: deque[bytes | TokenStream | None] = deque()
         self._max_bytes, self._flush_s, self._on_overflow = max_bytes, flush_s, on_overflow
         self._bytes = 0
         self._overflowed = False
@@ -88,7 +92,7 @@ class Outbox:
 
     def tokens_gone(self, stream: TokenStream) -> None:
         if stream.queued:
-            self._bytes -= sum(map(len, stream.pending)) + _TOKEN_FRAME_BYTES
+            self._bytes -= stream.pending_bytes + _TOKEN_FRAME_BYTES
             stream.queued = False
 
     def _grow(self, size: int) -> None:
@@ -108,17 +112,17 @@ class Outbox:
             item = self._queue[0]
             if item is None:
                 return
-            if isinstance(item, str):
+            if isinstance(item, bytes):
                 self._queue.popleft()
                 self._bytes -= len(item)
-                await send(item)
+                await send(item.decode())
                 continue
             if self._flush_s and item.turn == last_turn and len(self._queue) == 1:
                 await self._gather(last_at + self._flush_s - time.monotonic())
             self._queue.popleft()
             if item.queued:  # else it was retracted while it waited
                 last_turn, last_at = item.turn, time.monotonic()
-                await send(encode(Token(text=item.take(), turn=item.turn)))
+                await send(encode(Token(text=item.take(), turn=item.turn)).decode())
 
     async def _gather(self, seconds: float) -> None:
         """Waits for more tokens, or for the first frame that is not a token."""

@@ -21,7 +21,10 @@ class Client:
         self._socket = socket
 
     async def send(self, type: str, **fields: Any) -> None:
-        await self._socket.send(json.dumps({"type": type, **fields}))
+        try:
+            await self._socket.send(json.dumps({"type": type, **fields}))
+        except websockets.ConnectionClosed as error:
+            raise Refused(f"the service closed the connection: {error}") from None
 
     async def frames(self) -> AsyncIterator[dict[str, Any]]:
         """Frames until the socket closes."""

@@ -30,7 +30,7 @@ def gender(value: GenderIn) -> Gender:
 # --- client -> server ---------------------------------------------------------------------------
 
 
-class SamplingFields(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class SamplingFields(Struct, frozen=True, omit_defaults=True):
     """One turn's sampling; what is absent comes from the service's settings."""
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -206,13 +206,15 @@ def decode(frame: str | bytes) -> ClientMessage:
     try:
         message: ClientMessage = _decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        # The underlying text can quote the frame (an invalid tag does), which may hold what a user said.
-        raise BadMessage(str(error).replace("`", "")[:300]) from None
+        reason, at, field = str(error).replace("`", "").rpartition(" - at ")
+        # Short: the reason can quote what the client sent.
+        raise BadMessage((reason or field)[:200] + (at + field[:100] if at else "")) from None
     return message
 
 
-def encode(message: ServerMessage) -> str:
-    return _encoder.encode(message).decode()
+def encode(message: ServerMessage) -> bytes:
+    """One server frame, UTF-8."""
+    return _encoder.encode(message)
 
 
 def error_frame(error: WireError, *, turn: int | UnsetType = UNSET, capacity: Capacity | UnsetType = UNSET) -> Error:
