@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from conftest import Frame, check_frames, service
 from fakes import Gate, Script, ScriptedEngine
 
 from yaptext.engine.base import Engine, Engines
+from yaptext.observe import notify
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 PARIS = "What is the capital of France?"
@@ -244,6 +247,54 @@ async def test_a_dead_engine_fails_its_turns_and_ends_the_process() -> None:
         async with asyncio.timeout(5):
             await running.server.lifecycle.exit_requested.wait()
         assert running.server.exit_status == 1
+
+
+# --- under systemd
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[socket.socket]:
+    """systemd's side of the notify socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(tmp_path / "notify"))
+        receiver.settimeout(5)
+        notify.connect(str(tmp_path / "notify"))
+        yield receiver
+        notify.connect(None)
+
+
+async def heard(supervisor: socket.socket, line: str) -> None:
+    while line not in (await asyncio.to_thread(supervisor.recv, 4096)).decode().splitlines():
+        pass
+
+
+async def test_ready_is_told_when_the_socket_listens(supervisor: socket.socket) -> None:
+    """READY comes after the warm-up turn, and a drain says STOPPING."""
+    engine = ScriptedEngine()
+    async with service(Engines(engine, engine)) as running:
+        await heard(supervisor, "READY=1")
+        assert engine.finished == 2, "one decision and one reply, before anyone was let in"
+        running.server.begin_drain()
+        await heard(supervisor, "STOPPING=1")
+
+
+async def test_the_watchdog_is_fed_only_while_the_engines_answer(supervisor: socket.socket) -> None:
+    """A hung engine raises nothing; it only stops the feeding."""
+    engine = ScriptedEngine()
+    async with service(Engines(engine, engine), WATCHDOG_USEC=40_000):
+        await heard(supervisor, "READY=1")
+        await heard(supervisor, "WATCHDOG=1")
+        await heard(supervisor, "WATCHDOG=1")
+        hung = Gate()
+        engine.chat = Script(pace=hung)
+        while not hung.waiting:  # noqa: ASYNC110  # the probe has no event
+            await asyncio.sleep(0.005)
+        supervisor.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            await heard(supervisor, "never said")
+        hung.step(9)
+        supervisor.settimeout(5)
+        await heard(supervisor, "WATCHDOG=1")
 
 
 # --- real vLLM

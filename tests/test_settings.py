@@ -414,3 +414,15 @@ def test_the_state_folder(env: pytest.MonkeyPatch) -> None:
     assert load(env).state == Path("/home/yap/.local/state/yap-text")
     assert load(env, STATE_DIRECTORY="/var/lib/yap-text").state == Path("/var/lib/yap-text")
     assert load(env, YAP_TEXT_STATE_DIR="/own").state == Path("/own")
+
+
+def test_credentials_win_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd's files hold the key and the token; white space around them does not count, an empty file neither."""
+    (tmp_path / "YAP_TEXT_API_KEY").write_text("from-a-file\n")
+    (tmp_path / "HF_TOKEN").write_text("\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("YAP_TEXT_API_KEY", "from-the-environment")
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    settings = Settings.load()
+    assert settings.api_key.get_secret_value() == "from-a-file"
+    assert settings.hf_token is not None and settings.hf_token.get_secret_value() == "hf_environment"

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from yaptext import __version__
-from yaptext.errors import YapError
+from yaptext.errors import SettingsError, YapError
 from yaptext.settings import Settings, moved_names, variables
 
 
@@ -72,10 +72,16 @@ def _settings_help() -> str:
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.load()
-    from yaptext.observe import logs
+    from yaptext.observe import logs, notify
 
     on_journal = settings.journal_stream is not None and _is_journal(settings.journal_stream)
-    logs.configure(level=settings.log_level, format=settings.log_format, journald=on_journal)
+    try:
+        logs.configure(
+            level=settings.log_level, format=settings.log_format, journald=on_journal, file=settings.log_file
+        )
+    except OSError as error:
+        raise SettingsError(f"YAP_TEXT_LOG_FILE={str(settings.log_file)!r} cannot be written: {error}") from None
+    notify.connect(settings.notify_socket)
     logging.captureWarnings(True)
     warnings.simplefilter("ignore", FutureWarning)  # of torch and vLLM, about their own next versions
     import structlog

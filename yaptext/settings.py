@@ -109,8 +109,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _env("LOG_LEVEL", "info", "Least level that is logged.")  # fmt: skip
     log_format: Literal["auto", "json", "console"] = _env("LOG_FORMAT", "auto", "`auto` is JSON, and a readable form where stderr is a terminal.")  # fmt: skip
 
+    log_file: Path | None = _env("YAP_TEXT_LOG_FILE", None, "Also writes the log to this file, and opens it anew when it was rotated away.")  # fmt: skip
+
     # --- set by systemd, not by people
     journal_stream: str | None = _env("JOURNAL_STREAM", None, "Set by systemd: log lines then carry a priority prefix.")  # fmt: skip
+    notify_socket: str | None = _env("NOTIFY_SOCKET", None, "Set by systemd (`Type=notify`): where readiness and status are told.")  # fmt: skip
+    watchdog_usec: int | None = _env("WATCHDOG_USEC", None, "Set by systemd (`WatchdogSec=`): the engines are asked for a token twice in this time.", ge=1)  # fmt: skip
+    listen_fds: int = _env("LISTEN_FDS", 0, "Set by systemd: 1 where it holds the listening socket (`yap-text.socket`).", ge=0, le=1)  # fmt: skip
+    listen_pid: int | None = _env("LISTEN_PID", None, "Set by systemd: the process that socket is meant for.")
+    credentials_directory: Path | None = _env("CREDENTIALS_DIRECTORY", None, "Set by systemd (`LoadCredential=`): files named `YAP_TEXT_API_KEY` and `HF_TOKEN` win over the environment.")  # fmt: skip
     state_directory: Path | None = _env("STATE_DIRECTORY", None, "Set by systemd (`StateDirectory=`).")
 
     @model_validator(mode="after")
@@ -131,7 +138,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings, _MovedNames(settings_cls), env_settings)
+        return (init_settings, _Credentials(settings_cls), _MovedNames(settings_cls), env_settings)
 
     @classmethod
     def load(cls, **given: Any) -> Settings:
@@ -163,6 +170,10 @@ class Settings(BaseSettings):
     def tool_timeout_s(self) -> float:
         default = 300 if self.on_cuda else 20_000
         return (self.tool_hard_timeout_ms or default) / 1000
+
+    @property
+    def watchdog_s(self) -> float | None:
+        return self.watchdog_usec / 1e6 if self.watchdog_usec else None
 
     def max_connections(self, *, awq: bool) -> int:
         """The connection limit, where `awq` says that every deployed model has AWQ weights."""
@@ -215,6 +226,13 @@ class _MovedNames(PydanticBaseSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         return dict(moved_names().values)
+
+
+class _Credentials(_MovedNames):
+    def __call__(self) -> dict[str, Any]:
+        folder = os.environ.get("CREDENTIALS_DIRECTORY")
+        files = [Path(folder, name) for name in ("YAP_TEXT_API_KEY", "HF_TOKEN")] if folder else []
+        return {file.name: text for file in files if file.is_file() and (text := file.read_text().strip())}
 
 
 class Variable(NamedTuple):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import logging.config
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from datetime import UTC, datetime, timedelta
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,3 +271,31 @@ def test_an_engine_process_without_word_from_the_service_writes_json(stderr: Std
     """The formatter needs no `configure` in its own process."""
     record = logging.LogRecord("vllm", logging.ERROR, __file__, 1, "%s", ("hello",), None)
     assert json.loads(logs.formatter().format(record))["event"] == "hello"
+
+
+def test_a_rotation_loses_and_doubles_no_line(stderr: Stderr, tmp_path: Path) -> None:
+    """The log file is moved away again and again while lines are written; every line is in one of the files."""
+    path = tmp_path / "yap-text.log"
+    with redirect_stderr(stderr):
+        logs.configure(level="info", format="console", journald=False, file=path)
+    done = threading.Event()
+
+    def rotate() -> None:
+        for number in itertools.count():
+            if path.exists():
+                path.rename(tmp_path / f"yap-text.log.{number}")
+            if done.is_set():
+                return
+
+    rotation = threading.Thread(target=rotate)
+    rotation.start()
+    log = structlog.get_logger("test")
+    for number in range(3000):
+        log.info("line.written", number=number)
+    done.set()
+    rotation.join()
+    for handler in logging.getLogger().handlers:
+        handler.close()
+    lines = [json.loads(line) for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
+    assert sorted(line["number"] for line in lines) == list(range(3000))
+    assert len(list(tmp_path.iterdir())) > 1

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from yaptext.engine import demo, weights
 from yaptext.engine.base import CHAT, Delta, Engines, Load, Role, Sampling
 from yaptext.errors import EngineDead, EngineFailed, StartError
+from yaptext.observe.notify import notify
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -188,6 +189,7 @@ def open_engines(settings: Settings) -> Engines:
 def _timed(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> VllmEngine:
     begun = time.monotonic()
     _log.info("engine.opening", role=role, model=checkpoint.source)
+    notify(f"STATUS=Opening the {role} engine: {checkpoint.source}")
     engine = VllmEngine.open(settings, checkpoint, role, alone=alone)
     _log.info(
         "engine.opened",

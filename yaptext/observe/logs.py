@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -35,16 +37,20 @@ _SHARED: list[Processor] = [
 
 def formatter() -> logging.Formatter:
     """The formatter every handler uses; engine processes find it through `vllm_logging.json`."""
+    inner = _formatter(os.environ.get(_FORMAT, "json"))
+    return _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
+
+
+def _formatter(format: str) -> logging.Formatter:
     chain: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if os.environ.get(_FORMAT) == "console":
+    if format == "console":
         plain = structlog.dev.plain_traceback
         chain += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain), redact]
     else:
         # Without locals: they hold what users say.
         tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
         chain += [tracebacks, structlog.processors.JSONRenderer(), redact]
-    inner = structlog.stdlib.ProcessorFormatter(processors=chain, foreign_pre_chain=_SHARED)
-    return _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
+    return structlog.stdlib.ProcessorFormatter(processors=chain, foreign_pre_chain=_SHARED)
 
 
 class _WithPriority(logging.Formatter):
@@ -59,9 +65,10 @@ class _WithPriority(logging.Formatter):
         return f"<{priority}>{self._inner.format(record)}"
 
 
-def configure(*, level: str, format: str, journald: bool) -> None:
+def configure(*, level: str, format: str, journald: bool, file: Path | None = None) -> None:
     """Sends all logging of this process and its children through `formatter`. `format` is auto, json or
-    console; auto is console where stderr is a terminal."""
+    console; auto is console where stderr is a terminal. `file` gets the JSON lines of this process as well, and
+    is opened anew when a rotation has moved it. Raises `OSError` where it cannot be written."""
     if format == "auto":
         format = "console" if sys.stderr.isatty() else "json"
     os.environ[_FORMAT] = format
@@ -78,6 +85,10 @@ def configure(*, level: str, format: str, journald: bool) -> None:
     handler.setFormatter(formatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    if file is not None:
+        to_file = logging.handlers.WatchedFileHandler(file, encoding="utf-8")
+        to_file.setFormatter(_formatter("json"))
+        root.addHandler(to_file)
     root.setLevel(level.upper())
     for noisy in ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "asyncio"):
         logger = logging.getLogger(noisy)

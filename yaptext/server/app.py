@@ -90,7 +90,7 @@ def create_app(
             _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
             admission = Admission(settings.max_connections(awq=engines.awq))
             keys = Keys(settings.api_key.get_secret_value())
-            async with lifecycle.watching(engines):
+            async with lifecycle.watching(engines, settings.watchdog_s):
                 yield {"service": Service(settings, stage, admission, keys, lifecycle, time.time())}
         finally:
             for engine in engines.distinct.values():

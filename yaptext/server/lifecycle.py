@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import random
-import signal
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from types import FrameType
 from typing import Any, Literal
 
@@ -16,13 +16,15 @@ import structlog
 import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from yaptext.engine.base import Engines
-from yaptext.errors import EngineDead, GoingAway, YapError
+from yaptext.engine.base import DECIDE, Engines, Sampling
+from yaptext.errors import EngineDead, EngineFailed, GoingAway, YapError
+from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
 _WATCH_S = 0.5
+_FIRST_PASSED_FD = 3
 _RETRY_AFTER_MS = (1000, 4000)
 """Clients of a restart come back spread over this window, not all at once."""
 
@@ -47,14 +49,33 @@ class Lifecycle:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
 
     @asynccontextmanager
-    async def watching(self, engines: Engines) -> AsyncIterator[None]:
-        """While the block runs, a dead engine ends the process."""
-        task = asyncio.create_task(self._watch(engines))
+    async def watching(self, engines: Engines, watchdog_s: float | None = None) -> AsyncIterator[None]:
+        """While the block runs, a dead engine ends the process, and the supervisor's watchdog (`watchdog_s`)
+        is fed as long as every engine answers."""
+        tasks = [asyncio.create_task(self._watch(engines))]
+        if watchdog_s:
+            tasks.append(asyncio.create_task(self._feed(engines, watchdog_s / 2)))
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _feed(self, engines: Engines, every_s: float) -> None:
+        while True:
+            try:
+                for engine in engines.distinct.values():
+                    prompt = await engine.encode("ok")
+                    stream = engine.stream(prompt, Sampling(max_tokens=1), priority=DECIDE)
+                    async with aclosing(stream) as deltas:
+                        async for _ in deltas:
+                            pass
+            except EngineFailed as error:  # a hung engine never comes this far: then nothing is fed
+                _log.error("watchdog.failed", error=error.message)
+            else:
+                notify("WATCHDOG=1")
+            await asyncio.sleep(every_s)
 
     async def _watch(self, engines: Engines) -> None:
         while True:
@@ -64,6 +85,7 @@ class Lifecycle:
                 except EngineDead as error:
                     _log.critical("engine.died", engine=role, model=engine.model, error=error.message)
                     self.phase = "dead"
+                    notify(f"STATUS=The {role} engine died.")
                     self.exit_requested.set()
                     return
             await asyncio.sleep(_WATCH_S)
@@ -72,6 +94,7 @@ class Lifecycle:
         """Refuses new sockets, lets running turns finish within the time, then sends everyone away."""
         if self.phase == "ready":
             self.phase = "draining"
+            notify("STOPPING=1", "STATUS=Finishing the running turns.")
             _log.info("drain.begun", connections=len(admission.connections), timeout_s=timeout_s)
             deadline = asyncio.get_running_loop().time() + timeout_s
             while any(c.busy for c in admission.connections):
@@ -127,6 +150,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
+        notify("STATUS=Opening the engines.")
+        if sockets is None and self._settings.listen_fds and self._settings.listen_pid == os.getpid():
+            sockets = [socket.socket(fileno=_FIRST_PASSED_FD)]
         try:
             await super().startup(sockets=sockets)
         except SystemExit:
@@ -135,9 +161,10 @@ class Server(uvicorn.Server):
             raise
         if self.should_exit:
             return
-        self.bound_port = self.servers[0].sockets[0].getsockname()[1]
+        host, self.bound_port = self.servers[0].sockets[0].getsockname()[:2]
         self.lifecycle.phase = "ready"
-        _log.info("server.ready", url=f"http://{self._settings.host}:{self.bound_port}", pid=os.getpid())
+        notify("READY=1", f"STATUS=Serving on {host}:{self.bound_port}.")
+        _log.info("server.ready", url=f"http://{host}:{self.bound_port}", pid=os.getpid())
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self.lifecycle.exit_requested.is_set()
@@ -145,14 +172,13 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends at once. Before the start is finished there is nothing
         to drain."""
-        _log.info("signal.received", signal=signal.Signals(sig).name)
         if not self.started:
             raise SystemExit(128 + sig)
         if self.drained is not None:
             self.force_exit = True
             self.lifecycle.exit_requested.set()
             return
-        self._loop.call_soon_threadsafe(self.begin_drain)
+        self._loop.call_soon_threadsafe(self.begin_drain)  # nothing more: a handler may interrupt a log line
 
     def begin_drain(self) -> None:
         if self.drained is None:
