@@ -1,0 +1,34 @@
+# shellcheck shell=bash
+# Part of the wrapper of `serve`: finds the NVIDIA driver's libraries, which belong to the machine and not to the store.
+if [[ "${1-}" == serve ]]; then
+  if [[ ! -e /proc/driver/nvidia/version && "${YAP_TEXT_DEVICE-}" != cuda ]]; then
+    echo "yap-text: no NVIDIA driver is loaded on this machine; without a GPU, serve with: nix run .#serve-cpu" >&2
+    exit 2
+  fi
+  driver=/run/opengl-driver/lib
+  if [[ -n "${YAP_TEXT_DRIVER_LIB-}" || ! -e $driver/libcuda.so.1 ]]; then
+    host="${YAP_TEXT_DRIVER_LIB-}"
+    if [[ -z "$host" ]]; then
+      for ldconfig in /sbin/ldconfig /usr/sbin/ldconfig; do
+        [[ -z "$host" && -x "$ldconfig" ]] || continue
+        while IFS= read -r line; do
+          if [[ "$line" =~ libcuda\.so\.1\ \(.*x86-64.*\)\ =\>\ (.*)/libcuda\.so\.1$ ]]; then
+            host="${BASH_REMATCH[1]}"
+          fi
+        done < <("$ldconfig" -p)
+      done
+    fi
+    if [[ ! -e "$host/libcuda.so.1" ]]; then
+      echo "yap-text: no libcuda.so.1 in ${host:-what ldconfig lists}; name the driver's folder in YAP_TEXT_DRIVER_LIB, or serve without a GPU: nix run .#serve-cpu" >&2
+      exit 2
+    fi
+    # The host's folder may hold a C library, too, which must not stand in for the one of this Python: links to the
+    # driver's files alone.
+    driver="${CACHE_DIRECTORY:-${XDG_CACHE_HOME:-$HOME/.cache}/yap-text}/driver"
+    mkdir -p "$driver"
+    for library in "$host"/lib{cuda,cudadebugger,nvcuvid,nvidia-}*.so*; do
+      [[ ! -e "$library" ]] || ln -sf "$library" "$driver/"
+    done
+  fi
+  export LD_LIBRARY_PATH="$driver:$LD_LIBRARY_PATH" TRITON_LIBCUDA_PATH="$driver"
+fi
