@@ -17,13 +17,14 @@ from yaptext.settings import Settings, moved_names, variables
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command; returns the exit status. An error that has a name is one line on stderr."""
+    """Runs one command; returns the exit status: 2 for wrong settings or arguments, 1 for what may pass by itself.
+    An error that has a name is one line on stderr."""
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.command(parsed))
     except YapError as error:
         print(f"yap-text: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     max_concurrent_connections: int | None = _env("MAX_CONCURRENT_CONNECTIONS", None, "WebSockets at once. Default by deployment: tool 32, chat 24, both 16; with AWQ weights 64, 40, 26.", ge=1, le=100_000)  # fmt: skip
     idle_timeout_s: float = _env("IDLE_TIMEOUT_S", 600.0, "A socket on which no frame arrives for this long is closed with 4000; 0 never closes.", ge=0)  # fmt: skip
     max_frame_bytes: int = _env("MAX_FRAME_BYTES", 1_048_576, "Largest frame a client may send; a larger one closes the socket with 1009.", ge=1024)  # fmt: skip
-    send_queue_bytes: int = _env("SEND_QUEUE_BYTES", 262_144, "Bytes that may wait for a slow client before it is closed with 4001.", ge=1024)  # fmt: skip
+    send_queue_bytes: int = _env("SEND_QUEUE_BYTES", 262_144, "Bytes that may wait for a slow client before it is closed with 4001.", ge=65_536)  # fmt: skip
     drain_timeout_s: float = _env("DRAIN_TIMEOUT_S", 20.0, "How long running turns may go on after SIGTERM.", ge=0)  # fmt: skip
     session_ttl_s: float = _env("SESSION_TTL_S", 3600.0, "A session unused for this long is forgotten.", gt=0)
     max_sessions: int = _env("MAX_SESSIONS", 10_000, "Sessions kept; the least recently used goes first.", ge=1)  # fmt: skip
@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     history_max_tokens: int = _env("HISTORY_MAX_TOKENS", 3000, "Most tokens of history in a prompt; the most recent whole messages stay.", ge=0)  # fmt: skip
     user_utt_max_tokens: int = _env("USER_UTT_MAX_TOKENS", 350, "Most tokens of an utterance; its beginning stays.", ge=1)  # fmt: skip
     persona_max_tokens: int = _env("PERSONA_MAX_TOKENS", 1500, "Most tokens of a persona; a longer one is refused.", ge=1)  # fmt: skip
-    exact_token_trim: bool = _env("EXACT_TOKEN_TRIM", True, "1 trims by the model's tokenizer; 0 by an estimate of 4 characters a token.")  # fmt: skip
+    exact_token_trim: bool = _env("EXACT_TOKEN_TRIM", True, "1 trims by the model's tokenizer; 0 by an estimate of 4 bytes a token.")  # fmt: skip
     chat_prompt_format: Literal["segments", "turns", "bare"] = _env("CHAT_PROMPT_FORMAT", "segments", "`segments`: persona and history as the system message; `turns`: history as the template's own roles; `bare`: plain text, for models without a chat template.")  # fmt: skip
     default_persona_style: str = _env("DEFAULT_PERSONA_STYLE", "wholesome", "Persona of a session that names none.")  # fmt: skip
 
@@ -122,12 +122,19 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _default_key_stays_at_home(self) -> Settings:
-        if self.api_key.get_secret_value() == DEFAULT_API_KEY and self.host not in LOOPBACK:
-            raise ValueError(
-                f"HOST={self.host!r} is not allowed with the default API key: set YAP_TEXT_API_KEY, "
+        try:
+            self.check_address(self.host)
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def check_address(self, host: str) -> None:
+        """Raises `SettingsError` for an address that the default key must not be served on."""
+        if self.api_key.get_secret_value() == DEFAULT_API_KEY and host not in LOOPBACK:
+            raise SettingsError(
+                f"HOST={host!r} is not allowed with the default API key: set YAP_TEXT_API_KEY, "
                 f"or listen on one of {', '.join(LOOPBACK)}"
             )
-        return self
 
     @classmethod
     def settings_customise_sources(

@@ -424,8 +424,8 @@ async def test_a_client_that_leaves_frees_the_engine() -> None:
 
 async def test_a_client_that_does_not_read_is_closed() -> None:
     """Over SEND_QUEUE_BYTES the turn is aborted, the client told, and the socket closed with 4001."""
-    engine = ScriptedEngine(Script(["y" * 200] * 50))
-    async with talking(engine, SEND_QUEUE_BYTES=2048) as talk:
+    engine = ScriptedEngine(Script(["y" * 5000] * 50))
+    async with talking(engine, SEND_QUEUE_BYTES=65_536) as talk:
         socket = talk.socket()
         socket.reading.clear()
         socket.start()
@@ -631,16 +631,125 @@ async def test_a_long_utterance_keeps_its_beginning_for_both_models() -> None:
         assert session.transcript.messages[0].text == "one two three four"
 
 
-async def test_tools_of_one_start_decide_that_turn_only() -> None:
-    """`tools` replaces the deployment's tools for its turn; an empty list allows only no."""
+async def test_tools_stay_until_they_are_cleared() -> None:
+    """Absent keeps the session's tools, null goes back to the deployment's, an empty list is a no without asking."""
     engine = ScriptedEngine()
     lamp = {"name": "lamp_on", "description": "Turns the lamp on.", "parameters": {"type": "object", "properties": {}}}
     async with talking(engine, DEPLOY_MODELS="tool") as talk:
         socket = talk.socket()
-        for number, tools in enumerate(([lamp], [], None), 1):
-            socket.start(tools=tools)
+        for number, fields in enumerate(({"tools": [lamp]}, {}, {"tools": []}, {"tools": None}), 1):
+            socket.start(**fields)
             await socket.until("done", number)
-        schemas = [sampling.json_schema for _, sampling, _ in engine.requests]
-        assert "lamp_on" in schemas[0] and "play_music" not in schemas[0]
-        assert json.loads(schemas[1])["maxItems"] == 0
+        schemas = [str(sampling.json_schema) for _, sampling, _ in engine.requests]
+        assert ["lamp_on" in schema for schema in schemas] == [True, True, False]
         assert "play_music" in schemas[2]
+        assert (socket.of("toolcall", 3)[0]["status"], socket.of("toolcall", 3)[0]["raw"]) == ("no", [])
+
+
+# --- what a hostile or unlucky client does
+
+
+async def test_a_start_just_before_the_client_leaves_does_not_hold_the_session() -> None:
+    """Its task may be cancelled before its first step; the next start on the session is answered all the same."""
+    async with talking(ScriptedEngine(Script(["x"] * 3, pace=(gate := Gate())))) as talk:
+        for _ in range(20):
+            leaving = talk.socket()
+            leaving.start()
+            leaving.leave()
+            await talk.over(leaving)
+        staying = talk.socket()
+        staying.start()
+        await staying.until("toolcall")
+        gate.step(3)
+        await staying.until("done")
+        assert talk.stage.engines.chat.running == 0
+
+
+async def test_frames_after_end_are_not_acted_on() -> None:
+    """`end` is the last word."""
+    async with talking() as talk:
+        socket = talk.socket()
+        socket.say("end")
+        socket.start()
+        await talk.over(socket)
+        assert socket.frames == [] and socket.closed == 1000
+
+
+async def test_a_turn_that_waited_and_went_leaves_its_place_to_the_one_it_waited_for() -> None:
+    """A third socket's turn waits for the first's done although the second has gone."""
+    abort = Gate()
+    engine = ScriptedEngine(Script(["x"] * 3, pace=(gate := Gate())), aborting=abort)
+    async with talking(engine, DEPLOY_MODELS="chat") as talk:
+        first, second, third = talk.socket(), talk.socket(), talk.socket()
+        first.start("one")
+        gate.step()
+        await first.until("token")
+        second.start("two")
+        await settle()
+        second.leave()
+        await talk.over(second)
+        third.start("three")
+        await settle()
+        assert not third.frames and not first.of("done")
+        abort.step()
+        gate.step(3)
+        await third.until("done")
+        assert first.of("done")
+        session = talk.stage.sessions.open(("default", "s"))
+        assert [m.text for m in session.transcript.messages if m.speaker == "user"] == ["one", "three"]
+
+
+async def test_a_burst_of_starts_is_bounded() -> None:
+    """Past eight turns that are not over the next start is refused with a time to come back."""
+    abort = Gate()
+    engine = ScriptedEngine(Script(["x"] * 3, pace=(gate := Gate())), aborting=abort)
+    async with talking(engine, DEPLOY_MODELS="chat") as talk:
+        socket = talk.socket()
+        socket.start()
+        gate.step()
+        await socket.until("token")
+        for _ in range(20):
+            socket.start()
+        refused = await socket.until("error")
+        assert refused["error_code"] == "rate_limited" and refused["retry_after_ms"] > 0
+        abort.step()
+        gate.step(3)
+        await socket.until(lambda frame: frame["type"] == "done" and frame["turn"] == 8)
+        check_frames(socket.frames, decides=False)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "object", "properties": {"p": {"type": "string", "pattern": "a{99999999999999999999}"}}},
+        {"type": "object", "properties": {f"p{n}": {} for n in range(300)}},
+        {"type": "object", "properties": {"p": {"type": "string"}}, "required": "p"},
+    ],
+)
+async def test_a_schema_that_would_cost_the_engine_dearly_is_a_bad_message(parameters: dict[str, Any]) -> None:
+    """Patterns, hundreds of properties and what is no schema are refused before any engine sees them."""
+    async with talking() as talk:
+        socket = talk.socket()
+        socket.start(tools=[{"name": "t", "parameters": parameters}])
+        error = await socket.until("error")
+        assert error["error_code"] == "bad_message" and "$.tools[0].parameters" in error["message"]
+        assert socket.closed is None
+
+
+async def test_a_prompt_over_the_context_is_text_too_long() -> None:
+    """With both numbers, in the deployment's own limits."""
+    async with talking(ScriptedEngine(max_model_len=64), DEPLOY_MODELS="chat") as talk:
+        socket = talk.socket()
+        socket.start("word " * 200)
+        error = await socket.until("error")
+        assert error["error_code"] == "text_too_long" and "limit is 63" in error["message"]
+
+
+async def test_a_persona_that_no_limit_allows_is_refused_at_once() -> None:
+    """set_persona does not keep what every later turn would fail on."""
+    async with talking(PERSONA_MAX_TOKENS=200) as talk:
+        socket = talk.socket()
+        socket.say("set_persona", session_id="s", persona_text="x" * 5000)
+        assert (await socket.until("error"))["error_code"] == "text_too_long"
+        socket.start()
+        await socket.until("done")

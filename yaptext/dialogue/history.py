@@ -45,6 +45,18 @@ def parse(text: str) -> list[Message]:
     return [message for message in messages if message.text]
 
 
+def recent(text: str, max_chars: int) -> str:
+    """The end of a long transcript, from the start of a line on. Like `keep_recent` it cuts in steps, so that a
+    growing transcript keeps its beginning from turn to turn."""
+    excess = len(text) - max_chars
+    if excess <= 0:
+        return text
+    step = max(1, max_chars // 4)
+    cut = -(-excess // step) * step
+    line = text.find("\n", cut)
+    return text[line + 1 :] if line >= 0 else text[cut:]
+
+
 def keep_recent(sizes: Sequence[int], limit: int) -> int:
     """Index of the first message to keep so that the kept `sizes` (tokens) sum to at most `limit`.
 
@@ -64,6 +76,10 @@ def keep_recent(sizes: Sequence[int], limit: int) -> int:
     return len(sizes)
 
 
+_REMEMBERED_CHARS = 65_536
+"""A client's transcript that is longer is encoded anew each turn rather than kept with its token ids."""
+
+
 class Transcript:
     """The messages of one session, oldest first."""
 
@@ -81,7 +97,7 @@ class Transcript:
             if old.speaker != message.speaker or old.text != message.text:
                 break
             new[index] = old
-        self._sent = new
+        self._sent = new if len(text) <= _REMEMBERED_CHARS else []
         self.messages = list(new)
 
     def add_turn(self, utterance: str, reply: str) -> None:

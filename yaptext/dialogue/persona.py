@@ -9,7 +9,7 @@ from importlib import resources
 
 from msgspec import UNSET, UnsetType
 
-from yaptext.errors import BadMessage
+from yaptext.errors import BadMessage, SettingsError
 from yaptext.wire.messages import Gender, Identity, PersonaFields, gender
 
 
@@ -40,6 +40,14 @@ def style(name: str) -> Style:
     if name not in known:
         raise BadMessage(f"Unknown persona_style {name[:64]!r}; known are {', '.join(known)} - at $.persona_style")
     return known[name]
+
+
+def check_style(name: str) -> None:
+    """Raises `SettingsError` where the default style does not exist."""
+    try:
+        style(name)
+    except BadMessage:
+        raise SettingsError(f"DEFAULT_PERSONA_STYLE={name!r} is not allowed: known are {', '.join(styles())}") from None
 
 
 @dataclass(frozen=True, slots=True)

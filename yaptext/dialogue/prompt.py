@@ -93,12 +93,13 @@ def joint_to_user(shape: Shape, role: str, newline: list[int]) -> list[int]:
 
 
 async def fit(engine: Engine, text: str, max_tokens: int, *, keep: Literal["start", "end"], exact: bool) -> str:
-    """`text` cut to `max_tokens`: by the tokenizer, or with `exact` off by 4 characters a token."""
+    """`text` cut to `max_tokens`: by the tokenizer, or with `exact` off by 4 bytes a token."""
     if len(text.encode()) <= max_tokens:  # no token is shorter than a byte
         return text
     if exact:
         return await engine.clip(text, max_tokens, keep=keep)
-    return text[: 4 * max_tokens] if keep == "start" else text[-4 * max_tokens :]
+    cut = text.encode()[: 4 * max_tokens] if keep == "start" else text.encode()[-4 * max_tokens :]
+    return cut.decode(errors="ignore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,7 @@ class ChatPrompts:
         for index, message in enumerate(messages):
             if await self._encode(message) and index % 64 == 63:
                 await asyncio.sleep(0)  # a transcript of thousands of lines must not hold the loop
-        sizes = [len(m.ids["chat"]) if limits.exact else len(m.text) // 4 + 4 for m in messages]
+        sizes = [len(message.ids["chat"]) for message in messages]
         if self.format == "turns" and self._shape is not None:
             between = max(len(self._shape.after_user), len(self._shape.after_reply))
             sizes = [size + between for size in sizes]

@@ -12,6 +12,7 @@ from yaptext.dialogue.history import Transcript
 from yaptext.dialogue.persona import Persona
 
 if TYPE_CHECKING:
+    from yaptext.dialogue.toolcall import ToolSet
     from yaptext.dialogue.turn import Turn
 
 SessionKey = tuple[str, str]
@@ -21,12 +22,13 @@ SessionKey = tuple[str, str]
 class Session:
     """One user of one key. It outlives its sockets; two sockets may share it."""
 
-    __slots__ = ("current", "key", "persona", "seed", "transcript", "turns", "used_at")
+    __slots__ = ("current", "key", "persona", "seed", "tools", "transcript", "turns", "used_at")
 
     def __init__(self, key: SessionKey) -> None:
         self.key = key
         self.persona = Persona()
         self.seed = secrets.randbits(31)
+        self.tools: ToolSet | None = None
         self.transcript = Transcript()
         self.turns = 0
         self.current: Turn | None = None

@@ -9,14 +9,15 @@ from datetime import datetime
 from typing import Literal
 
 from yaptext.dialogue import history
+from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
 from yaptext.dialogue.session import Session, SessionStore
 from yaptext.dialogue.toolcall import Decider, ToolSet
 from yaptext.engine.base import Engines, Sampling
-from yaptext.errors import NotDeployed, UnknownPersona
+from yaptext.errors import NotDeployed, TextTooLong, UnknownPersona
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
-from yaptext.wire.messages import Ack, Models, SamplingFields, SetPersona, Warmed, WarmHistory, WarmPersona
+from yaptext.wire.messages import Ack, Models, PersonaFields, SamplingFields, Warmed, WarmHistory, WarmPersona
 
 _TEMPERATURE = 0.8
 _WARM_PRIORITY = 2
@@ -73,11 +74,25 @@ class Stage:
         chat, tool = self.engines.chat, self.engines.tool
         return Models(chat=chat.model if chat else None, tool=tool.model if tool else None)
 
+    @property
+    def history_chars(self) -> int:
+        """Most characters of a client's transcript that are looked at."""
+        return max(4096, 16 * self.settings.history_max_tokens)
+
+    def merge(self, persona: Persona, fields: PersonaFields) -> Persona:
+        """The persona with a client's fields laid over. Raises `BadMessage`, and `TextTooLong` for a text that is
+        over the limit at any rate of characters a token."""
+        limit = 16 * self.settings.persona_max_tokens
+        if isinstance(fields.persona_text, str) and len(fields.persona_text) > limit:
+            raise TextTooLong(f"persona_text is {len(fields.persona_text)} characters; limit is {limit}")
+        return persona.merge(fields)
+
     def persona(self, session: Session) -> str:
         return session.persona.compose(self.settings.default_persona_style)
 
-    def ack(self, what: Literal["start", "set_persona"], session: Session, turn: int, seed: int) -> Ack:
-        persona = session.persona
+    def ack(
+        self, what: Literal["start", "set_persona"], session: Session, persona: Persona, turn: int, seed: int
+    ) -> Ack:
         return Ack(
             for_=what,
             ok=True,
@@ -139,11 +154,11 @@ class Stage:
         if self.engines.chat is None or self.prompts is None:
             raise NotDeployed("warming needs the chat model; DEPLOY_MODELS=tool")
         known = session or Session(("", ""))
-        persona = known.persona.merge(message)
+        persona = self.merge(known.persona, message)
         if isinstance(message, WarmPersona) and persona.text is None and persona.style is None and session is None:
             raise UnknownPersona("warm_persona needs persona_text or persona_style, or a session_id that has one")
         text = persona.compose(self.settings.default_persona_style)
-        told = message.history_text if isinstance(message, WarmHistory) else ""
+        told = history.recent(message.history_text, self.history_chars) if isinstance(message, WarmHistory) else ""
         prefix = await self.prompts.prefix(text, history.parse(told))
         cached = 0
         if prefix:
@@ -153,12 +168,8 @@ class Stage:
                     cached = delta.cached_tokens
         return Warmed(
             segment="history" if isinstance(message, WarmHistory) else "persona_static",
-            bytes=len(told.encode()) if isinstance(message, WarmHistory) else len(text.encode()),
+            bytes=len((told or text).encode()),
             prefix_tokens=len(prefix),
             cached_tokens=cached,
             ms=round((time.perf_counter() - begun) * 1000, 2),
         )
-
-    @staticmethod
-    def set_persona(session: Session, message: SetPersona) -> None:
-        session.persona = session.persona.merge(message)

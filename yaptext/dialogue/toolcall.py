@@ -29,6 +29,12 @@ from yaptext.wire.messages import Call
 MAX_TOOLS = 64
 MAX_CALLS = 4
 MAX_TOOLS_BYTES = 32_768
+MAX_SCHEMAS = 128
+MAX_SCHEMA_DEPTH = 16
+_REFUSED_WORDS = {"pattern", "patternProperties", "format"}
+_ONE_SCHEMA = {"items", "additionalProperties", "not", "contains", "propertyNames"}
+_NAMED_SCHEMAS = {"properties", "$defs", "definitions"}
+_LISTED_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems"}
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _INSTRUCTION = """\
@@ -71,6 +77,9 @@ class ToolSet:
         if len(tools) > MAX_TOOLS:
             raise BadMessage(f"{len(tools)} tools; limit is {MAX_TOOLS} - at $.tools")
         try:
+            size = len(msgspec.json.encode(tools))
+            if size > MAX_TOOLS_BYTES:
+                raise BadMessage(f"tools are {size} bytes of JSON; limit is {MAX_TOOLS_BYTES} - at $.tools")
             self.tools = [_plain(tool, index) for index, tool in enumerate(tools)]
             self.names = [tool["name"] for tool in self.tools]
             self.examples = [
@@ -84,8 +93,6 @@ class ToolSet:
             raise BadMessage("the schemas are nested too deep - at $.tools") from None
         if len(set(self.names)) != len(self.names):
             raise BadMessage("two tools have the same name - at $.tools")
-        if len(self.key) > MAX_TOOLS_BYTES:
-            raise BadMessage(f"tools are {len(self.key)} bytes of JSON; limit is {MAX_TOOLS_BYTES} - at $.tools")
 
     @classmethod
     def from_file(cls, path: Path | None) -> ToolSet:
@@ -113,8 +120,6 @@ class ToolSet:
 
 
 def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
-    from jsonschema import Draft202012Validator, SchemaError  # slow to import
-
     tool = tool.get("function", tool)
     where = f"$.tools[{index}]"
     if not isinstance(tool, dict):
@@ -127,11 +132,41 @@ def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
         raise BadMessage(f"Expected str - at {where}.description")
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise BadMessage(f"parameters must be a JSON schema of type object - at {where}.parameters")
-    try:
-        Draft202012Validator.check_schema(parameters)
-    except SchemaError as error:
-        raise BadMessage(f"not a JSON schema: {error.message[:200]} - at {where}.parameters") from None
+    _check_schema(parameters, f"{where}.parameters")
     return {"name": name, "description": description, "parameters": parameters}
+
+
+def _check_schema(schema: Any, where: str) -> None:
+    """Refuses what is no JSON schema, and what costs the engine seconds to turn into a grammar: patterns, and
+    schemas that are very deep or very many."""
+    waiting = [(schema, 0)]
+    for count in range(1, MAX_SCHEMAS + 2):
+        if not waiting:
+            return
+        if count > MAX_SCHEMAS:
+            raise BadMessage(f"more than {MAX_SCHEMAS} schemas in one tool - at {where}")
+        part, depth = waiting.pop()
+        if isinstance(part, bool):
+            continue
+        if not isinstance(part, dict):
+            raise BadMessage(f"Expected a schema (object or bool), got {type(part).__name__} - at {where}")
+        if depth > MAX_SCHEMA_DEPTH:
+            raise BadMessage(f"schemas are nested deeper than {MAX_SCHEMA_DEPTH} - at {where}")
+        for word in _REFUSED_WORDS & part.keys():
+            raise BadMessage(f"{word!r} is not possible in a tool's schema - at {where}")
+        required = part.get("required", [])
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise BadMessage(f"'required' must be a list of str - at {where}")
+        inner: list[Any] = [part[word] for word in _ONE_SCHEMA & part.keys()]
+        for word in _NAMED_SCHEMAS & part.keys():
+            if not isinstance(part[word], dict):
+                raise BadMessage(f"{word!r} must be an object - at {where}")
+            inner += part[word].values()
+        for word in _LISTED_SCHEMAS & part.keys():
+            if not isinstance(part[word], list):
+                raise BadMessage(f"{word!r} must be a list - at {where}")
+            inner += part[word]
+        waiting += [(item, depth + 1) for item in inner]
 
 
 def _examples(tool: dict[str, Any], index: int) -> list[Example]:

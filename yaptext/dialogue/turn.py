@@ -9,8 +9,9 @@ from contextlib import aclosing
 from typing import Protocol
 
 import structlog
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
+from yaptext.dialogue.history import recent
 from yaptext.dialogue.session import Session
 from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolcall import Decision, ToolSet
@@ -28,6 +29,7 @@ from yaptext.wire.messages import (
 )
 
 _log = structlog.get_logger(__name__)
+_TOOL_ONLY_MESSAGES = 16
 
 
 class TokenSink(Protocol):
@@ -64,24 +66,28 @@ class Turn:
         """Merges the persona and takes the session's next number; turns in `after` are told to end, and this
         one waits for their `finished`. Raises `BadMessage` (then nothing has changed)."""
         self.received_at = time.perf_counter()
-        tools = None if start.tools is UNSET or start.tools is None else ToolSet(start.tools)
-        session.persona = session.persona.merge(start)
+        persona = stage.merge(session.persona, start)
+        if not isinstance(start.tools, UnsetType):
+            session.tools = None if start.tools is None else ToolSet(start.tools)
+        self._persona = session.persona = persona
         self._stage, self._session, self._start, self._send = stage, session, start, send
-        self._tools = tools or (stage.decider.tools if stage.decider else None)
+        self._tools = session.tools or (stage.decider.tools if stage.decider else None)
         session.turns += 1
         self.number = session.turns
         self._sink = tokens(self.number)
         self._persona_text = stage.persona(session)
         # With those that they wait for themselves: a turn whose socket goes ends without waiting.
-        before: set[Turn] = {turn for turn in (*after, session.current) if turn is not None}
-        before |= {turn for waiting in before for turn in waiting._after}
-        self._after: list[Turn] = [turn for turn in before if not turn.finished.is_set()]
+        self._after: list[Turn] = []
+        for turn in (session.current, *after):
+            for earlier in (*turn._after, turn) if turn is not None else ():
+                if earlier not in self._after and not earlier.finished.is_set():
+                    self._after.append(earlier)
         for turn in self._after:
             turn.cancel()
         session.current = self
         self.finished: asyncio.Event = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._running = False
+        self._begun = self._running = False
         self._cancelled_at: float | None = None
         self._heard_chars: int | None = None
         self._usage, self._timings = Usage(), Timings()
@@ -109,6 +115,7 @@ class Turn:
         try:
             for turn in self._after:
                 await turn.finished.wait()
+            self._after.clear()
             self._begin()
             self._running = True
             if self._cancelled_at is None:
@@ -117,7 +124,7 @@ class Turn:
             else:
                 outcome = self._end_cancelled()
         except asyncio.CancelledError:
-            outcome = "disconnected" if self._cancelled_at is None else self._end_cancelled()
+            outcome = "disconnected" if self._cancelled_at is None or not self._begun else self._end_cancelled()
             raise
         except WireError as error:
             outcome = error.code
@@ -131,15 +138,21 @@ class Turn:
         finally:
             self._close(outcome)
 
+    def abandon(self) -> None:
+        """For a turn whose task is over: where that was cancelled before its first step, nothing else closes it."""
+        if not self.finished.is_set():
+            self._close("disconnected")
+
     # --- the steps
 
     def _begin(self) -> None:
         session, start = self._session, self._start
+        self._begun = True
         if start.heard_chars is not None:
             session.transcript.cut_reply(start.heard_chars)
         if start.history_text is not UNSET:
-            session.transcript.replace(start.history_text or "")
-        self._send(self._stage.ack("start", session, self.number, self._seed))
+            session.transcript.replace(recent(start.history_text or "", self._stage.history_chars))
+        self._send(self._stage.ack("start", session, self._persona, self.number, self._seed))
 
     @property
     def _seed(self) -> int:
@@ -153,6 +166,7 @@ class Turn:
         self._utterance = await self._stage.utterance(self._start.user_utterance)
         if prompts is None:
             await self._decide()
+            del self._session.transcript.messages[:-_TOOL_ONLY_MESSAGES]  # no chat prompt trims them
         elif decider is None:
             await self._chat()
         elif self._stage.settings.concurrent_model_call:
@@ -178,6 +192,9 @@ class Turn:
         decider, tools = self._stage.decider, self._tools
         assert decider is not None and tools is not None
         self._mark_queue()
+        if not tools.names:
+            self._release(Decision([], 0.0))
+            return
         decision = await decider.decide(tools, self._session.transcript.messages, self._utterance)
         self._release(decision)
 
@@ -205,6 +222,8 @@ class Turn:
         messages = self._session.transcript.messages
         prompt = await prompts.turn(self._persona_text, messages, self._utterance, stage.now())
         room = engine.max_model_len - len(prompt)
+        if room < 1:
+            raise TextTooLong(f"the prompt is {len(prompt)} tokens; limit is {engine.max_model_len - 1}")
         sampling = stage.sampling(self._start.sampling, self._seed, room)
         self._mark_queue()
         async with aclosing(engine.stream(prompt, sampling)) as deltas:
@@ -230,6 +249,7 @@ class Turn:
 
     def _end(self) -> str:
         text = "".join(self._text)
+        self._finish_reason = self._finish_reason or "stop"
         self._send(Final(normalized_text=text, turn=self.number))
         self._timings.total_ms = self._since_received()
         self._send(
@@ -237,11 +257,10 @@ class Turn:
                 turn=self.number,
                 usage=self._usage,
                 timings=self._timings,
-                finish_reason=self._finish_reason or "stop",
+                finish_reason=self._finish_reason,
             )
         )
         self._session.transcript.add_turn(self._utterance, text)
-        self._finish_reason = self._finish_reason or "stop"
         return "finished"
 
     def _end_cancelled(self) -> str:
@@ -267,10 +286,14 @@ class Turn:
         return "cancelled"
 
     def _close(self, outcome: str) -> None:
-        if outcome not in ("finished", "cancelled"):
+        """The last step, whatever came before it."""
+        if self._begun and outcome not in ("finished", "cancelled"):
             self._session.transcript.add_turn(self._utterance, self._sink.retract())
         if self._session.current is self:
-            self._session.current = None
+            # One that it still waited for ends a moment later: the next turn has to wait for that.
+            self._session.current = next((turn for turn in reversed(self._after) if not turn.finished.is_set()), None)
+        self._after.clear()
+        self.finished.set()
         self._timings.total_ms = self._timings.total_ms or self._since_received()
         self._stage.metrics.turn(outcome, self._usage, self._timings)
         _log.info(
@@ -290,7 +313,6 @@ class Turn:
             ttft_ms=self._timings.ttft_ms,
             total_ms=self._timings.total_ms,
         )
-        self.finished.set()
 
     def _mark_queue(self) -> None:
         if self._timings.queue_ms is None:

@@ -111,9 +111,12 @@ class VllmEngine:
         return list(encoding.ids)
 
     async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
+        return await asyncio.to_thread(self._clip, text, max_tokens, keep)
+
+    def _clip(self, text: str, max_tokens: int, keep: Literal["start", "end"]) -> str:
         count = max_tokens
         while True:
-            encoding = await asyncio.to_thread(self._content.encode, text, add_special_tokens=False)
+            encoding = self._content.encode(text, add_special_tokens=False)
             if len(encoding.ids) <= max_tokens or not text:
                 return text
             if count <= 0:
@@ -122,15 +125,13 @@ class VllmEngine:
             count -= 1  # a cut text can encode into more tokens than it was cut from
 
     def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
-        from jinja2 import TemplateError
-
         if not self._template.chat_template:
             return None
         try:
             return str(
                 self._template.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
             )
-        except (TemplateError, ValueError):  # templates refuse roles by raising
+        except Exception:  # a template is a program: it refuses roles and tools by raising what it likes
             return None
 
     def load(self) -> Load:

@@ -18,10 +18,11 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from yaptext import __version__
+from yaptext.dialogue import persona
 from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolcall import ToolSet
 from yaptext.engine.base import Engines
-from yaptext.errors import AuthenticationFailed, EngineDead, ServerAtCapacity, WireError, YapError
+from yaptext.errors import AuthenticationFailed, EngineDead, ServerAtCapacity, StartError, WireError, YapError
 from yaptext.observe.metrics import CONTENT_TYPE
 from yaptext.server.admission import Admission
 from yaptext.server.connection import Connection
@@ -78,7 +79,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         try:
-            tools = ToolSet.from_file(settings.tools_file)  # before the engines: a typo is told at once
+            # Before the engines: a typo is told at once.
+            tools = ToolSet.from_file(settings.tools_file)
+            persona.check_style(settings.default_persona_style)
             engines = open_engines(settings)
         except YapError as error:
             lifecycle.fail(error)
@@ -86,7 +89,12 @@ def create_app(
         try:
             stage = await Stage.open(settings, engines, tools)
             begun = time.monotonic()
-            await stage.prime()
+            try:
+                await stage.prime()
+            except WireError as error:
+                failure = StartError(f"the warm-up turn failed: {error}")
+                lifecycle.fail(failure)
+                raise failure from error
             _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
             admission = Admission(settings.max_connections(awq=engines.awq))
             keys = Keys(settings.api_key.get_secret_value())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,11 @@ _log = structlog.get_logger(__name__)
 _CLOSE_IDLE, _CLOSE_NORMAL = 4000, 1000
 _FLUSH_TIMEOUT_S = 2.0
 """How long a closing socket may take to accept what still waits."""
+_ABORT_TIMEOUT_S = 10.0
+"""How long an engine may take to let go of a turn before its task is cancelled again."""
 _MAX_WARMS = 4
+_MAX_TURNS = 8
+"""Turns of one socket that are not over yet: one runs, others have been told to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,9 @@ class Connection:
             for task in self._warms | (self._turns if ending.code is None else set()):
                 task.cancel()
             if self._turns:
-                await asyncio.wait(self._turns)
+                _, stuck = await asyncio.wait(self._turns, timeout=_ABORT_TIMEOUT_S)
+                for task in stuck:
+                    task.cancel()
             await self._close(ending, writer)
         return ending
 
@@ -97,7 +104,9 @@ class Connection:
 
     async def _receive(self) -> None:
         idle_s = self._stage.settings.idle_timeout_s or None
-        while True:
+        for number in itertools.count(1):
+            if number % 32 == 0:
+                await asyncio.sleep(0)  # a burst of frames arrives without a pause
             try:
                 async with asyncio.timeout(idle_s):
                     event = await self._socket.receive()
@@ -108,6 +117,8 @@ class Connection:
                 return
             if event["type"] == "websocket.disconnect":
                 self._end(Ending(None, "disconnected"))
+                return
+            if self._ending.done():
                 return
             frame = event.get("text")
             self._handle(event["bytes"] if frame is None else frame)
@@ -138,6 +149,8 @@ class Connection:
                 self._end(Ending(_CLOSE_NORMAL, "end"))
 
     def _start(self, message: Start) -> None:
+        if len(self._turns) >= _MAX_TURNS:
+            raise RateLimited(f"{len(self._turns)} turns wait to end; limit is {_MAX_TURNS}", retry_after_ms=200)
         session = self._stage.sessions.open((self._key_name, message.session_id))
         after = (self._turn,) if self.busy and self._turn is not None else ()
         turn = Turn(self._stage, session, message, send=self._send, tokens=self._outbox.open, after=after)
@@ -145,6 +158,7 @@ class Connection:
         task = self._group.create_task(self._run(turn))
         self._turns.add(task)
         task.add_done_callback(self._turns.discard)
+        task.add_done_callback(lambda _: turn.abandon())
 
     async def _run(self, turn: Turn) -> None:
         try:
@@ -168,9 +182,9 @@ class Connection:
             session = self._session
         else:
             raise BadMessage("Object missing required field session_id, since no start came before - at $")
-        self._stage.set_persona(session, message)
+        session.persona = self._stage.merge(session.persona, message)
         self._session = self._session or session
-        self._send(self._stage.ack("set_persona", session, session.turns, session.seed))
+        self._send(self._stage.ack("set_persona", session, session.persona, session.turns, session.seed))
 
     def _warm(self, message: WarmPersona | WarmHistory) -> None:
         if len(self._warms) >= _MAX_WARMS:

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from types import FrameType
 from typing import Any, Literal
@@ -52,15 +52,24 @@ class Lifecycle:
     async def watching(self, engines: Engines, watchdog_s: float | None = None) -> AsyncIterator[None]:
         """While the block runs, a dead engine ends the process, and the supervisor's watchdog (`watchdog_s`)
         is fed as long as every engine answers."""
-        tasks = [asyncio.create_task(self._watch(engines))]
+        tasks = [asyncio.create_task(self._guard(self._watch(engines)))]
         if watchdog_s:
-            tasks.append(asyncio.create_task(self._feed(engines, watchdog_s / 2)))
+            tasks.append(asyncio.create_task(self._guard(self._feed(engines, watchdog_s / 2))))
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+    async def _guard(self, watch: Coroutine[None, None, None]) -> None:
+        """A watch that fails by itself ends the process: nobody would see what it was there to see."""
+        try:
+            await watch
+        except Exception:
+            _log.exception("watch.crashed")
+            self.phase = "dead"
+            self.exit_requested.set()
 
     async def _feed(self, engines: Engines, every_s: float) -> None:
         while True:
@@ -123,6 +132,9 @@ class Protocol(WebSocketsSansIOProtocol):
         if message["type"] == "websocket.close" or message.pop("urgent", False):
             self.writable.set()
         await super().send(message)
+        if message["type"] == "websocket.close":
+            # A transport that closes gracefully waits for ever for such a client to take what is buffered.
+            self.loop.call_later(self.close_timeout + 1, self.transport.abort)
 
 
 class Server(uvicorn.Server):
@@ -147,15 +159,19 @@ class Server(uvicorn.Server):
         self.lifecycle, self._settings = lifecycle, settings
         self.drained: asyncio.Task[None] | None = None
         self.bound_port = settings.port
+        self._stop_signal: int | None = None
 
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
         notify("STATUS=Opening the engines.")
         if sockets is None and self._settings.listen_fds and self._settings.listen_pid == os.getpid():
             sockets = [socket.socket(fileno=_FIRST_PASSED_FD)]
+            self._settings.check_address(str(sockets[0].getsockname()[0]))
         try:
             await super().startup(sockets=sockets)
         except SystemExit:
+            if self._stop_signal is not None:
+                raise SystemExit(128 + self._stop_signal) from None
             if self.lifecycle.failure is not None:
                 raise self.lifecycle.failure from None
             raise
@@ -172,11 +188,12 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends at once. Before the start is finished there is nothing
         to drain."""
+        first, self._stop_signal = self._stop_signal is None, sig
         if not self.started:
             raise SystemExit(128 + sig)
-        if self.drained is not None:
+        if not first:
             self.force_exit = True
-            self.lifecycle.exit_requested.set()
+            self._loop.call_soon_threadsafe(self.lifecycle.exit_requested.set)
             return
         self._loop.call_soon_threadsafe(self.begin_drain)  # nothing more: a handler may interrupt a log line
 

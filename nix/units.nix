@@ -1,0 +1,184 @@
+# The systemd units and configs, defined once: rendered into systemd/ (nix/render.nix) and packaged for NixOS.
+# A unit is a list of sections; a section is its name and its lines, "# ..." lines included.
+{
+  # The command, and the PATH on which vLLM's compile step finds a C compiler.
+  yap-text ? "/usr/local/bin/yap-text",
+  path ? "/usr/local/bin:/usr/bin:/bin",
+  logrotate ? "/usr/sbin/logrotate",
+}:
+let
+  # What every unit of ours goes without.
+  hardening = [
+    "NoNewPrivileges=yes"
+    "PrivateTmp=yes"
+    "PrivateMounts=yes"
+    "ProtectSystem=strict"
+    "ProtectHome=yes"
+    "ProtectProc=invisible"
+    "ProtectHostname=yes"
+    "ProtectKernelLogs=yes"
+    "ProtectKernelModules=yes"
+    "ProtectKernelTunables=yes"
+    "ProtectControlGroups=yes"
+    "RestrictNamespaces=yes"
+    "RestrictRealtime=yes"
+    "RestrictSUIDSGID=yes"
+    "LockPersonality=yes"
+    "RemoveIPC=yes"
+    "SystemCallArchitectures=native"
+    "UMask=0077"
+    # No prompt, reply or key in a core file.
+    "LimitCORE=0"
+  ];
+in
+{
+  "yap-text.service" = [
+    {
+      name = "Unit";
+      lines = [
+        "Description=Yap Text, real-time text inference for voice companions"
+        "Wants=network-online.target"
+        "After=network-online.target yap-text.socket"
+        "Requires=yap-text.socket"
+        # It restarts for ever, with growing steps.
+        "StartLimitIntervalSec=0"
+      ];
+    }
+    {
+      name = "Service";
+      lines = [
+        "Type=notify"
+        "NotifyAccess=main"
+        "ExecStart=${yap-text} serve"
+        "EnvironmentFile=-/etc/yap-text/yap-text.env"
+        "Environment=PATH=${path}"
+        "# A file each, which must exist; with an empty one the environment counts, and then the default."
+        "LoadCredential=YAP_TEXT_API_KEY:/etc/yap-text/api-key"
+        "LoadCredential=HF_TOKEN:/etc/yap-text/hf-token"
+        "# A cold 24B model: download, load, compile."
+        "TimeoutStartSec=3600"
+        "# Longer than DRAIN_TIMEOUT_S and the close of every socket."
+        "TimeoutStopSec=45"
+        "WatchdogSec=60"
+        "Restart=on-failure"
+        "# Wrong settings do not mend themselves."
+        "RestartPreventExitStatus=2"
+        "# A stop during the start."
+        "SuccessExitStatus=143"
+        "RestartSec=1"
+        "RestartSteps=6"
+        "RestartMaxDelaySec=60"
+        "# Engine processes are not told to stop while the service drains."
+        "KillMode=mixed"
+        "DynamicUser=yes"
+        "StateDirectory=yap-text"
+        "CacheDirectory=yap-text"
+        "LogsDirectory=yap-text"
+        "RuntimeDirectory=yap-text"
+        "# Weights and compiled graphs outlive a restart."
+        "Environment=HF_HOME=%C/yap-text/hf VLLM_CACHE_ROOT=%C/yap-text/vllm"
+        "Environment=TRITON_CACHE_DIR=%C/yap-text/triton TORCHINDUCTOR_CACHE_DIR=%C/yap-text/inductor"
+        "Environment=FLASHINFER_WORKSPACE_BASE=%C/yap-text XDG_CACHE_HOME=%C/yap-text HOME=%S/yap-text"
+        "CapabilityBoundingSet="
+        "AmbientCapabilities="
+        "# Netlink and local sockets: torch and the engines' processes talk through them."
+        "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"
+        "SystemCallFilter=@system-service"
+        "# set_mempolicy and the like: vLLM binds its memory to the CPU's node."
+        "SystemCallFilter=set_mempolicy mbind get_mempolicy"
+        "SystemCallFilter=~@privileged @resources:EPERM"
+        "SystemCallFilter=@system-service sched_setaffinity setpriority"
+        "SystemCallErrorNumber=EPERM"
+        "DevicePolicy=closed"
+        "# The GPU. ProtectClock= stays off: with it, DevicePolicy=closed closes these too."
+        "DeviceAllow=char-nvidiactl rw"
+        "DeviceAllow=char-nvidia-caps rw"
+        "DeviceAllow=char-nvidia-frontend rw"
+        "DeviceAllow=char-nvidia-uvm rw"
+        "DeviceAllow=char-drm rw"
+        "# MemoryDenyWriteExecute= stays off: Triton and torch compile while they run."
+        "# ProcSubset=pid stays off: vLLM reads /proc/cpuinfo and /proc/meminfo."
+      ]
+      ++ hardening;
+    }
+    {
+      name = "Install";
+      lines = [
+        "WantedBy=multi-user.target"
+        "Also=yap-text.socket"
+      ];
+    }
+  ];
+
+  "yap-text.socket" = [
+    {
+      name = "Unit";
+      lines = [
+        "Description=The port of Yap Text, held by systemd so that a restart refuses nobody"
+      ];
+    }
+    {
+      name = "Socket";
+      lines = [
+        "# Loopback, as long as the key is the default. Another address: systemctl edit yap-text.socket, where an"
+        "# empty ListenStream= first clears this one."
+        "ListenStream=127.0.0.1:8000"
+        "Backlog=1024"
+        "NoDelay=yes"
+      ];
+    }
+    {
+      name = "Install";
+      lines = [ "WantedBy=sockets.target" ];
+    }
+  ];
+
+  "yap-text-logrotate.service" = [
+    {
+      name = "Unit";
+      lines = [
+        "Description=Rotates the log file of Yap Text (YAP_TEXT_LOG_FILE; the journal needs no rotation)"
+      ];
+    }
+    {
+      name = "Service";
+      lines = [
+        "Type=oneshot"
+        "ExecStart=${logrotate} --state %S/yap-text-logrotate/status /etc/yap-text/logrotate.conf"
+        "StateDirectory=yap-text-logrotate"
+        "ReadWritePaths=-/var/log/private/yap-text"
+        "# The log belongs to the service's dynamic user."
+        "CapabilityBoundingSet=CAP_DAC_OVERRIDE CAP_FOWNER CAP_CHOWN"
+        "RestrictAddressFamilies=none"
+        "PrivateDevices=yes"
+        "PrivateNetwork=yes"
+        "IPAddressDeny=any"
+        "MemoryDenyWriteExecute=yes"
+        "ProtectClock=yes"
+        "SystemCallFilter=@system-service"
+        "SystemCallErrorNumber=EPERM"
+      ]
+      ++ hardening;
+    }
+  ];
+
+  "yap-text-logrotate.timer" = [
+    {
+      name = "Unit";
+      lines = [
+        "Description=Looks every ten minutes whether the log file of Yap Text is due"
+      ];
+    }
+    {
+      name = "Timer";
+      lines = [
+        "OnCalendar=*:0/10"
+        "AccuracySec=1min"
+      ];
+    }
+    {
+      name = "Install";
+      lines = [ "WantedBy=timers.target" ];
+    }
+  ];
+}
