@@ -1,5 +1,6 @@
 # make serve   sets everything up and serves on HOST:PORT
 # make test    sets everything up and runs the tests, on CPU
+# make test-systemd, make test-nix   the units on real systemd (needs root), the flake on real Nix
 # make lint    ruff, mypy, import-linter and the locks
 # make lock    resolves the locks anew (needs the registries)
 # make clean   removes what these made
@@ -23,13 +24,16 @@ SIZE_serve-cpu := 2.6 GB installed, 2 to 5 minutes
 SIZE_serve-cuda := 8.5 GB installed, 4 to 15 minutes
 SIZE_test := 100 MB, half a minute
 
-.PHONY: serve test lint lock clean venv venv-test
+.PHONY: serve test test-systemd test-nix lint lock clean venv venv-test
 
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
 
 test: venv-test
-	@$(CPU)/bin/python -m pytest --cov=yaptext --cov-report=term:skip-covered $(ARGS)
+	@$(CPU)/bin/python -m pytest -m 'not systemd and not nix' --cov=yaptext --cov-report=term:skip-covered $(ARGS)
+
+test-systemd test-nix: venv-test
+	@$(CPU)/bin/python -m pytest -m $(@:test-%=%) $(ARGS)
 
 lint: venv-test
 	$(CPU)/bin/ruff check
