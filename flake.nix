@@ -26,7 +26,7 @@
       };
       checks.${system} = import ./nix/checks.nix {
         inherit pkgs;
-        inherit (ours) environments projects;
+        inherit (ours) projects libraries;
       };
       # The tests' environment; the code is the working tree's.
       devShells.${system}.default = pkgs.mkShell {
@@ -36,7 +36,7 @@
           pkgs.gnumake
         ];
         shellHook = ''
-          export PYTHONPATH="$PWD" LD_LIBRARY_PATH="${pkgs.stdenv.cc.cc.lib}/lib:${pkgs.zlib}/lib"
+          export PYTHONPATH="$PWD" LD_LIBRARY_PATH="${ours.libraries}"
         '';
       };
     }

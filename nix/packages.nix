@@ -71,6 +71,15 @@ let
     };
   projects = builtins.mapAttrs (name: _: project name) environments;
 
+  # Wheels for any Linux expect these of the system; libnuma is vLLM's, in its build for CPUs.
+  libraries = builtins.concatStringsSep ":" (
+    map (package: "${package}/lib") [
+      pkgs.stdenv.cc.cc.lib
+      pkgs.zlib
+      pkgs.numactl
+    ]
+  );
+
   # bin/yap-text over the environment `name`; `prepare` runs first. Its Python is `.environment`.
   command =
     {
@@ -82,8 +91,7 @@ let
       name = "yap-text";
       inherit runtimeInputs;
       text = ''
-        # Wheels for any Linux expect these of the system.
-        export LD_LIBRARY_PATH="${pkgs.stdenv.cc.cc.lib}/lib:${pkgs.zlib}/lib''${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+        export LD_LIBRARY_PATH="${libraries}''${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
         export PATH="${projects.${name}}/bin:${environments.${name}}/bin:$PATH"
         ${prepare}
         exec ${projects.${name}}/bin/yap-text "$@"
@@ -119,7 +127,7 @@ let
   chat = command { name = "client"; };
 in
 {
-  inherit environments projects;
+  inherit environments projects libraries;
   packages = {
     inherit serve serve-cpu;
     default = serve;

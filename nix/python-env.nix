@@ -53,7 +53,7 @@ let
     export HOME="$TMPDIR"
     ${python.interpreter} -m venv "$TMPDIR/pip"
     ${python.interpreter} -m venv --without-pip "$out"
-    install() {
+    pip_install() {
       "$TMPDIR/pip/bin/python" -m pip --isolated --disable-pip-version-check --python "$out/bin/python" \
         install --quiet --no-index --no-deps --no-compile --no-cache-dir "$@"
     }
@@ -93,7 +93,7 @@ in
       + ''
         mkdir "$TMPDIR/wheels"
         ${each "\n" (wheel: "ln -s ${wheel.source} \"$TMPDIR/wheels/${wheel.file}\"") wheels}
-        install --require-hashes --find-links "$TMPDIR/wheels" \
+        pip_install --require-hashes --find-links "$TMPDIR/wheels" \
           --requirement ${builtins.toFile "${name}.txt" (each "\n" (wheel: wheel.line) wheels)}
       ''
       + (if below == null then "" else over below)
@@ -113,7 +113,7 @@ in
       + over below
       + ''
         cp -r --no-preserve=mode ${source} "$TMPDIR/source"
-        install --no-build-isolation "$TMPDIR/source"
+        pip_install --no-build-isolation "$TMPDIR/source"
       ''
       + compile
     );
