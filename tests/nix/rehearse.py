@@ -1,0 +1,88 @@
+"""Run nix on this flake with tests/stub-nixpkgs in the place of nixpkgs: no binary cache, no network in any build.
+
+    python tests/nix/rehearse.py flake check
+    python tests/nix/rehearse.py run .#serve-cpu
+    python tests/nix/rehearse.py --wheels serve-cuda build .#serve
+
+Needs nix 2.8 or newer, git, gcc and, to run this, a Python 3.11 with pip. The store is .venv/nix, so that a second run
+builds only what changed; --fresh begins with an empty one. The wheels, which pip fetches, are in .venv/wheelhouse.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = ROOT / ".venv" / "nix"
+WHEELHOUSE = ROOT / ".venv" / "wheelhouse"
+STUB = ["--no-write-lock-file", "--impure", "--override-input", "nixpkgs", "path:./tests/stub-nixpkgs"]
+
+
+def fill(environments: Sequence[str]) -> None:
+    """Lets pip fetch the wheels of the locks that the wheelhouse lacks. Nix checks their hashes once more."""
+    for name in environments:
+        lock = ROOT / "nix" / "lock" / f"{name}.txt"
+        files = [line.rpartition("# ")[2] for line in lock.read_text().splitlines() if "==" in line]
+        if all((WHEELHOUSE / file).exists() for file in files):
+            continue
+        print(f"{name}: fetching {len(files)} wheels", file=sys.stderr)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+        options = ["--require-hashes", "--only-binary=:all:", "--progress-bar=off", f"--dest={WHEELHOUSE}"]
+        subprocess.run([*pip, *options, f"--requirement={lock}"], check=True)
+
+
+def environment() -> dict[str, str]:
+    """A store of its own, nothing from outside, and builds that see the machine's tools, the wheels and no more."""
+    python = Path(sys.base_prefix)
+    paths = ["/bin", "/lib", "/lib64", "/usr", "/etc/alternatives", f"/wheelhouse={WHEELHOUSE.resolve()}"]
+    if not python.is_relative_to("/usr"):
+        paths.append(str(python))
+    config = {
+        "experimental-features": "nix-command flakes",
+        "substituters": "",
+        "flake-registry": "",
+        "build-users-group": "",
+        "sandbox": "true",
+        "sandbox-paths": " ".join(paths),
+        "warn-dirty": "false",
+    }
+    return os.environ | {
+        "NIX_CONFIG": "\n".join(f"{name} = {value}" for name, value in config.items()),
+        "NIX_STORE_DIR": str(HOME / "store"),
+        "NIX_STATE_DIR": str(HOME / "state"),
+        "NIX_LOG_DIR": str(HOME / "log"),
+        "NIX_REMOTE": "",
+        "XDG_CACHE_HOME": str(HOME / "cache"),
+        "PYTHON": str(python / "bin" / "python3.11"),
+    }
+
+
+def empty() -> None:
+    """Deletes the store, whose folders are read-only."""
+    for folder, _, _ in os.walk(HOME):
+        os.chmod(folder, 0o700)
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="begin with an empty store")
+    parser.add_argument("--wheels", action="append", metavar="LOCK", help="fetch these (default: serve-cpu and test)")
+    parser.add_argument("nix", nargs=argparse.REMAINDER, help="arguments of nix")
+    arguments = parser.parse_args()
+    if arguments.fresh:
+        empty()
+    WHEELHOUSE.mkdir(parents=True, exist_ok=True)
+    fill(arguments.wheels or ["serve-cpu", "test"])
+    words = arguments.nix
+    end = words.index("--") if "--" in words else len(words)
+    command = ["nix", *words[:end], *STUB, *words[end:]]
+    return subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
