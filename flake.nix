@@ -1,7 +1,7 @@
 {
   description = "Yap Text: a real-time text inference service, a conversation over one WebSocket on vLLM";
 
-  inputs.nixpkgs.url = "github:NixOS/nixpkgs";
+  inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-unstable";
 
   outputs =
     { nixpkgs, ... }:
