@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-PACKAGES = "systemd,systemd-sysv,dbus,logrotate,iproute2,libpam-systemd,procps,libnuma1,libgomp1"
+PACKAGES = "systemd,systemd-sysv,dbus,logrotate,iproute2,libpam-systemd,procps,python3,libnuma1,libgomp1"
 
 
 def make_root(folder: Path) -> Path:

@@ -46,11 +46,11 @@ class VllmEngine:
     @classmethod
     def open(cls, settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> VllmEngine:
         """Loads the checkpoint. Raises `StartError` with vLLM's reason."""
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        gauge = _make_gauge()
         try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            gauge = _make_gauge()
             args = AsyncEngineArgs(**_arguments(settings, checkpoint, role, alone=alone))
             llm = AsyncLLM.from_engine_args(args, stat_loggers=[gauge])
         except Exception as error:  # vLLM raises whatever the failing layer raises

@@ -160,11 +160,13 @@ class Server(uvicorn.Server):
         self.drained: asyncio.Task[None] | None = None
         self.bound_port = settings.port
         self._stop_signal: int | None = None
+        self._port_is_held = False
 
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
         notify("STATUS=Opening the engines.")
         if sockets is None and self._settings.listen_fds and self._settings.listen_pid == os.getpid():
+            self._port_is_held = True
             sockets = [socket.socket(fileno=_FIRST_PASSED_FD)]
             self._settings.check_address(str(sockets[0].getsockname()[0]))
         try:
@@ -199,6 +201,9 @@ class Server(uvicorn.Server):
 
     def begin_drain(self) -> None:
         if self.drained is None:
+            if self._port_is_held:
+                for server in self.servers:
+                    server.close()  # who comes now waits in systemd's socket for the next process
             admission = self.lifespan.state["service"].admission
             self.drained = asyncio.create_task(self.lifecycle.drain(admission, self._settings.drain_timeout_s))
 
