@@ -46,6 +46,7 @@ lock: .venv/lock/ready
 	@.venv/lock/bin/python nix/lock/lock.py
 
 clean:
+	if [ -d .venv/nix ]; then chmod -R u+w .venv/nix; fi # store folders are read-only
 	rm -rf .venv build dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find yaptext tests nix -name __pycache__ -prune -exec rm -rf {} +
 
