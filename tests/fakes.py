@@ -64,7 +64,7 @@ class ScriptedEngine:
         self.requests.append((list(prompt), sampling, priority))
         script = self.decision if sampling.json_schema is not None else self.chat
         if sampling.json_schema is not None and "const" in (schema := json.loads(sampling.json_schema)):
-            script = Script(list(json.dumps(schema["const"])))
+            script = Script(list(json.dumps(schema["const"], separators=(",", ":"))))
         if self.dead:
             raise EngineDead("The engine died.")
         if len(prompt) + 1 > self.max_model_len:

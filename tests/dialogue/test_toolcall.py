@@ -495,7 +495,7 @@ async def test_a_template_without_tools_gets_an_instruction(template: Any, openi
     assert text.startswith(f"{opening}You decide")
     assert "set_timer(seconds, label): Set a timer" in text
     assert "Message: Wake me in ten minutes" in text
-    assert '[{"name": "set_timer", "arguments": {"seconds": 600}}]' in text
+    assert '[{"name":"set_timer","arguments":{"seconds":600}}]' in text
     assert text.endswith(f"User: hi there\nAssistant: Hello.\nUser: what now\nAssistant: Nothing.\nMessage: U{closing}")
 
 

@@ -6,7 +6,6 @@ The answer is constrained by a grammar to `[]` or a list of calls that are valid
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 from collections import OrderedDict
@@ -39,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _INSTRUCTION = """\
 You decide whether the user's last message asks for one of these tools. Answer with a JSON list of calls, \
-for example [{"name": "NAME", "arguments": {...}}]. Answer [] when the message is talk or a question that \
+for example [{"name":"NAME","arguments":{...}}]. Answer [] when the message is talk or a question that \
 needs no tool. Tools:
 """
 _TALK = (
@@ -353,5 +352,5 @@ async def _shots(engine: Engine, shape: Shape, tools: ToolSet) -> list[int]:
 
 
 def _dumps(calls: list[Call]) -> str:
-    """Calls in the spacing that the grammar lets the model write."""
-    return json.dumps(msgspec.to_builtins(calls), ensure_ascii=False)
+    """Calls as the grammar lets the model write them."""
+    return msgspec.json.encode(calls).decode()

@@ -13,8 +13,8 @@ DECIDE, CHAT = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one request is sampled. `json_schema` constrains the text to JSON of that schema, with no white
-    space but what `json.dumps` writes. `top_k=0` is off."""
+    """How one request is sampled. `json_schema` constrains the text to compact JSON of that schema, without
+    white space between its parts. `top_k=0` is off."""
 
     max_tokens: int
     temperature: float = 0.0

@@ -209,19 +209,23 @@ def _arguments(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *
     if settings.kv_dtype == "int8_per_token_head" and not cuda:
         raise StartError("KV_DTYPE=int8 gives garbage on CPU: use auto or fp8")
     wanted = settings.chat_max_model_len if role == "chat" else settings.tool_max_model_len
-    default = 8192 if role == "chat" else 4096
+    context = min(wanted or (8192 if role == "chat" else 4096), checkpoint.context)
+    batched = settings.max_num_batched_tokens or 2048
     arguments: dict[str, Any] = {
         "model": checkpoint.source,
         "tokenizer_mode": "hf",
         "dtype": "auto",
         "kv_cache_dtype": settings.kv_dtype,
-        "max_model_len": min(wanted or default, checkpoint.context),
-        "max_num_batched_tokens": settings.max_num_batched_tokens or 2048,
+        "max_model_len": context,
+        # On CPU a seeded request whose prefill is split kills the engine ("CPU Generator does not use offset"):
+        # there every prompt is computed in one step.
+        "max_num_batched_tokens": batched if cuda else max(batched, context),
+        "enable_chunked_prefill": cuda,
         "max_num_seqs": settings.max_num_seqs or (256 if cuda else 64),
         "enable_prefix_caching": True,
-        "enable_chunked_prefill": True,
         "scheduling_policy": "priority",
         "enforce_eager": settings.enforce_eager or not cuda,  # compiling for a CPU costs minutes and gains little
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "generation_config": "vllm",  # the service's own sampling defaults count, not the checkpoint's
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
@@ -251,6 +255,8 @@ def _environment(settings: Settings) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "TORCH_LOGS": "-all",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "FLASHINFER_LOGGING_LEVEL": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONWARNINGS": "ignore",
     }
     if settings.hf_home:
@@ -271,7 +277,7 @@ def _sampling_params(sampling: Sampling) -> Any:
 
     constraint = None
     if sampling.json_schema is not None:
-        constraint = StructuredOutputsParams(json=sampling.json_schema, disable_any_whitespace=True)
+        constraint = StructuredOutputsParams(json=sampling.json_schema)
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
