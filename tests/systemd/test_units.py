@@ -28,6 +28,7 @@ exec /opt/python/bin/python3 -m yaptext "$@"
 """
 SETTINGS = """YAP_TEXT_STATE_DIR=/opt/state
 YAP_TEXT_DEVICE=cpu
+MAX_CONCURRENT_CONNECTIONS=24
 YAP_TEXT_LOG_FILE=/var/log/yap-text/yap-text.log
 """
 RESTART_CLIENT = """
@@ -36,7 +37,7 @@ async def main():
     def connect():
         return websockets.connect("ws://127.0.0.1:8000/ws", additional_headers={"X-API-Key": sys.argv[1]},
                                   proxy=None, open_timeout=120)
-    sockets = [await connect() for _ in range(16)]
+    sockets = [await connect() for _ in range(20)]
     restart = await asyncio.create_subprocess_exec("systemctl", "restart", "yap-text.service")
     async def live_through(socket):
         frames = []
@@ -139,7 +140,7 @@ def test_a_restart_refuses_nobody(box: Container) -> None:
     python = "LD_LIBRARY_PATH=/opt/python/lib PYTHONPATH=/opt/yap-text/site /opt/python/bin/python3"
     client = f"{python} /opt/restart_client.py {KEY}"
     told = json.loads(box.run("sh", "-c", client, timeout=250).splitlines()[-1])
-    assert told == [[["going_away"], 1012, "pong"]] * 16
+    assert told == [[["going_away"], 1012, "pong"]] * 20
     wait_active(box)
 
 
