@@ -117,6 +117,28 @@ def served(state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_during_the_start_ends_it_at_once(
+    state_folder: Path, tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    """With the signal's own status, no traceback, and no engine left behind."""
+    journal = tmp_path / "journal"
+    environment = os.environ | {"PORT": "0", "YAP_TEXT_STATE_DIR": str(state_folder), "YAP_TEXT_DEVICE": "cpu"}
+    with journal.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, "-m", "yaptext", "serve"], env=environment, stderr=stderr)
+    starting = Served(process, journal)
+    try:
+        while not starting.events("engine.opening"):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(sent)
+        assert process.wait(60) == status
+    finally:
+        process.kill()
+    assert "Traceback" not in journal.read_text()
+
+
+@pytest.mark.engine
 class TestServed:
     """One life of the service, in order: ready, talk, signals."""
 

@@ -44,9 +44,9 @@ class Lifecycle:
         return self.phase == "draining"
 
     def fail(self, error: YapError) -> None:
-        """The start ends with this error, which says enough: uvicorn's traceback of it is not wanted."""
+        """The start ends with this error, which says enough."""
         self.failure = error
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+        _silence_uvicorn()
 
     @asynccontextmanager
     async def watching(self, engines: Engines, watchdog_s: float | None = None) -> AsyncIterator[None]:
@@ -121,6 +121,11 @@ class Lifecycle:
         self.exit_requested.set()
 
 
+def _silence_uvicorn() -> None:
+    """For a start that ends for a known reason: uvicorn would log it as a crash, with a traceback."""
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
+
+
 def going_away() -> GoingAway:
     return GoingAway("The server is restarting.", retry_after_ms=random.randint(*_RETRY_AFTER_MS))
 
@@ -182,6 +187,8 @@ class Server(uvicorn.Server):
         host, self.bound_port = self.servers[0].sockets[0].getsockname()[:2]
         self.lifecycle.phase = "ready"
         notify("READY=1", f"STATUS=Serving on {host}:{self.bound_port}.")
+        if self._stop_signal is not None:  # it came during an import that swallows every exception
+            self.begin_drain()
         _log.info("server.ready", url=f"http://{host}:{self.bound_port}", pid=os.getpid())
 
     async def on_tick(self, counter: int) -> bool:
@@ -192,6 +199,7 @@ class Server(uvicorn.Server):
         to drain."""
         first, self._stop_signal = self._stop_signal is None, sig
         if not self.started:
+            _silence_uvicorn()
             raise SystemExit(128 + sig)
         if not first:
             self.force_exit = True
