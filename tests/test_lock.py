@@ -83,7 +83,7 @@ def test_a_line_has_exactly_the_form_that_pip_and_nix_read() -> None:
         pytest.param(f"ant==1 --hash=sha256:{SHA}  # ant-1-py3-none-any.whl", id="a short hash"),
         pytest.param(f"ant==1 --hash=sha256:{SHA}g  # ant-1-py3-none-any.whl", id="a hash of no hex"),
         pytest.param(f"ant==1 --hash=md5:{SHA}1  # ant-1-py3-none-any.whl", id="another digest"),
-        pytest.param(f"ant==1 --hash=sha256:{SHA}1  # ant-1.tar.gz", id="a source archive"),
+        pytest.param(f"ant==1 --hash=sha256:{SHA}1  # ant-1.zip", id="another archive"),
         pytest.param(f"Ant==1 --hash=sha256:{SHA}1  # ant-1-py3-none-any.whl", id="a name not normalized"),
         pytest.param(f"ant @ https://a.invalid/ant-1.whl --hash=sha256:{SHA}1  # ant-1.whl", id="a URL"),
         pytest.param(f"ant==1 --hash=sha256:{SHA}1  # https://a.invalid/ant-1.whl", id="a URL as comment"),
@@ -137,7 +137,7 @@ def test_lines_out_of_order_are_found() -> None:
 def test_a_file_of_another_version_is_found() -> None:
     """A version edited by hand no longer agrees with its wheel."""
     edited = line("ant", "1").replace("ant==1", "ant==2")
-    assert findings(inputs(), edited) == ["ant==2 names ant-1-py3-none-any.whl, which is not its wheel"]
+    assert findings(inputs(), edited) == ["ant==2 names ant-1-py3-none-any.whl, which is not its file"]
 
 
 def test_a_local_build_is_found_where_only_the_registrys_is_wanted() -> None:
@@ -147,6 +147,16 @@ def test_a_local_build_is_found_where_only_the_registrys_is_wanted() -> None:
         "torch 2.13.0+cpu is a local build; serve takes registry builds only"
     ]
     assert findings(wanted, line("torch", "2.13.0")) == []
+
+
+def test_a_source_archive_is_found_unless_it_is_named_as_an_exception() -> None:
+    """What is built at the install is chosen in pyproject.toml, never by accident; its file must be its own, too."""
+    pinned = line("ant", "1").replace("-py3-none-any.whl", ".tar.gz")
+    assert findings(inputs("ant"), pinned) == ["ant is pinned as an sdist; pyproject.toml names no such exception"]
+    wanted = inputs("ant", sdist=frozenset({"ant"}))
+    assert findings(wanted, pinned) == []
+    edited = pinned.replace("ant==1", "ant==2")
+    assert findings(wanted, edited) == ["ant==2 names ant-1.tar.gz, which is not its file"]
 
 
 def test_an_environment_on_top_of_another_counts_what_that_one_pins() -> None:
@@ -187,6 +197,14 @@ def test_a_source_archive_is_refused() -> None:
     """A package without a wheel is an error, never a silent build."""
     with pytest.raises(lock.LockError, match=re.escape("ant 1 has no wheel, only ant-1.tar.gz")):
         lock.wheel_of(entry("ant", "1", url="https://wheels.invalid/ant-1.tar.gz"))
+
+
+def test_a_named_exception_is_pinned_as_its_source_archive() -> None:
+    """And as nothing else: a wheel of it would be another file tomorrow."""
+    archive = entry("ant", "1", url="https://wheels.invalid/ant-1.tar.gz")
+    assert lock.wheel_of(archive, frozenset({"ant"})).file == "ant-1.tar.gz"
+    with pytest.raises(lock.LockError, match="ant 1 has no wheel"):
+        lock.wheel_of(entry("ant", "1"), frozenset({"ant"}))
 
 
 def test_an_excluded_package_goes_with_what_only_it_needs() -> None:

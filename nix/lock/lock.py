@@ -23,14 +23,20 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import Requirement
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
 from packaging.version import InvalidVersion, Version
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKED_PYTHON = (3, 11)
 LINE = re.compile(
     r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)==(?P<version>[0-9a-z.!+]+)"
-    r" --hash=sha256:(?P<sha256>[0-9a-f]{64})  # (?P<file>[^\s/:]+\.whl)"
+    r" --hash=sha256:(?P<sha256>[0-9a-f]{64})  # (?P<file>[^\s/:]+(?:\.whl|\.tar\.gz))"
 )
 
 
@@ -40,6 +46,8 @@ class LockError(Exception):
 
 @dataclass(frozen=True, order=True)
 class Wheel:
+    """One line of a lock. For a package that is not published as a wheel `file` is its sdist."""
+
     name: str
     version: str
     sha256: str
@@ -57,6 +65,7 @@ class Inputs:
     requirements: tuple[Requirement, ...]
     exclude: frozenset[str] = frozenset()
     no_deps: frozenset[str] = frozenset()
+    sdist: frozenset[str] = frozenset()
     registry_only: bool = False
     on: str | None = None
 
@@ -102,6 +111,7 @@ def read_inputs(pyproject: Mapping[str, Any]) -> dict[str, Inputs]:
             ),
             exclude=frozenset(map(canonicalize_name, table.get("exclude", []))),
             no_deps=frozenset(map(canonicalize_name, table.get("no-deps", []))),
+            sdist=frozenset(map(canonicalize_name, table.get("sdist", []))),
             registry_only=table.get("registry-only", False),
             on=table.get("on"),
         )
@@ -120,7 +130,9 @@ def parse(text: str) -> Lock:
         if match := LINE.fullmatch(line):
             wheels.append(Wheel(**match.groupdict()))
         else:
-            malformed.append(f"line {number} is not `name==version --hash=sha256:<64 hex digits>  # file.whl`: {line}")
+            malformed.append(
+                f"line {number} is not `name==version --hash=sha256:<64 hex digits>  # file.whl` (or .tar.gz): {line}"
+            )
     return Lock(tuple(wheels), tuple(malformed))
 
 
@@ -154,26 +166,30 @@ def needed(report: Mapping[str, Any], roots: Iterable[Requirement], exclude: fro
     return {name for name, _ in seen}
 
 
-def wheel_of(item: Mapping[str, Any]) -> Wheel:
-    """One entry of pip's report as a wheel. A local file whose index gave no hash is hashed here."""
+def wheel_of(item: Mapping[str, Any], sdist: frozenset[str] = frozenset()) -> Wheel:
+    """One entry of pip's report as a wheel, or as an sdist where its name is in `sdist`. A local file whose index gave
+    no hash is hashed here."""
     metadata, download = item["metadata"], item["download_info"]
     url = urlsplit(download["url"])
     file = unquote(url.path).rsplit("/", 1)[-1]
-    if not file.endswith(".whl"):
-        raise LockError(f"{metadata['name']} {metadata['version']} has no wheel, only {file}")
+    name = canonicalize_name(metadata["name"])
+    kind, suffix = ("sdist", ".tar.gz") if name in sdist else ("wheel", ".whl")
+    if not file.endswith(suffix):
+        raise LockError(f"{metadata['name']} {metadata['version']} has no {kind}, only {file}")
     sha256 = download.get("archive_info", {}).get("hashes", {}).get("sha256")
     if sha256 is None and url.scheme == "file":
         with open(unquote(url.path), "rb") as wheel:
             sha256 = hashlib.file_digest(wheel, "sha256").hexdigest()
     if sha256 is None:
         raise LockError(f"{file}: its index gives no sha256")
-    return Wheel(canonicalize_name(metadata["name"]), metadata["version"], sha256, file)
+    return Wheel(name, metadata["version"], sha256, file)
 
 
 def wheels_of(report: Mapping[str, Any], inputs: Inputs) -> list[Wheel]:
     """The wheels of a report that the environment needs; a local build is refused where it takes none."""
     keep = needed(report, inputs.requirements, inputs.exclude)
-    wheels = [wheel_of(item) for item in report["install"] if canonicalize_name(item["metadata"]["name"]) in keep]
+    items = [item for item in report["install"] if canonicalize_name(item["metadata"]["name"]) in keep]
+    wheels = [wheel_of(item, inputs.sdist) for item in items]
     if inputs.registry_only and (local := [wheel for wheel in wheels if "+" in wheel.version]):
         raise LockError(
             f"{inputs.env} takes registry builds only, but pip chose "
@@ -212,7 +228,9 @@ def resolve(inputs: Inputs, base: Mapping[str, str]) -> list[Wheel]:
         report = pip_report(together, *options, registry_only=inputs.registry_only)
     wheels = wheels_of(report, inputs)
     if alone:
-        wheels += wheels_of(pip_report(alone, "--no-deps", registry_only=inputs.registry_only), inputs)
+        sdists = [option for name in sorted(inputs.sdist) for option in ("--no-binary", name)]
+        options = ["--no-deps", *sdists, "--no-build-isolation"]
+        wheels += wheels_of(pip_report(alone, *options, registry_only=inputs.registry_only), inputs)
     return [wheel for wheel in wheels if wheel.name not in base]
 
 
@@ -234,6 +252,8 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None) -> list[str]:
             findings.append(f"{wheel.name} is pinned already by {inputs.on}")
         if inputs.registry_only and "+" in wheel.version:
             findings.append(f"{wheel.name} {wheel.version} is a local build; {inputs.env} takes registry builds only")
+        if wheel.file.endswith(".tar.gz") and wheel.name not in inputs.sdist:
+            findings.append(f"{wheel.name} is pinned as an sdist; pyproject.toml names no such exception")
         findings += disagreements(wheel)
     versions = below | lock.versions()
     for requirement in inputs.requirements:
@@ -255,12 +275,13 @@ def satisfies(version: str, requirement: Requirement) -> bool:
 def disagreements(wheel: Wheel) -> list[str]:
     """A line whose file is of another package or version than it pins."""
     try:
-        name, version, *_ = parse_wheel_filename(wheel.file)
+        parse = parse_wheel_filename if wheel.file.endswith(".whl") else parse_sdist_filename
+        name, version, *_ = parse(wheel.file)
         if (name, version) == (wheel.name, Version(wheel.version)):
             return []
-    except (InvalidWheelFilename, InvalidVersion):
+    except (InvalidWheelFilename, InvalidSdistFilename, InvalidVersion):
         pass
-    return [f"{wheel.name}=={wheel.version} names {wheel.file}, which is not its wheel"]
+    return [f"{wheel.name}=={wheel.version} names {wheel.file}, which is not its file"]
 
 
 # Command
