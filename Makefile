@@ -1,4 +1,5 @@
 # make serve   sets everything up and serves on HOST:PORT
+# make quantize   sets everything up and makes AWQ weights of CHAT_MODEL and TOOL_MODEL (ARGS: of yap-text quantize)
 # make test    sets everything up and runs the tests, on CPU
 # make test-systemd, make test-nix   the units on real systemd (needs root), the flake on real Nix
 # make lint    ruff, mypy, import-linter and the locks
@@ -24,10 +25,13 @@ SIZE_serve-cpu := 2.6 GB installed, 2 to 5 minutes
 SIZE_serve-cuda := 8.5 GB installed, 4 to 15 minutes
 SIZE_test := 100 MB, half a minute
 
-.PHONY: serve test test-systemd test-nix lint lock clean venv venv-test
+.PHONY: serve quantize test test-systemd test-nix lint lock clean venv venv-test
 
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
+
+quantize: venv
+	@exec $(VENV)/bin/yap-text quantize $(ARGS)
 
 test: venv-test
 	@$(CPU)/bin/python -m pytest -m 'not systemd and not nix' --cov=yaptext --cov-report=term:skip-covered $(ARGS)
@@ -93,7 +97,8 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 endef
 
 # $(call install,VENV,LOCK): of pip's output, the large downloads, a count, and whatever went wrong.
-# An interrupt ends it without the hint.
+# An interrupt ends it without the hint. What has no wheel (.tar.gz) comes second: the lock's own setuptools builds it,
+# so that nothing is fetched but what the lock names.
 define install
 trap 'exit 130' INT TERM
 progress() {
@@ -104,13 +109,20 @@ progress() {
             *Downloading*\([0-9][0-9]*" MB)" | *Downloading*" GB)") echo "$$line" ;;
             Installing*) echo "  unpacking" ;;
             Looking\ in* | Successfully* | *Downloading* | *Using\ cached* | *ninstall* | *Found\ existing*) ;;
+            *Preparing\ metadata* | *Building\ wheel* | *Created\ wheel* | *Stored\ in*) ;;
             WARNING:\ Location*) ;;
             *) echo "$$line" ;;
         esac
     done
 }
-$(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-compile --require-hashes --no-deps \
-    --only-binary=:all: -r $(2) 2>&1 | progress || { echo >&2; echo "$$WHEEL_HINT" >&2; exit 1; }
+pip_install() {
+    $(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off --no-compile --require-hashes --no-deps \
+        "$$@" 2>&1 | progress || { echo >&2; echo "$$WHEEL_HINT" >&2; exit 1; }
+}
+pip_install --only-binary=:all: -r <(grep -v '\.tar\.gz$$' $(2))
+if grep -q '\.tar\.gz$$' $(2); then
+    pip_install --no-build-isolation --no-binary=:all: -r <(grep '\.tar\.gz$$' $(2))
+fi
 endef
 
 # Every engine process imports vLLM anew. Some packages carry templates that are not Python: those fail, harmlessly.
