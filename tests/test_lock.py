@@ -203,7 +203,7 @@ def test_a_named_exception_is_pinned_as_its_source_archive() -> None:
     """And as nothing else: a wheel of it would be another file tomorrow."""
     archive = entry("ant", "1", url="https://wheels.invalid/ant-1.tar.gz")
     assert lock.wheel_of(archive, frozenset({"ant"})).file == "ant-1.tar.gz"
-    with pytest.raises(lock.LockError, match="ant 1 has no wheel"):
+    with pytest.raises(lock.LockError, match="ant 1 has no sdist"):
         lock.wheel_of(entry("ant", "1"), frozenset({"ant"}))
 
 
