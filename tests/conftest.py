@@ -17,7 +17,7 @@ import websockets
 from fakes import ScriptedEngine
 
 from yaptext.dialogue.stage import Stage
-from yaptext.dialogue.toolcall import ToolSet
+from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engines
 from yaptext.server.app import create_app
 from yaptext.server.connection import Connection

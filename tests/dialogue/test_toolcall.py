@@ -16,7 +16,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from yaptext.dialogue.history import Message, parse
-from yaptext.dialogue.toolcall import MAX_CALLS, MAX_TOOLS, MAX_TOOLS_BYTES, Decider, Decision, ToolSet
+from yaptext.dialogue.toolcall import Decider, Decision
+from yaptext.dialogue.toolset import MAX_CALLS, MAX_TOOLS, MAX_TOOLS_BYTES, ToolSet
 from yaptext.engine.base import DECIDE
 from yaptext.errors import BadMessage, EngineDead, EngineFailed, SettingsError
 from yaptext.wire.messages import Call, Start, decode

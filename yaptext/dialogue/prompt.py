@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from yaptext.dialogue.history import Message, keep_recent
-from yaptext.engine.base import Engine
+from yaptext.engine.base import Codec
 from yaptext.errors import TextTooLong
 
 _MARKS = {"system": "MARKSYSTEM", "first": "MARKFIRST", "reply": "MARKREPLY", "second": "MARKSECOND"}
@@ -34,8 +34,8 @@ class Shape:
     closing: list[int]
 
 
-async def learn_shape(engine: Engine, tools: list[dict[str, Any]] | None = None) -> Shape | None:
-    """The shape of the engine's chat template, or None where it has none that fits a conversation.
+async def learn_shape(codec: Codec, tools: list[dict[str, Any]] | None = None) -> Shape | None:
+    """The shape of the model's chat template, or None where it has none that fits a conversation.
 
     With `tools` there is no system content: the template writes its own, and `opening` holds all of it.
     """
@@ -47,14 +47,14 @@ async def learn_shape(engine: Engine, tools: list[dict[str, Any]] | None = None)
     system = {"role": "system", "content": _MARKS["system"]}
     order = [_MARKS["first"], _MARKS["reply"], _MARKS["second"]]
     if tools is None:
-        pieces = _split(engine.render([system, *talk]), [_MARKS["system"], *order])
+        pieces = _split(codec.render([system, *talk]), [_MARKS["system"], *order])
         if pieces is not None:
-            return Shape(*[await engine.encode(piece, special=True) for piece in pieces])
-    pieces = _split(engine.render(talk, tools), order)
+            return Shape(*[await codec.encode(piece, special=True) for piece in pieces])
+    pieces = _split(codec.render(talk, tools), order)
     if pieces is None:
         return None
-    opening, *rest = [await engine.encode(piece, special=True) for piece in pieces]
-    return Shape(opening, await engine.encode("\n\n"), *rest)
+    opening, *rest = [await codec.encode(piece, special=True) for piece in pieces]
+    return Shape(opening, await codec.encode("\n\n"), *rest)
 
 
 def _split(text: str | None, marks: Sequence[str]) -> list[str] | None:
@@ -92,12 +92,12 @@ def joint_to_user(shape: Shape, role: str, newline: list[int]) -> list[int]:
     return {"system": shape.after_system, "assistant": shape.after_reply, "user": newline}[role]
 
 
-async def fit(engine: Engine, text: str, max_tokens: int, *, keep: Literal["start", "end"], exact: bool) -> str:
+async def fit(codec: Codec, text: str, max_tokens: int, *, keep: Literal["start", "end"], exact: bool) -> str:
     """`text` cut to `max_tokens`: by the tokenizer, or with `exact` off by 4 bytes a token."""
     if len(text.encode()) <= max_tokens:  # no token is shorter than a byte
         return text
     if exact:
-        return await engine.clip(text, max_tokens, keep=keep)
+        return await codec.clip(text, max_tokens, keep=keep)
     cut = text.encode()[: 4 * max_tokens] if keep == "start" else text.encode()[-4 * max_tokens :]
     return cut.decode(errors="ignore")
 
@@ -117,33 +117,33 @@ class ChatPrompts:
     """Builds the chat model's prompts. `format` is segments, turns or bare; without a usable chat template
     only bare is possible, and `self.format` says what was taken."""
 
-    def __init__(self, engine: Engine, shape: Shape | None, format: str, limits: Limits, newline: list[int]) -> None:
-        self._engine, self._shape, self._limits, self._newline = engine, shape, limits, newline
+    def __init__(self, codec: Codec, shape: Shape | None, format: str, limits: Limits, newline: list[int]) -> None:
+        self._codec, self._shape, self._limits, self._newline = codec, shape, limits, newline
         self.format = format if shape is not None else "bare"
         self.stop = ("\nUser:",) if self.format == "bare" else ()
         self._personas: OrderedDict[str, list[int]] = OrderedDict()
 
     @classmethod
-    async def open(cls, engine: Engine, format: str, limits: Limits) -> ChatPrompts:
-        return cls(engine, await learn_shape(engine), format, limits, await engine.encode("\n"))
+    async def open(cls, codec: Codec, format: str, limits: Limits) -> ChatPrompts:
+        return cls(codec, await learn_shape(codec), format, limits, await codec.encode("\n"))
 
     async def prefix(self, persona: str, messages: list[Message]) -> list[int]:
         """What every next prompt of this persona and history begins with, cut at a block of the prefix cache."""
         ids, _ = await self._standing(persona, messages)
-        return ids[: len(ids) // self._engine.block_size * self._engine.block_size]
+        return ids[: len(ids) // self._codec.block_size * self._codec.block_size]
 
     async def turn(self, persona: str, messages: list[Message], utterance: str, now: str) -> list[int]:
         """The whole prompt of one turn. `messages` is trimmed in place to the history limit, `utterance` is
         within its limit already. Raises `TextTooLong` for a persona over its limit."""
         ids, role = await self._standing(persona, messages)
         if self._shape is None or self.format == "bare":
-            return ids + await self._engine.encode(f"\n({now})\nUser: {utterance}\nAssistant:")
+            return ids + await self._codec.encode(f"\n({now})\nUser: {utterance}\nAssistant:")
         if self.format == "segments":
-            ids += await self._engine.encode(f"\nNow: {now}.")
+            ids += await self._codec.encode(f"\nNow: {now}.")
             ids += self._shape.after_system
-            return ids + await self._engine.encode(utterance) + self._shape.closing
+            return ids + await self._codec.encode(utterance) + self._shape.closing
         ids += joint_to_user(self._shape, role, self._newline)
-        return ids + await self._engine.encode(f"({now}) {utterance}") + self._shape.closing
+        return ids + await self._codec.encode(f"({now}) {utterance}") + self._shape.closing
 
     async def _standing(self, persona: str, messages: list[Message]) -> tuple[list[int], str]:
         """The one place that lays out what stays from turn to turn."""
@@ -154,7 +154,7 @@ class ChatPrompts:
             told, role = in_roles(self._shape, messages, "chat", self._newline)
             return ids + told, role
         if messages:
-            ids += await self._engine.encode("\n<|history|>")
+            ids += await self._codec.encode("\n<|history|>")
         for message in messages:
             ids += message.ids["chat"]
         return ids, "system"
@@ -162,7 +162,7 @@ class ChatPrompts:
     async def _persona(self, text: str) -> list[int]:
         known = self._personas.get(text)
         if known is None:
-            known = await self._engine.encode(f"<|persona|>\n{text}")
+            known = await self._codec.encode(f"<|persona|>\n{text}")
             if len(known) > self._limits.persona:
                 raise TextTooLong(f"persona_text is {len(known)} tokens; limit is {self._limits.persona}")
             self._personas[text] = known
@@ -175,7 +175,7 @@ class ChatPrompts:
     async def _trim(self, messages: list[Message], before: int) -> None:
         """Encodes what is new and drops the oldest messages over the limit."""
         limits = self._limits
-        room = self._engine.max_model_len - before - limits.utterance - limits.reply - _OVERHEAD_TOKENS
+        room = self._codec.max_model_len - before - limits.utterance - limits.reply - _OVERHEAD_TOKENS
         limit = max(0, min(limits.history, room))
         for index, message in enumerate(messages):
             if await self._encode(message) and index % 64 == 63:
@@ -189,7 +189,7 @@ class ChatPrompts:
             first -= 1
         if first == len(messages) and messages and limit > 16:
             last = messages[-1]
-            text = await fit(self._engine, last.text, limit - 8, keep="end", exact=limits.exact)
+            text = await fit(self._codec, last.text, limit - 8, keep="end", exact=limits.exact)
             messages[:] = [Message(last.speaker, text)]
             await self._encode(messages[0])
         else:
@@ -199,5 +199,5 @@ class ChatPrompts:
         if "chat" in message.ids:
             return False
         label = "" if self.format == "turns" else _LABELS[message.speaker]
-        message.ids["chat"] = await self._engine.encode(label + message.text.strip())
+        message.ids["chat"] = await self._codec.encode(label + message.text.strip())
         return True

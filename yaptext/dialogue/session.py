@@ -12,7 +12,7 @@ from yaptext.dialogue.history import Transcript
 from yaptext.dialogue.persona import Persona
 
 if TYPE_CHECKING:
-    from yaptext.dialogue.toolcall import ToolSet
+    from yaptext.dialogue.toolset import ToolSet
     from yaptext.dialogue.turn import Turn
 
 SessionKey = tuple[str, str]

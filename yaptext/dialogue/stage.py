@@ -13,7 +13,8 @@ from yaptext.dialogue import history
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
 from yaptext.dialogue.session import Session, SessionStore
-from yaptext.dialogue.toolcall import Decider, ToolSet
+from yaptext.dialogue.toolcall import Decider
+from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engine, Engines, Sampling
 from yaptext.errors import NotDeployed, TextTooLong, UnknownPersona
 from yaptext.observe.metrics import Metrics

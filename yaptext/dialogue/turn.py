@@ -14,7 +14,8 @@ from msgspec import UNSET, UnsetType
 from yaptext.dialogue.history import recent
 from yaptext.dialogue.session import Session
 from yaptext.dialogue.stage import Stage
-from yaptext.dialogue.toolcall import Decision, ToolSet
+from yaptext.dialogue.toolcall import Decision
+from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Delta
 from yaptext.errors import EngineFailed, Internal, TextTooLong, WireError
 from yaptext.wire.messages import (

@@ -50,25 +50,13 @@ class Load:
     kv_use: float
 
 
-class Engine(Protocol):
-    """One model, ready to stream.
+class Codec(Protocol):
+    """The text side of one model: its tokenizer and its chat template."""
 
-    Closing the generator of `stream` (or cancelling the task that reads it) aborts the request: nothing of
-    it runs on. Recoverable faults raise `EngineFailed`; after `EngineDead` no call can succeed.
-    """
-
-    model: str
-    """The name or folder it was opened from, for people."""
     max_model_len: int
     """Most tokens of a prompt and its reply together."""
     block_size: int
     """Tokens that the prefix cache shares as one unit."""
-    weights: str
-    """The kind of weights: float, fp8, awq or gptq."""
-
-    def stream(
-        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
-    ) -> AsyncGenerator[Delta, None]: ...
 
     async def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text` alone, nothing added. Only with `special` do control tokens written out in the
@@ -83,6 +71,23 @@ class Engine(Protocol):
         """The model's chat template over `messages`, ready for a reply; None where it has no template or
         the template refuses these roles."""
         ...
+
+
+class Engine(Codec, Protocol):
+    """One model, ready to stream.
+
+    Closing the generator of `stream` (or cancelling the task that reads it) aborts the request: nothing of
+    it runs on. Recoverable faults raise `EngineFailed`; after `EngineDead` no call can succeed.
+    """
+
+    model: str
+    """The name or folder it was opened from, for people."""
+    weights: str
+    """The kind of weights: float, fp8, awq or gptq."""
+
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
+    ) -> AsyncGenerator[Delta, None]: ...
 
     def load(self) -> Load: ...
 

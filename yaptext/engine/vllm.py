@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import structlog
-from tokenizers import Tokenizer
 
 from yaptext.engine import demo, weights
 from yaptext.engine.base import CHAT, Delta, Engines, Load, Role, Sampling
+from yaptext.engine.codec import HubCodec
 from yaptext.errors import EngineDead, EngineFailed, StartError
 from yaptext.observe.notify import notify
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
-_LONG_TEXT = 4000
-"""Characters from which a text is tokenized in a thread (about 1 ms of the event loop)."""
 
 
-class VllmEngine:
+class VllmEngine(HubCodec):
     """One AsyncLLM. Opened by `open`, which blocks while weights load; see `Engine` for the contract."""
 
     def __init__(self, llm: Any, model: str, kind: weights.Kind, gauge: Any) -> None:
+        super().__init__(
+            llm.get_tokenizer(),
+            max_model_len=llm.model_config.max_model_len,
+            block_size=llm.vllm_config.cache_config.block_size,
+        )
         self._llm, self.model, self._gauge = llm, model, gauge
         self.weights: str = kind
-        self.max_model_len: int = llm.model_config.max_model_len
-        self.block_size: int = llm.vllm_config.cache_config.block_size
-        self._template = llm.get_tokenizer()
-        source = self._template.backend_tokenizer.to_str()
-        self._special, self._content = Tokenizer.from_str(source), Tokenizer.from_str(source)
-        for tokenizer in (self._special, self._content):
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        self._content.encode_special_tokens = True
         self._numbers = itertools.count(1)
         self._running = 0
 
@@ -101,38 +94,6 @@ class VllmEngine:
             if not finished:
                 # generate() aborts by itself, except where it is cancelled before it holds the request.
                 await self._llm.abort(request_id)
-
-    async def encode(self, text: str, *, special: bool = False) -> list[int]:
-        tokenizer = self._special if special else self._content
-        if len(text) > _LONG_TEXT:
-            encoding = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
-        else:
-            encoding = tokenizer.encode(text, add_special_tokens=False)
-        return list(encoding.ids)
-
-    async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
-        return await asyncio.to_thread(self._clip, text, max_tokens, keep)
-
-    def _clip(self, text: str, max_tokens: int, keep: Literal["start", "end"]) -> str:
-        count = max_tokens
-        while True:
-            encoding = self._content.encode(text, add_special_tokens=False)
-            if len(encoding.ids) <= max_tokens or not text:
-                return text
-            if count <= 0:
-                return ""
-            text = text[: encoding.offsets[count - 1][1]] if keep == "start" else text[encoding.offsets[-count][0] :]
-            count -= 1  # a cut text can encode into more tokens than it was cut from
-
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
-        if not self._template.chat_template:
-            return None
-        try:
-            return str(
-                self._template.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-            )
-        except Exception:  # a template is a program: it refuses roles and tools by raising what it likes
-            return None
 
     def load(self) -> Load:
         return Load(running=self._running, kv_use=self._gauge.kv_use if self._running else 0.0)

@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from yaptext import __version__
 from yaptext.dialogue import persona
 from yaptext.dialogue.stage import Stage
-from yaptext.dialogue.toolcall import ToolSet
+from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engines
 from yaptext.errors import AuthenticationFailed, EngineDead, ServerAtCapacity, StartError, WireError, YapError
 from yaptext.observe.metrics import CONTENT_TYPE

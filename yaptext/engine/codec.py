@@ -1,0 +1,57 @@
+"""A model's tokenizer and chat template: what both an engine and the quantizer make prompts with."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+_LONG_TEXT = 4000
+"""Characters from which a text is tokenized in a thread (about 1 ms of the event loop)."""
+
+
+class HubCodec:
+    """The `Codec` of a fast tokenizer as transformers loads it."""
+
+    def __init__(self, tokenizer: Any, *, max_model_len: int, block_size: int) -> None:
+        self.max_model_len, self.block_size = max_model_len, block_size
+        self._template = tokenizer
+        source = tokenizer.backend_tokenizer.to_str()
+        self._special, self._content = Tokenizer.from_str(source), Tokenizer.from_str(source)
+        for copy in (self._special, self._content):
+            copy.no_truncation()
+            copy.no_padding()
+        self._content.encode_special_tokens = True
+
+    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+        tokenizer = self._special if special else self._content
+        if len(text) > _LONG_TEXT:
+            encoding = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
+        else:
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        return list(encoding.ids)
+
+    async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
+        return await asyncio.to_thread(self._clip, text, max_tokens, keep)
+
+    def _clip(self, text: str, max_tokens: int, keep: Literal["start", "end"]) -> str:
+        count = max_tokens
+        while True:
+            encoding = self._content.encode(text, add_special_tokens=False)
+            if len(encoding.ids) <= max_tokens or not text:
+                return text
+            if count <= 0:
+                return ""
+            text = text[: encoding.offsets[count - 1][1]] if keep == "start" else text[encoding.offsets[-count][0] :]
+            count -= 1  # a cut text can encode into more tokens than it was cut from
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
+        if not self._template.chat_template:
+            return None
+        try:
+            return str(
+                self._template.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+            )
+        except Exception:  # a template is a program: it refuses roles and tools by raising what it likes
+            return None
