@@ -30,6 +30,44 @@ let
     # No prompt, reply or key in a core file.
     "LimitCORE=0"
   ];
+  # The program in a unit: its settings, its secrets, its folders and what it may do. Serving and quantizing share all
+  # of it, the user first: it is dynamic, and by one name both own the same folders.
+  program = [
+    "EnvironmentFile=-/etc/yap-text/yap-text.env"
+    "Environment=PATH=${path}"
+    "# A file each, which must exist; with an empty one the environment counts, and then the default."
+    "LoadCredential=YAP_TEXT_API_KEY:/etc/yap-text/api-key"
+    "LoadCredential=HF_TOKEN:/etc/yap-text/hf-token"
+    "DynamicUser=yes"
+    "User=yap-text"
+    "StateDirectory=yap-text"
+    "CacheDirectory=yap-text"
+    "LogsDirectory=yap-text"
+    "# Weights and compiled graphs outlive a restart."
+    "Environment=HF_HOME=%C/yap-text/hf VLLM_CACHE_ROOT=%C/yap-text/vllm"
+    "Environment=TRITON_CACHE_DIR=%C/yap-text/triton TORCHINDUCTOR_CACHE_DIR=%C/yap-text/inductor"
+    "Environment=FLASHINFER_WORKSPACE_BASE=%C/yap-text XDG_CACHE_HOME=%C/yap-text HOME=%S/yap-text"
+    "CapabilityBoundingSet="
+    "AmbientCapabilities="
+    "# Netlink and local sockets: torch and the engines' processes talk through them."
+    "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"
+    "SystemCallFilter=@system-service"
+    "# set_mempolicy and the like: vLLM binds its memory to the CPU's node."
+    "SystemCallFilter=set_mempolicy mbind get_mempolicy"
+    "SystemCallFilter=~@privileged @resources:EPERM"
+    "SystemCallFilter=@system-service sched_setaffinity setpriority"
+    "SystemCallErrorNumber=EPERM"
+    "DevicePolicy=closed"
+    "# The GPU. ProtectClock= stays off: with it, DevicePolicy=closed closes these too."
+    "DeviceAllow=char-nvidiactl rw"
+    "DeviceAllow=char-nvidia-caps rw"
+    "DeviceAllow=char-nvidia-frontend rw"
+    "DeviceAllow=char-nvidia-uvm rw"
+    "DeviceAllow=char-drm rw"
+    "# MemoryDenyWriteExecute= stays off: Triton and torch compile while they run."
+    "# ProcSubset=pid stays off: vLLM reads /proc/cpuinfo and /proc/meminfo."
+  ]
+  ++ hardening;
 in
 {
   "yap-text.service" = [
@@ -37,8 +75,9 @@ in
       name = "Unit";
       lines = [
         "Description=Yap Text, real-time text inference for voice companions"
-        "Wants=network-online.target"
-        "After=network-online.target yap-text.socket"
+        "# Wants: what cannot be quantized is served as it is."
+        "Wants=network-online.target yap-text-quantize.service"
+        "After=network-online.target yap-text.socket yap-text-quantize.service"
         "Requires=yap-text.socket"
         # It restarts for ever, with growing steps.
         "StartLimitIntervalSec=0"
@@ -50,11 +89,6 @@ in
         "Type=notify"
         "NotifyAccess=main"
         "ExecStart=${yap-text} serve"
-        "EnvironmentFile=-/etc/yap-text/yap-text.env"
-        "Environment=PATH=${path}"
-        "# A file each, which must exist; with an empty one the environment counts, and then the default."
-        "LoadCredential=YAP_TEXT_API_KEY:/etc/yap-text/api-key"
-        "LoadCredential=HF_TOKEN:/etc/yap-text/hf-token"
         "# A cold 24B model: download, load, compile."
         "TimeoutStartSec=3600"
         "# Longer than DRAIN_TIMEOUT_S and the close of every socket."
@@ -70,36 +104,9 @@ in
         "RestartMaxDelaySec=60"
         "# Engine processes are not told to stop while the service drains."
         "KillMode=mixed"
-        "DynamicUser=yes"
-        "StateDirectory=yap-text"
-        "CacheDirectory=yap-text"
-        "LogsDirectory=yap-text"
         "RuntimeDirectory=yap-text"
-        "# Weights and compiled graphs outlive a restart."
-        "Environment=HF_HOME=%C/yap-text/hf VLLM_CACHE_ROOT=%C/yap-text/vllm"
-        "Environment=TRITON_CACHE_DIR=%C/yap-text/triton TORCHINDUCTOR_CACHE_DIR=%C/yap-text/inductor"
-        "Environment=FLASHINFER_WORKSPACE_BASE=%C/yap-text XDG_CACHE_HOME=%C/yap-text HOME=%S/yap-text"
-        "CapabilityBoundingSet="
-        "AmbientCapabilities="
-        "# Netlink and local sockets: torch and the engines' processes talk through them."
-        "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"
-        "SystemCallFilter=@system-service"
-        "# set_mempolicy and the like: vLLM binds its memory to the CPU's node."
-        "SystemCallFilter=set_mempolicy mbind get_mempolicy"
-        "SystemCallFilter=~@privileged @resources:EPERM"
-        "SystemCallFilter=@system-service sched_setaffinity setpriority"
-        "SystemCallErrorNumber=EPERM"
-        "DevicePolicy=closed"
-        "# The GPU. ProtectClock= stays off: with it, DevicePolicy=closed closes these too."
-        "DeviceAllow=char-nvidiactl rw"
-        "DeviceAllow=char-nvidia-caps rw"
-        "DeviceAllow=char-nvidia-frontend rw"
-        "DeviceAllow=char-nvidia-uvm rw"
-        "DeviceAllow=char-drm rw"
-        "# MemoryDenyWriteExecute= stays off: Triton and torch compile while they run."
-        "# ProcSubset=pid stays off: vLLM reads /proc/cpuinfo and /proc/meminfo."
       ]
-      ++ hardening;
+      ++ program;
     }
     {
       name = "Install";
@@ -130,6 +137,33 @@ in
     {
       name = "Install";
       lines = [ "WantedBy=sockets.target" ];
+    }
+  ];
+
+  "yap-text-quantize.service" = [
+    {
+      name = "Unit";
+      lines = [
+        "Description=AWQ weights for Yap Text, made before it starts (QUANTIZATION=awq)"
+        "Wants=network-online.target"
+        "After=network-online.target"
+        "# `systemctl stop yap-text` means this, too."
+        "PartOf=yap-text.service"
+      ];
+    }
+    {
+      name = "Service";
+      lines = [
+        "# Not RemainAfterExit=: every start of the service asks again, which takes a second where nothing is to be done."
+        "Type=oneshot"
+        "ExecStart=${yap-text} quantize --when-wanted"
+        "# A layer at a time, hours for a large model."
+        "TimeoutStartSec=infinity"
+        "# It stops between two steps, and deletes what is unfinished."
+        "TimeoutStopSec=120"
+        "SuccessExitStatus=143 SIGTERM"
+      ]
+      ++ program;
     }
   ];
 

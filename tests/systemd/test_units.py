@@ -201,7 +201,7 @@ def test_the_units_in_the_repository_are_the_rendered_ones() -> None:
         assert json.loads(shown.stdout) == unit.read_text(), unit.name
 
 
-@pytest.mark.parametrize("unit", ["yap-text.service", "yap-text-logrotate.service"])
+@pytest.mark.parametrize("unit", ["yap-text.service", "yap-text-quantize.service", "yap-text-logrotate.service"])
 def test_the_units_are_hardened(unit: str) -> None:
     """`systemd-analyze security` rates them 2.0 or better."""
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(REPOSITORY / "systemd" / unit)]
