@@ -3,6 +3,7 @@
 YapError
 ├── SettingsError              a variable is wrong; the start ends with this line
 ├── StartError                 weights or an engine cannot be opened; the start ends
+├── QuantizeError              a model cannot be quantized, verified or pushed; nothing half-made is left
 └── WireError                  told to the client as an `error` frame
     ├── AuthenticationFailed   closes the socket, 1008
     ├── ServerAtCapacity       closes the socket, 1013; a retry helps
@@ -33,6 +34,10 @@ class SettingsError(YapError):
 
 class StartError(YapError):
     """The service cannot start; the message says what to do about it."""
+
+
+class QuantizeError(YapError):
+    """A quantizer's job ends; the message says why, and what was kept."""
 
 
 class WireError(YapError):

@@ -50,7 +50,11 @@ class Settings(BaseSettings):
     tool_model: str | None = _env("TOOL_MODEL", None, "Tool model: a hub id or a local folder, for example `MadeAgents/Hammer2.1-1.5b` or `MadeAgents/Hammer2.1-3b`.")  # fmt: skip
     awq_chat_model: str | None = _env("AWQ_CHAT_MODEL", None, "Pre-quantized AWQ chat model, served instead of `CHAT_MODEL`.")  # fmt: skip
     awq_tool_model: str | None = _env("AWQ_TOOL_MODEL", None, "Pre-quantized AWQ tool model, served instead of `TOOL_MODEL`.")  # fmt: skip
-    quantization: Literal["auto", "none", "fp8", "awq", "gptq"] = _env("QUANTIZATION", "auto", "Weights: `auto` takes GPTQ or AWQ where the model's name or config says so, else FP8 on CUDA and float on CPU.")  # fmt: skip
+    quantization: Literal["auto", "none", "fp8", "awq", "gptq"] = _env("QUANTIZATION", "auto", "Weights: `auto` takes GPTQ or AWQ where the model's config or name says so, a finished AWQ folder of the quantizer, else FP8 on CUDA and float on CPU.")  # fmt: skip
+    awq_calibration: str = _env("AWQ_CALIBRATION", "builtin", "Text to calibrate AWQ with (quantizer): `builtin`, a `.txt` or `.jsonl` file, a folder of them, or a hub data set as `hub:NAME`.")  # fmt: skip
+    awq_calibration_samples: int | None = _env("AWQ_CALIBRATION_SAMPLES", None, "Calibration samples (quantizer). Default: 128 on CUDA, 8 on CPU.", ge=1, le=4096)  # fmt: skip
+    awq_calibration_tokens: int = _env("AWQ_CALIBRATION_TOKENS", 512, "Tokens of one calibration sample (quantizer).", ge=64, le=8192)  # fmt: skip
+    awq_group_size: Literal["auto", "128", "64", "32"] = _env("AWQ_GROUP_SIZE", "auto", "Weights that share a scale (quantizer); `auto` takes the largest that divides the model's layers.")  # fmt: skip
     share_engine: bool = _env("SHARE_ENGINE", True, "One engine for both models where they are the same checkpoint; 0 opens two.")  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = _env("YAP_TEXT_DEVICE", "auto", "Where the engines run; `auto` takes CUDA where an NVIDIA driver is loaded.")  # fmt: skip
     chat_gpu_frac: float | None = _env("CHAT_GPU_FRAC", None, "Share of the GPU's memory for the chat engine. Default 0.70 with both models, 0.90 alone or shared.", gt=0, le=0.98)  # fmt: skip
@@ -105,7 +109,7 @@ class Settings(BaseSettings):
     hf_awq_commit_msg_tool: str | None = _env("HF_AWQ_COMMIT_MSG_TOOL", None, "Commit message of the tool upload (quantizer).")  # fmt: skip
 
     # --- operation
-    state_dir: Path | None = _env("YAP_TEXT_STATE_DIR", None, "Where converted models are kept. Default: `STATE_DIRECTORY` under systemd, else `~/.local/state/yap-text`.")  # fmt: skip
+    state_dir: Path | None = _env("YAP_TEXT_STATE_DIR", None, "Where converted and quantized models are kept. Default: `STATE_DIRECTORY` under systemd, else `~/.local/state/yap-text`.")  # fmt: skip
     log_level: Literal["debug", "info", "warning", "error"] = _env("LOG_LEVEL", "info", "Least level that is logged.")  # fmt: skip
     log_format: Literal["auto", "json", "console"] = _env("LOG_FORMAT", "auto", "`auto` is JSON, and a readable form where stderr is a terminal.")  # fmt: skip
 
@@ -177,6 +181,10 @@ class Settings(BaseSettings):
     def tool_timeout_s(self) -> float:
         default = 300 if self.on_cuda else 20_000
         return (self.tool_hard_timeout_ms or default) / 1000
+
+    @property
+    def calibration_samples(self) -> int:
+        return self.awq_calibration_samples or (128 if self.on_cuda else 8)
 
     @property
     def watchdog_s(self) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from yaptext.engine import shelf
 from yaptext.engine.base import Role
 from yaptext.errors import StartError
 from yaptext.settings import Settings
@@ -41,7 +42,8 @@ def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoi
     not what `QUANTIZATION` asks for.
     """
     if demo is not None:
-        return _describe(settings, str(demo), "no model is configured: the embedded demo model serves", demo=True)
+        reason = "no model is configured: the embedded demo model serves"
+        return _local_awq(settings, str(demo), reason, demo=True) or _describe(settings, str(demo), reason, demo=True)
     awq = settings.awq_chat_model if role == "chat" else settings.awq_tool_model
     plain = settings.chat_model if role == "chat" else settings.tool_model
     name = role.upper()
@@ -55,13 +57,30 @@ def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoi
             f"{name}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it "
             f"(AWQ_{name}_MODEL does as well)"
         )
-    return _describe(settings, plain, f"{name}_MODEL")
+    return _local_awq(settings, plain, f"{name}_MODEL") or _describe(settings, plain, f"{name}_MODEL")
+
+
+def _local_awq(settings: Settings, source: str, reason: str, *, demo: bool = False) -> Checkpoint | None:
+    """The quantizer's finished result for a float model, where AWQ may be served."""
+    if settings.quantization not in ("auto", "awq"):
+        return None
+    found = shelf.finished(settings.state, source)
+    if found is None:
+        return None
+    reason += f"; a finished AWQ folder for {Path(source).name}"
+    return _describe(settings, str(found.folder), reason, demo=demo)
 
 
 def _describe(settings: Settings, source: str, reason: str, *, demo: bool = False) -> Checkpoint:
-    config = _read_config(settings, source)
-    kind = _kind(source, config)
+    config = read_config(settings, source)
+    kind = kind_of(source, config)
     wanted = settings.quantization
+    if wanted == "awq" and kind == "float":
+        raise StartError(
+            f"QUANTIZATION=awq, but {source} has float weights: no finished AWQ folder lies in "
+            f"{settings.state / 'awq'}. Run `yap-text quantize`, or name an AWQ checkpoint in AWQ_CHAT_MODEL or "
+            "AWQ_TOOL_MODEL"
+        )
     if wanted in ("awq", "gptq") and kind != wanted:
         raise StartError(f"QUANTIZATION={wanted}, but {source} has {kind} weights: name a {wanted.upper()} checkpoint")
     if wanted in ("none", "fp8") and kind not in ("float", "fp8"):
@@ -76,8 +95,8 @@ def _describe(settings: Settings, source: str, reason: str, *, demo: bool = Fals
     return Checkpoint(source, "fp8" if online else kind, context, reason, online_fp8=online, demo=demo)
 
 
-def _kind(source: str, config: dict[str, Any]) -> Kind:
-    """The config decides; where it says nothing, the name does."""
+def kind_of(source: str, config: dict[str, Any]) -> Kind:
+    """What kind of weights a checkpoint holds: its config decides; where that says nothing, its name does."""
     method = (config.get("quantization_config") or {}).get("quant_method", "")
     for kind in ("awq", "gptq", "fp8"):
         if kind in method:
@@ -90,7 +109,8 @@ def _kind(source: str, config: dict[str, Any]) -> Kind:
     return "awq" if "awq" in name else "float"
 
 
-def _read_config(settings: Settings, source: str) -> dict[str, Any]:
+def read_config(settings: Settings, source: str) -> dict[str, Any]:
+    """The config.json of a folder or hub model. Raises `StartError`."""
     folder = Path(source)
     try:
         if folder.is_dir():
