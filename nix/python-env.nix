@@ -12,33 +12,42 @@ let
   site = "lib/python${python.pythonVersion}/site-packages";
   each = separator: make: items: builtins.concatStringsSep separator (map make items);
 
-  # name==version --hash=sha256:...  # distribution-version-python-abi-platform.whl
+  # name==version --hash=sha256:...  # distribution-version-python-abi-platform.whl, or distribution-version.tar.gz
   parse =
     line:
     let
-      fields = builtins.match "([^ =]+)==([^ ]+) --hash=sha256:([0-9a-f]+)  # (([^-]+)-[^-]+-([^-]+)-([^-]+)-([^-]+)\\.whl)" line;
+      fields = builtins.match "([^ =]+)==([^ ]+) --hash=sha256:([0-9a-f]+)  # ([^ ]+)" line;
       field = builtins.elemAt fields;
       version = field 1;
       sha256 = field 2;
       file = field 3;
       variant = builtins.match "[^+]+\\+(.+)" version;
+      wheel = builtins.match "([^-]+)-[^-]+-([^-]+)-([^-]+)-([^-]+)\\.whl" file;
+      tag = builtins.elemAt wheel;
+      archive = builtins.match "(.+)-[^-]+\\.tar\\.gz" file;
     in
-    if fields == null then
+    if fields == null || (wheel == null && archive == null) then
       throw "not a line of a lock: ${line}"
     else
       {
         inherit line file;
         name = field 0;
+        isWheel = wheel != null;
         source =
-          if variant == null then
+          if wheel == null then
             fetchPypi {
-              pname = field 4;
+              pname = builtins.head archive;
+              inherit version sha256;
+            }
+          else if variant == null then
+            fetchPypi {
+              pname = tag 0;
               inherit version sha256;
               format = "wheel";
-              dist = field 5;
-              python = field 5;
-              abi = field 6;
-              platform = field 7;
+              dist = tag 1;
+              python = tag 1;
+              abi = tag 2;
+              platform = tag 3;
             }
           else
             fetchurl {
@@ -72,7 +81,8 @@ let
   '';
 in
 {
-  # The wheels of a lock file: { name, file, line, source }, where `source` is the derivation that fetches it.
+  # The wheels of a lock file: { name, file, line, isWheel, source }, where `source` is the derivation that fetches it.
+  # One that is none is a source archive of Python alone.
   wheelsOf =
     lock:
     map parse (
@@ -88,14 +98,27 @@ in
       wheels,
       below ? null,
     }:
+    let
+      built = builtins.partition (wheel: wheel.isWheel) wheels;
+      requirements = wheels: builtins.toFile "${name}.txt" (each "\n" (wheel: wheel.line) wheels);
+    in
     runCommand name { } (
       pip
       + ''
         mkdir "$TMPDIR/wheels"
         ${each "\n" (wheel: "ln -s ${wheel.source} \"$TMPDIR/wheels/${wheel.file}\"") wheels}
-        pip_install --require-hashes --find-links "$TMPDIR/wheels" \
-          --requirement ${builtins.toFile "${name}.txt" (each "\n" (wheel: wheel.line) wheels)}
+        pip_install --require-hashes --find-links "$TMPDIR/wheels" --requirement ${requirements built.right}
       ''
+      # By the setuptools that is among the wheels.
+      + (
+        if built.wrong == [ ] then
+          ""
+        else
+          ''
+            pip_install --require-hashes --find-links "$TMPDIR/wheels" --no-build-isolation --no-binary :all: \
+              --requirement ${requirements built.wrong}
+          ''
+      )
       + (if below == null then "" else over below)
       + compile
     );

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the whole CUDA environment, as `nix run .#serve` does, and imports vllm from it. Not in CI: it takes minutes and
-# 16 GB of disk, wheels included. PYTHON names a Python 3.11 with pip.
+# 16 GB of disk, wheels included. PYTHON names a Python 3.11 with pip and setuptools.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

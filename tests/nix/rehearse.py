@@ -4,7 +4,7 @@
     python tests/nix/rehearse.py run .#serve-cpu
     python tests/nix/rehearse.py --wheels serve-cuda build .#serve
 
-Needs nix 2.8 or newer, git, gcc and, to run this, a Python 3.11 with pip. The store is .venv/nix, so that a second run
+Needs nix 2.8 or newer, git, gcc and, to run this, a Python 3.11 with pip and setuptools. The store is .venv/nix, so that a second run
 builds only what changed; --fresh begins with an empty one. The wheels, which pip fetches, are in .venv/wheelhouse.
 """
 
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,16 +24,28 @@ STUB = ["--no-write-lock-file", "--impure", "--override-input", "nixpkgs", "path
 
 
 def fill(environments: Sequence[str]) -> None:
-    """Lets pip fetch the wheels of the locks that the wheelhouse lacks. Nix checks their hashes once more."""
+    """Lets pip fetch the files of the locks that the wheelhouse lacks. Nix checks their hashes once more."""
     for name in environments:
-        lock = ROOT / "nix" / "lock" / f"{name}.txt"
-        files = [line.rpartition("# ")[2] for line in lock.read_text().splitlines() if "==" in line]
-        if all((WHEELHOUSE / file).exists() for file in files):
-            continue
-        print(f"{name}: fetching {len(files)} wheels", file=sys.stderr)
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-        options = ["--require-hashes", "--only-binary=:all:", "--progress-bar=off", f"--dest={WHEELHOUSE}"]
-        subprocess.run([*pip, *options, f"--requirement={lock}"], check=True)
+        lines = (ROOT / "nix" / "lock" / f"{name}.txt").read_text().splitlines()
+        absent = [line for line in lines if "==" in line and not (WHEELHOUSE / line.rpartition("# ")[2]).exists()]
+        wheels = [line for line in absent if line.endswith(".whl")]
+        archives = [line for line in absent if not line.endswith(".whl")]
+        if wheels:
+            print(f"{name}: fetching {len(wheels)} wheels", file=sys.stderr)
+            download(wheels, "--only-binary=:all:")
+        if archives:
+            print(f"{name}: fetching {len(archives)} source archives", file=sys.stderr)
+            # pip asks a source archive for its name even where it only fetches it: hence setuptools.
+            download(archives, "--no-binary=:all:", "--no-build-isolation")
+
+
+def download(lines: Sequence[str], *options: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+        requirements.write("\n".join(lines))
+        requirements.flush()
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+        command += ["--require-hashes", "--progress-bar=off", f"--dest={WHEELHOUSE}", *options]
+        subprocess.run([*command, f"--requirement={requirements.name}"], check=True)
 
 
 def environment() -> dict[str, str]:

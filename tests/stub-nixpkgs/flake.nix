@@ -33,7 +33,7 @@
           // attributes
         );
 
-      wheel =
+      fetched =
         name: sha256:
         derivation {
           inherit name system;
@@ -83,15 +83,19 @@
           {
             pname,
             version,
-            format,
-            dist,
-            python,
-            abi,
-            platform,
             sha256,
+            format ? "setuptools",
+            dist ? "source",
+            python ? "source",
+            abi ? "none",
+            platform ? "any",
           }:
-          assert format == "wheel" && dist == python;
-          wheel "${pname}-${version}-${python}-${abi}-${platform}.whl" sha256;
+          assert dist == python;
+          if format == "wheel" then
+            fetched "${pname}-${version}-${python}-${abi}-${platform}.whl" sha256
+          else
+            assert format == "setuptools";
+            fetched "${pname}-${version}.tar.gz" sha256;
         fetchurl =
           {
             url,
@@ -99,7 +103,7 @@
             sha256,
           }:
           assert url == "file:///wheelhouse/whl/cpu/" + builtins.replaceStrings [ "+" ] [ "%2B" ] name;
-          wheel name sha256;
+          fetched name sha256;
 
         python311 = {
           interpreter =
