@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument("--history", metavar="TEXT", help="a transcript, lines that open with User: and Assistant:")
     _client_options(warmup)
     warmup.set_defaults(command=_warmup)
+
+    from yaptext.tools.bench.options import add_options
+
+    bench = commands.add_parser("bench", help="measure a running service, beside another server if one is named")
+    add_options(bench)
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -124,6 +130,12 @@ def _warmup(parsed: argparse.Namespace) -> int:
     return asyncio.run(
         warmup(url, key, parsed.message, session=parsed.session, history=parsed.history, persona=_persona(parsed))
     )
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from yaptext.tools.bench.command import bench
+
+    return bench(parsed, *_address(parsed))
 
 
 def _persona(parsed: argparse.Namespace) -> dict[str, str]:
