@@ -3,6 +3,7 @@
 # make test    sets everything up and runs the tests, on CPU
 # make test-systemd, make test-nix   the units on real systemd (needs root), the flake on real Nix
 # make lint    ruff, mypy, import-linter and the locks
+# make units   renders systemd/ from nix/units.nix (needs Nix)
 # make lock    resolves the locks anew (needs the registries)
 # make clean   removes what these made
 
@@ -25,7 +26,7 @@ SIZE_serve-cpu := 2.6 GB installed, 2 to 5 minutes
 SIZE_serve-cuda := 8.5 GB installed, 4 to 15 minutes
 SIZE_test := 100 MB, half a minute
 
-.PHONY: serve quantize test test-systemd test-nix lint lock clean venv venv-test
+.PHONY: serve quantize test test-systemd test-nix lint lock units clean venv venv-test
 
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
@@ -48,6 +49,11 @@ lint: venv-test
 
 lock: .venv/lock/ready
 	@.venv/lock/bin/python nix/lock/lock.py
+
+units:
+	@nix-instantiate --eval --strict --json -E 'import ./nix/render.nix {}' | $(PYTHON) -c '
+	import json, pathlib, sys
+	for file in json.load(sys.stdin).items(): pathlib.Path("systemd", file[0]).write_text(file[1])'
 
 clean:
 	if [ -d .venv/nix ]; then chmod -R u+w .venv/nix; fi # store folders are read-only

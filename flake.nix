@@ -9,24 +9,26 @@
       system = "x86_64-linux"; # what the locks are for
       pkgs = nixpkgs.legacyPackages.${system};
       ours = import ./nix/packages.nix { inherit pkgs; };
-      app = program: {
+      module = import ./nix/module.nix { inherit (ours) packages; };
+      apps = builtins.mapAttrs (_: command: {
         type = "app";
-        inherit program;
-      };
-      apps = {
-        serve = app "${ours.apps.serve}/bin/yap-text-serve";
-        serve-cpu = app "${ours.apps.serve-cpu}/bin/yap-text-serve";
-        chat = app "${ours.apps.chat}/bin/yap-text-chat";
-      };
+        program = "${command}/bin/${command.name}";
+      }) ours.apps;
     in
     {
       packages.${system} = ours.packages;
       apps.${system} = apps // {
         default = apps.serve;
       };
+      nixosModules.default = module;
       checks.${system} = import ./nix/checks.nix {
-        inherit pkgs;
-        inherit (ours) projects libraries;
+        inherit pkgs module;
+        inherit (ours)
+          packages
+          projects
+          libraries
+          units
+          ;
       };
       # The tests' environment; the code is the working tree's.
       devShells.${system}.default = pkgs.mkShell {

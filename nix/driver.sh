@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Part of the wrapper of `serve`: finds the NVIDIA driver's libraries, which belong to the machine and not to the store.
-if [[ "${1-}" == serve ]]; then
+# Part of the wrapper for GPUs: finds the NVIDIA driver's libraries, which belong to the machine and not to the store.
+if [[ "${1-}" == @(serve|quantize) && "${2-}" != @(-h|--help) ]]; then
   if [[ ! -e /proc/driver/nvidia/version && "${YAP_TEXT_DEVICE-}" != cuda ]]; then
-    echo "yap-text: no NVIDIA driver is loaded on this machine; without a GPU, serve with: nix run .#serve-cpu" >&2
+    echo "yap-text: no NVIDIA driver is loaded on this machine; without a GPU: nix run .#$1-cpu" >&2
     exit 2
   fi
   driver=/run/opengl-driver/lib
@@ -19,7 +19,7 @@ if [[ "${1-}" == serve ]]; then
       done
     fi
     if [[ ! -e "$host/libcuda.so.1" ]]; then
-      echo "yap-text: no libcuda.so.1 in ${host:-what ldconfig lists}; name the driver's folder in YAP_TEXT_DRIVER_LIB, or serve without a GPU: nix run .#serve-cpu" >&2
+      echo "yap-text: no libcuda.so.1 in ${host:-what ldconfig lists}; name the driver's folder in YAP_TEXT_DRIVER_LIB, or do without a GPU: nix run .#$1-cpu" >&2
       exit 2
     fi
     # The host's folder may hold a C library, too, which must not stand in for the one of this Python: links to the

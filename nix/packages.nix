@@ -58,9 +58,12 @@ let
     filter =
       path: _:
       path == root + "/pyproject.toml"
-      || path == root + "/yaptext"
-      || builtins.substring 0 (builtins.stringLength root + 9) path == root + "/yaptext/";
+      || builtins.any (folder: path == folder || startsWith "${folder}/" path) [
+        "${root}/systemd"
+        "${root}/yaptext"
+      ];
   };
+  startsWith = beginning: text: builtins.substring 0 (builtins.stringLength beginning) text == beginning;
 
   project =
     name:
@@ -109,6 +112,28 @@ let
       text = ''exec ${package}/bin/yap-text ${name} "$@"'';
     };
 
+  # Puts units on a host without NixOS that run this very package.
+  install =
+    package:
+    pkgs.writeShellApplication {
+      name = "yap-text-install";
+      text = ''exec ${package}/bin/yap-text install --command ${package}/bin/yap-text "$@"'';
+    };
+
+  # What systemd/ holds, as nix/render.nix makes it of these arguments.
+  units =
+    arguments:
+    let
+      rendered = import ./render.nix arguments;
+      copy = name: "cp ${pkgs.writeText name rendered.${name}} \"$out/${name}\"";
+    in
+    pkgs.runCommand "yap-text-units" { } ''
+      mkdir "$out"
+      cp ${../systemd/logrotate.conf} "$out/logrotate.conf"
+      cp ${../systemd/yap-text.env} "$out/yap-text.env"
+      ${builtins.concatStringsSep "\n" (map copy (builtins.attrNames rendered))}
+    '';
+
   serve = command {
     name = "serve-cuda";
     # vLLM compiles at its start.
@@ -124,17 +149,37 @@ let
     # A GPU would be of no use to this build.
     prepare = "export YAP_TEXT_DEVICE=cpu";
   };
-  chat = command { name = "client"; };
+  client = command { name = "client"; };
+  quantize = verb "quantize" serve;
+  quantize-cpu = verb "quantize" serve-cpu;
 in
 {
-  inherit environments projects libraries;
+  inherit
+    environments
+    projects
+    libraries
+    units
+    ;
   packages = {
-    inherit serve serve-cpu;
+    inherit
+      serve
+      serve-cpu
+      quantize
+      quantize-cpu
+      ;
+    units = units {
+      yap-text = "${serve}/bin/yap-text";
+      logrotate = "${pkgs.logrotate}/bin/logrotate";
+    };
     default = serve;
   };
   apps = {
     serve = verb "serve" serve;
     serve-cpu = verb "serve" serve-cpu;
-    chat = verb "chat" chat;
+    inherit quantize quantize-cpu;
+    chat = verb "chat" client;
+    bench = verb "bench" client;
+    install = install serve;
+    install-cpu = install serve-cpu;
   };
 }

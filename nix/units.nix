@@ -4,9 +4,22 @@
   # The command, and the PATH on which vLLM's compile step finds a C compiler.
   yap-text ? "/usr/local/bin/yap-text",
   path ? "/usr/local/bin:/usr/bin:/bin",
+  # Settings and secrets, a file each; null: no such file.
+  settings ? "-/etc/yap-text/yap-text.env",
+  apiKey ? "/etc/yap-text/api-key",
+  hfToken ? "/etc/yap-text/hf-token",
+  address ? "127.0.0.1:8000",
+  # Whether AWQ weights are made before a start where the settings ask for them.
+  quantize ? true,
+  # The command that rotates YAP_TEXT_LOG_FILE; null: no such units.
   logrotate ? "/usr/sbin/logrotate",
+  # More lines for [Service] of the server.
+  service ? [ ],
 }:
 let
+  when = condition: items: if condition then items else [ ];
+  rotate = logrotate != null;
+
   # What every unit of ours goes without.
   hardening = [
     "NoNewPrivileges=yes"
@@ -30,15 +43,21 @@ let
     # No prompt, reply or key in a core file.
     "LimitCORE=0"
   ];
-  # The program in a unit: its settings, its secrets, its folders and what it may do. Serving and quantizing share all
-  # of it, the user first: it is dynamic, and by one name both own the same folders.
+
+  # The program in a unit: its settings, its secrets, its folders and what it may do, the same for serving and for
+  # quantizing.
   program = [
-    "EnvironmentFile=-/etc/yap-text/yap-text.env"
+    "EnvironmentFile=${settings}"
     "Environment=PATH=${path}"
+  ]
+  ++ when (apiKey != null) [
     "# A file each, which must exist; with an empty one the environment counts, and then the default."
-    "LoadCredential=YAP_TEXT_API_KEY:/etc/yap-text/api-key"
-    "LoadCredential=HF_TOKEN:/etc/yap-text/hf-token"
+    "LoadCredential=YAP_TEXT_API_KEY:${apiKey}"
+  ]
+  ++ when (hfToken != null) [ "LoadCredential=HF_TOKEN:${hfToken}" ]
+  ++ [
     "DynamicUser=yes"
+    "# By one name: two users could not own the same folders."
     "User=yap-text"
     "StateDirectory=yap-text"
     "CacheDirectory=yap-text"
@@ -68,151 +87,168 @@ let
     "# ProcSubset=pid stays off: vLLM reads /proc/cpuinfo and /proc/meminfo."
   ]
   ++ hardening;
+
+  units = {
+    "yap-text.service" = [
+      {
+        name = "Unit";
+        lines = [
+          "Description=Yap Text, real-time text inference for voice companions"
+          "Wants=network-online.target"
+          "After=network-online.target yap-text.socket"
+          "Requires=yap-text.socket"
+        ]
+        ++ when quantize [
+          "# Only wanted: what cannot be quantized is served as it is."
+          "Wants=yap-text-quantize.service"
+          "After=yap-text-quantize.service"
+        ]
+        ++ when rotate [ "Wants=yap-text-logrotate.timer" ]
+        ++ [
+          # It restarts for ever, with growing steps.
+          "StartLimitIntervalSec=0"
+        ];
+      }
+      {
+        name = "Service";
+        lines = [
+          "Type=notify"
+          "NotifyAccess=main"
+          "ExecStart=${yap-text} serve"
+          "# A cold 24B model: download, load, compile."
+          "TimeoutStartSec=3600"
+          "# Longer than DRAIN_TIMEOUT_S and the close of every socket."
+          "TimeoutStopSec=45"
+          "WatchdogSec=60"
+          "Restart=on-failure"
+          "# Wrong settings do not mend themselves."
+          "RestartPreventExitStatus=2"
+          "# A stop during the start."
+          "SuccessExitStatus=143"
+          "RestartSec=1"
+          "RestartSteps=6"
+          "RestartMaxDelaySec=60"
+          "# Engine processes are not told to stop while the service drains."
+          "KillMode=mixed"
+          "RuntimeDirectory=yap-text"
+        ]
+        ++ program
+        ++ service;
+      }
+      {
+        name = "Install";
+        lines = [
+          "WantedBy=multi-user.target"
+          "Also=yap-text.socket"
+        ];
+      }
+    ];
+
+    "yap-text.socket" = [
+      {
+        name = "Unit";
+        lines = [
+          "Description=The port of Yap Text, held by systemd so that a restart refuses nobody"
+        ];
+      }
+      {
+        name = "Socket";
+        lines = [
+          "# Loopback, as long as the key is the default. Another address: systemctl edit yap-text.socket, where an"
+          "# empty ListenStream= first clears this one."
+          "ListenStream=${address}"
+          "Backlog=1024"
+          "NoDelay=yes"
+        ];
+      }
+      {
+        name = "Install";
+        lines = [ "WantedBy=sockets.target" ];
+      }
+    ];
+
+    "yap-text-quantize.service" = [
+      {
+        name = "Unit";
+        lines = [
+          "Description=AWQ weights for Yap Text, made before it starts (QUANTIZATION=awq)"
+          "Wants=network-online.target"
+          "After=network-online.target"
+          "# `systemctl stop yap-text` means this, too."
+          "PartOf=yap-text.service"
+        ];
+      }
+      {
+        name = "Service";
+        lines = [
+          "# Not RemainAfterExit=: every start of the service asks again, which takes a second where nothing is to be done."
+          "Type=oneshot"
+          "ExecStart=${yap-text} quantize --when-wanted"
+          "# A layer at a time, hours for a large model."
+          "TimeoutStartSec=infinity"
+          "# It stops between two steps, and deletes what is unfinished."
+          "TimeoutStopSec=120"
+          "SuccessExitStatus=143 SIGTERM"
+        ]
+        ++ program;
+      }
+    ];
+
+    "yap-text-logrotate.service" = [
+      {
+        name = "Unit";
+        lines = [
+          "Description=Rotates the log file of Yap Text (YAP_TEXT_LOG_FILE; the journal needs no rotation)"
+        ];
+      }
+      {
+        name = "Service";
+        lines = [
+          "Type=oneshot"
+          "ExecStart=${logrotate} --state %S/yap-text-logrotate/status /etc/yap-text/logrotate.conf"
+          "StateDirectory=yap-text-logrotate"
+          "ReadWritePaths=-/var/log/private/yap-text"
+          "# The log belongs to the service's dynamic user."
+          "CapabilityBoundingSet=CAP_DAC_OVERRIDE CAP_FOWNER CAP_CHOWN"
+          "RestrictAddressFamilies=none"
+          "PrivateDevices=yes"
+          "PrivateNetwork=yes"
+          "IPAddressDeny=any"
+          "MemoryDenyWriteExecute=yes"
+          "ProtectClock=yes"
+          "SystemCallFilter=@system-service"
+          "SystemCallErrorNumber=EPERM"
+        ]
+        ++ hardening;
+      }
+    ];
+
+    "yap-text-logrotate.timer" = [
+      {
+        name = "Unit";
+        lines = [
+          "Description=Looks every ten minutes whether the log file of Yap Text is due"
+          "ConditionFileIsExecutable=${logrotate}"
+        ];
+      }
+      {
+        name = "Timer";
+        lines = [
+          "OnCalendar=*:0/10"
+          "AccuracySec=1min"
+        ];
+      }
+      {
+        name = "Install";
+        lines = [ "WantedBy=timers.target" ];
+      }
+    ];
+  };
 in
-{
-  "yap-text.service" = [
-    {
-      name = "Unit";
-      lines = [
-        "Description=Yap Text, real-time text inference for voice companions"
-        "# Wants: what cannot be quantized is served as it is."
-        "Wants=network-online.target yap-text-quantize.service"
-        "After=network-online.target yap-text.socket yap-text-quantize.service"
-        "Requires=yap-text.socket"
-        # It restarts for ever, with growing steps.
-        "StartLimitIntervalSec=0"
-      ];
-    }
-    {
-      name = "Service";
-      lines = [
-        "Type=notify"
-        "NotifyAccess=main"
-        "ExecStart=${yap-text} serve"
-        "# A cold 24B model: download, load, compile."
-        "TimeoutStartSec=3600"
-        "# Longer than DRAIN_TIMEOUT_S and the close of every socket."
-        "TimeoutStopSec=45"
-        "WatchdogSec=60"
-        "Restart=on-failure"
-        "# Wrong settings do not mend themselves."
-        "RestartPreventExitStatus=2"
-        "# A stop during the start."
-        "SuccessExitStatus=143"
-        "RestartSec=1"
-        "RestartSteps=6"
-        "RestartMaxDelaySec=60"
-        "# Engine processes are not told to stop while the service drains."
-        "KillMode=mixed"
-        "RuntimeDirectory=yap-text"
-      ]
-      ++ program;
-    }
-    {
-      name = "Install";
-      lines = [
-        "WantedBy=multi-user.target"
-        "Also=yap-text.socket"
-      ];
-    }
-  ];
-
-  "yap-text.socket" = [
-    {
-      name = "Unit";
-      lines = [
-        "Description=The port of Yap Text, held by systemd so that a restart refuses nobody"
-      ];
-    }
-    {
-      name = "Socket";
-      lines = [
-        "# Loopback, as long as the key is the default. Another address: systemctl edit yap-text.socket, where an"
-        "# empty ListenStream= first clears this one."
-        "ListenStream=127.0.0.1:8000"
-        "Backlog=1024"
-        "NoDelay=yes"
-      ];
-    }
-    {
-      name = "Install";
-      lines = [ "WantedBy=sockets.target" ];
-    }
-  ];
-
-  "yap-text-quantize.service" = [
-    {
-      name = "Unit";
-      lines = [
-        "Description=AWQ weights for Yap Text, made before it starts (QUANTIZATION=awq)"
-        "Wants=network-online.target"
-        "After=network-online.target"
-        "# `systemctl stop yap-text` means this, too."
-        "PartOf=yap-text.service"
-      ];
-    }
-    {
-      name = "Service";
-      lines = [
-        "# Not RemainAfterExit=: every start of the service asks again, which takes a second where nothing is to be done."
-        "Type=oneshot"
-        "ExecStart=${yap-text} quantize --when-wanted"
-        "# A layer at a time, hours for a large model."
-        "TimeoutStartSec=infinity"
-        "# It stops between two steps, and deletes what is unfinished."
-        "TimeoutStopSec=120"
-        "SuccessExitStatus=143 SIGTERM"
-      ]
-      ++ program;
-    }
-  ];
-
-  "yap-text-logrotate.service" = [
-    {
-      name = "Unit";
-      lines = [
-        "Description=Rotates the log file of Yap Text (YAP_TEXT_LOG_FILE; the journal needs no rotation)"
-      ];
-    }
-    {
-      name = "Service";
-      lines = [
-        "Type=oneshot"
-        "ExecStart=${logrotate} --state %S/yap-text-logrotate/status /etc/yap-text/logrotate.conf"
-        "StateDirectory=yap-text-logrotate"
-        "ReadWritePaths=-/var/log/private/yap-text"
-        "# The log belongs to the service's dynamic user."
-        "CapabilityBoundingSet=CAP_DAC_OVERRIDE CAP_FOWNER CAP_CHOWN"
-        "RestrictAddressFamilies=none"
-        "PrivateDevices=yes"
-        "PrivateNetwork=yes"
-        "IPAddressDeny=any"
-        "MemoryDenyWriteExecute=yes"
-        "ProtectClock=yes"
-        "SystemCallFilter=@system-service"
-        "SystemCallErrorNumber=EPERM"
-      ]
-      ++ hardening;
-    }
-  ];
-
-  "yap-text-logrotate.timer" = [
-    {
-      name = "Unit";
-      lines = [
-        "Description=Looks every ten minutes whether the log file of Yap Text is due"
-      ];
-    }
-    {
-      name = "Timer";
-      lines = [
-        "OnCalendar=*:0/10"
-        "AccuracySec=1min"
-      ];
-    }
-    {
-      name = "Install";
-      lines = [ "WantedBy=timers.target" ];
-    }
-  ];
-}
+builtins.removeAttrs units (
+  when (!quantize) [ "yap-text-quantize.service" ]
+  ++ when (!rotate) [
+    "yap-text-logrotate.service"
+    "yap-text-logrotate.timer"
+  ]
+)

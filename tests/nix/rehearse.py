@@ -4,8 +4,9 @@
     python tests/nix/rehearse.py run .#serve-cpu
     python tests/nix/rehearse.py --wheels serve-cuda build .#serve
 
-Needs nix 2.8 or newer, git, gcc and, to run this, a Python 3.11 with pip and setuptools. The store is .venv/nix, so that a second run
-builds only what changed; --fresh begins with an empty one. The wheels, which pip fetches, are in .venv/wheelhouse.
+Needs nix 2.8 or newer, git, gcc and, to run this, a Python 3.11 with pip and setuptools. The store is .venv/nix, so
+that a second run builds only what changed; --fresh begins with an empty one. The wheels, which pip fetches, are in
+.venv/wheelhouse.
 """
 
 import argparse

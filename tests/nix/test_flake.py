@@ -29,7 +29,7 @@ def nix(*arguments: str) -> str:
 
 
 def locked(name: str) -> dict[str, str]:
-    """The lock's wheels: sha256 by file name."""
+    """The lock's files: sha256 by file name."""
     lines = (ROOT / "nix" / "lock" / f"{name}.txt").read_text().splitlines()
     return {file: sha256 for line in lines for sha256, file in re.findall(r"sha256:(\w+)  # (\S+)$", line)}
 
@@ -81,10 +81,10 @@ def test_serve_cpu_answers_a_turn_and_stops_when_told(wrapper: Path, state_folde
         assert process.returncode == 0
 
 
-def test_apps_run_their_command() -> None:
-    """`nix run .#serve-cpu` and `.#chat` hand their arguments on."""
-    assert "usage: yap-text serve" in nix("run", ".#serve-cpu", "--", "--help")
-    assert "usage: yap-text chat" in nix("run", ".#chat", "--", "--help")
+@pytest.mark.parametrize(("app", "verb"), [("serve-cpu", "serve"), ("chat", "chat"), ("bench", "bench")])
+def test_apps_run_their_command(app: str, verb: str) -> None:
+    """`nix run` hands its arguments on."""
+    assert f"usage: yap-text {verb}" in nix("run", f".#{app}", "--", "--help")
 
 
 def test_what_the_wheels_link_to_is_in_them_or_given(wrapper: Path) -> None:
@@ -102,13 +102,13 @@ def test_what_the_wheels_link_to_is_in_them_or_given(wrapper: Path) -> None:
 
 
 @pytest.mark.parametrize(("package", "lock"), [("serve", "serve-cuda"), ("serve-cpu", "serve-cpu")])
-def test_an_environment_fetches_the_wheels_of_its_lock_and_no_others(package: str, lock: str) -> None:
+def test_an_environment_fetches_the_files_of_its_lock_and_no_others(package: str, lock: str) -> None:
     """By name and hash, down to the derivations. The CUDA environment is evaluated, not built."""
     derivations: dict[str, Any] = json.loads(nix("show-derivation", "--recursive", f".#{package}"))
     fetched = {
         derivation["env"]["name"]: derivation["outputs"]["out"]["hash"]
         for derivation in derivations.values()
-        if derivation["env"]["name"].endswith(".whl")
+        if derivation["env"]["name"].endswith((".whl", ".tar.gz"))
     }
     assert fetched == locked(lock)
 
@@ -125,7 +125,7 @@ def prepared(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_serve_without_a_driver_says_so_in_one_line() -> None:
+def test_without_a_driver_it_says_so_in_one_line() -> None:
     """And names the command that needs none."""
     done = prepared(YAP_TEXT_DRIVER_LIB="/nowhere")
     assert done.returncode == 2 and done.stderr.count("\n") == 1

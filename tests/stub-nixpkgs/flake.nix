@@ -33,6 +33,20 @@
           // attributes
         );
 
+      writeText =
+        name: text:
+        runCommand name
+          {
+            inherit text;
+            passAsFile = [
+              "script"
+              "text"
+            ];
+          }
+          ''
+            cp "$textPath" "$out"
+          '';
+
       fetched =
         name: sha256:
         derivation {
@@ -77,7 +91,7 @@
     in
     {
       legacyPackages.${system} = {
-        inherit runCommand writeShellApplication;
+        inherit runCommand writeText writeShellApplication;
 
         fetchPypi =
           {
@@ -120,6 +134,7 @@
         zlib = host;
         numactl = host;
         coreutils = host;
+        logrotate = host;
         gnumake = host;
 
         mkShell =
