@@ -1,5 +1,6 @@
 # make serve   sets everything up and serves on HOST:PORT
 # make quantize   sets everything up and makes AWQ weights of CHAT_MODEL and TOOL_MODEL (ARGS: of yap-text quantize)
+# make install   sets everything up and puts the systemd units in place (root; ARGS: of yap-text install)
 # make test    sets everything up and runs the tests, on CPU
 # make test-systemd, make test-nix   the units on real systemd (needs root), the flake on real Nix
 # make lint    ruff, mypy, import-linter and the locks
@@ -26,13 +27,16 @@ SIZE_serve-cpu := 2.6 GB installed, 2 to 5 minutes
 SIZE_serve-cuda := 8.5 GB installed, 4 to 15 minutes
 SIZE_test := 100 MB, half a minute
 
-.PHONY: serve quantize test test-systemd test-nix lint lock units clean venv venv-test
+.PHONY: serve quantize install test test-systemd test-nix lint lock units clean venv venv-test
 
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
 
 quantize: venv
 	@exec $(VENV)/bin/yap-text quantize $(ARGS)
+
+install: venv
+	@exec $(VENV)/bin/yap-text install $(ARGS)
 
 test: venv-test
 	@$(CPU)/bin/python -m pytest -m 'not systemd and not nix' --cov=yaptext --cov-report=term:skip-covered $(ARGS)

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from yaptext import __version__
 from yaptext.errors import SettingsError, YapError
@@ -58,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure a running service, beside another server if one is named")
     add_options(bench)
     bench.set_defaults(command=_bench)
+
+    install = commands.add_parser("install", help="put the systemd units in place, or remove them")
+    install.add_argument("--prefix", metavar="DIR", type=Path, help="write below DIR and run no systemctl")
+    install.add_argument("--command", metavar="PATH", type=Path, dest="program", help="what the units run")
+    install.add_argument("--uninstall", action="store_true", help="stop and remove what was put in place")
+    install.set_defaults(command=_install)
     return parser
 
 
@@ -145,3 +152,9 @@ def _persona(parsed: argparse.Namespace) -> dict[str, str]:
         "user_identity": parsed.identity,
     }
     return {name: value for name, value in fields.items() if value}
+
+
+def _install(parsed: argparse.Namespace) -> int:
+    from yaptext.tools.install import install, uninstall
+
+    return uninstall(parsed.prefix) if parsed.uninstall else install(parsed.prefix, parsed.program)
