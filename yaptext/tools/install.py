@@ -55,7 +55,7 @@ class Host:
         """Raises where this machine cannot be written to or has no use for units."""
         if self.is_staged:
             return
-        if not Path("/run/systemd/system").is_dir() or shutil.which("systemctl") is None:
+        if not _has_systemd():
             raise InstallError("systemd does not run this machine; without it: yap-text serve")
         if Path("/etc/NIXOS").exists():
             raise InstallError("this is NixOS: use the flake's nixosModules.default instead (services.yap-text)")
@@ -127,6 +127,10 @@ def uninstall(prefix: Path | None = None) -> int:
     if kept:
         print(f"These are yours: settings, keys, models and logs. They go with:\n  rm -r {' '.join(map(str, kept))}")
     return 0
+
+
+def _has_systemd() -> bool:
+    return Path("/run/systemd/system").is_dir() and shutil.which("systemctl") is not None
 
 
 # What the units run
