@@ -109,6 +109,7 @@ class Fault:
     cut: int | None = None
     reset: bool = False
     late: bool = False
+    message: str = "out of order"
 
 
 @dataclass
@@ -226,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._cut()
             self.body = self.rfile.read(length)
             if self.fault and self.fault.status:
-                raise Refused(self.fault.status, "out of order")
+                raise Refused(self.fault.status, self.fault.message)
             self._route()
         except Refused as refused:
             headers = {"X-Error-Code": refused.code} if refused.code else {}

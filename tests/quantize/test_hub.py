@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,7 +68,7 @@ def run(job):
     if "stop" in job:
         def stop(done, total):
             if done > job["stop"]:
-                raise KeyboardInterrupt
+                raise OSError(job["errno"], os.strerror(job["errno"])) if "errno" in job else KeyboardInterrupt
         given["progress"] = stop
     huggingface_hub.constants.HF_HUB_OFFLINE = job.get("offline", False)
     arguments = job["arguments"]
@@ -227,11 +229,12 @@ def test_a_model_without_safetensors_is_refused(hub: HubServer, client: Client) 
 
 
 def test_a_full_disk_is_noticed_before_the_download(hub: HubServer, client: Client) -> None:
-    """The line has what is needed and what is free."""
+    """The line has what is needed and what is free; where it fills up all the same, nothing is tried again."""
     hub.add("maker/model", MODEL)
     needed = sum(map(len, MODEL.values()))
     client("download", "maker/model", free=1000).refuses(f"maker/model needs {needed} bytes more", "1000 are free")
     assert not hub.asked("^GET .*safetensors$")
+    client("download", "maker/model", stop=100, errno=errno.ENOSPC).refuses("maker/model: OSError: [Errno 28] No space")
 
 
 def test_a_broken_stream_goes_on_where_it_broke(hub: HubServer, client: Client) -> None:
@@ -326,6 +329,7 @@ def test_without_a_hub_the_cache_serves(hub: HubServer, client: Client) -> None:
         assert result.value == whole and result.pauses == []
         assert [line["cached"] for line in result.events("hub.unreachable")] == [whole[1]]
         assert client("peek_config", "maker/half").value == {"model_type": "llama"}
+        shutil.rmtree(client.cache / "models--maker--half" / "trees")  # older clients kept no lists of files
         for name in ("maker/half", "maker/none"):
             result = client("download", name)
             assert (result.error, result.pauses) == ("QuantizeError", list(PAUSES_S))
@@ -589,6 +593,7 @@ def test_a_second_upload_makes_no_commit(hub: HubServer, client: Client, folder:
     hub.requests.clear()
     assert client("upload", folder, "chat").value == [*first[:2], 0]
     assert not hub.asked("^PUT|commit|preupload")
+    assert len(hub.asked("/tree/")) == 1, "the files are hashed once"
 
 
 def test_only_what_changed_is_sent(hub: HubServer, client: Client, folder: str) -> None:
@@ -656,5 +661,7 @@ def test_a_refused_upload_quotes_no_secret(hub: HubServer, client: Client, folde
     client("upload", folder, "chat").refuses("HF_TOKEN may not write to ann/model-awq", "403")
     hub.faults = [Fault("PUT /storage", times=99, cut=5)]
     assert client("upload", folder, "chat").error == "QuantizeError"
-    hub.faults = [Fault("POST /api/repos/create", times=99, status=500)]
-    assert client("upload", folder, "chat").text == "the hub cannot be reached for ann/model-awq: 500 out of order"
+    hub.faults = [Fault("POST /api/repos/create", times=99, status=500, message=f"{TOKEN} for http://x/?y=SIGNED")]
+    result = client("upload", folder, "chat")
+    assert result.text == "the hub cannot be reached for ann/model-awq: 500 *** for http://x/"
+    assert len(result.events("hub.retry")) == 2

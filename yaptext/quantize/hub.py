@@ -146,7 +146,7 @@ def _snapshot(
                 raise error from error.__cause__
             if not whole(found):
                 raise
-            log.warning("hub.unreachable", repo=source, error=_reason(error), cached=found.name)
+            log.warning("hub.unreachable", repo=source, error=_reason(error, api), cached=found.name)
             return found
 
     return _ask(api, source, "read", fetch_or_find, pause)
@@ -337,7 +337,6 @@ def _ask(
     `QuantizeError` else, both without a cause: the client's errors quote signed addresses."""
     import httpx2  # what the client speaks HTTP with
 
-    token = str(api.token or "")
     for wait in (*PAUSES_S, None):
         hooks = client.get_session().event_hooks["request"]
         if _limit_silence not in hooks:
@@ -345,10 +344,10 @@ def _ask(
         try:
             return attempt()
         except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:  # the roots of some dozens
-            reason = _reason(error).replace(token, "***") if token else _reason(error)
+            reason = _reason(error, api)
             if wait is None or not _may_pass(error):
                 no = refused if 400 <= (_status(error) or 0) < 500 else QuantizeError
-                raise no(_line(error, reason, repo, doing, known=bool(token))) from None
+                raise no(_line(error, reason, repo, doing, known=bool(api.token))) from None
         log.warning("hub.retry", repo=repo, error=reason, pause_s=wait)
         pause(wait)
     raise AssertionError("the last try returns or raises")
@@ -392,13 +391,14 @@ def _may_pass(error: BaseException) -> bool:
     return passing and not _has(error, client.errors.OfflineModeIsEnabled)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, api: client.HfApi) -> str:
     last = _links(error)[-1]
+    text = f"{type(last).__name__}: {last}"
     for link in _links(error):
         if isinstance(link, client.errors.HfHubHTTPError):
-            return f"{link.response.status_code} {link.server_message or link.response.reason_phrase}".splitlines()[0]
-    text = re.sub(r"\?\S+", "", str(last))  # what follows the ? of an address may be a signature
-    return f"{type(last).__name__}: {text}".splitlines()[0][:300]
+            text = f"{link.response.status_code} {link.server_message or link.response.reason_phrase}"
+    text = re.sub(r"\?\S+", "", text)  # what follows the ? of an address may be a signature
+    return text.replace(str(api.token or "\0"), "***").splitlines()[0][:300]
 
 
 def _line(error: BaseException, reason: str, repo: str, doing: str, *, known: bool) -> str:
