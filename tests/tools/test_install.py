@@ -119,11 +119,12 @@ def test_the_key_is_a_fresh_one_and_stays(stage: Stage, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["yap-text.env", "logrotate.conf"])
-def test_an_edited_config_is_kept(stage: Stage, templates: Path, name: str) -> None:
+@pytest.mark.parametrize("edit", ["# mine\n{}", "{}# mine\n"])
+def test_an_edited_config_is_kept(stage: Stage, templates: Path, name: str, edit: str) -> None:
     """As long as the template is the same there is nothing more to say; a newer one lies beside it, once."""
     stage.install()
     config = stage.configs / name
-    edited = config.read_text().replace("#", "# mine\n#", 1)
+    edited = edit.replace("{}", config.read_text())
     config.write_text(edited)
     assert stage.install()[name] == "kept" and not config.with_name(f"{name}.new").exists()
     (templates / name).write_text("# the next version\n")

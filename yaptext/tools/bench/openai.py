@@ -90,18 +90,16 @@ class OpenAIConversation:
             raise Refused(f"the warm-up failed: {turn.error}")
 
     async def begin(self, utterance: str, *, part: str = "", again: bool = False) -> Turn:
+        begun = time.perf_counter()
+        self._cut(replaced=True)
+        self._hear()
         if again:
             self._said = []
-        self._hear()
         self._said.append({"role": "user", "content": utterance})
-        begun = time.perf_counter()
-        if self._stream is not None and self._stream.busy:
-            self._cut(begun, replaced=True)
         return await self._ask(self._said, self._sampling, part, begun)
 
     def cancel(self) -> None:
-        if self._stream is not None and self._stream.busy:
-            self._cut(time.perf_counter(), replaced=False)
+        self._cut(replaced=False)
 
     def pause_reading(self) -> None:
         if self._stream is not None and self._stream.transport is not None:
@@ -120,14 +118,13 @@ class OpenAIConversation:
     async def close(self) -> None:
         self.drop()
 
-    def _cut(self, now: float, *, replaced: bool) -> None:
+    def _cut(self, *, replaced: bool) -> None:
         """Nothing arrives on a closed connection, so silence is immediate and says nothing: it is not measured."""
-        self._hear()
-        assert self._stream is not None
-        if self._stream.turn is not None:
+        if self._stream is not None and self._stream.turn is not None and self._stream.busy:
+            self._hear()
             self._stream.turn.replaced = replaced
-        self._stream.stop("cancelled")
-        self._stream = None
+            self._stream.stop("cancelled")
+            self._stream = None
 
     def _hear(self) -> None:
         """What has arrived of the last reply becomes a part of the conversation."""
@@ -179,15 +176,14 @@ class _Stream(asyncio.Protocol):
     def stop(self, outcome: Any) -> None:
         if self.turn is not None:
             self.turn.end(outcome, time.perf_counter(), "closed" if outcome == "failed" else None)
-        if self.transport is not None:
-            self.transport.abort()
+        self._leave()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
-        if self.turn is None or not self.busy:
+        if self.turn is None or self.turn.outcome != "open":
             return
         try:
             body = self._response.feed(data)
@@ -201,6 +197,7 @@ class _Stream(asyncio.Protocol):
         for event in self._events.feed(body):
             self._take(event, now)
         if self._response.done and self.busy:
+            self.lost = self._response.headers.get("connection", "").lower() == "close"
             self.turn.end("done", now)
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -234,5 +231,9 @@ class _Stream(asyncio.Protocol):
     def _fail(self, error: str, now: float) -> None:
         assert self.turn is not None
         self.turn.end("failed", now, error)
+        self._leave()
+
+    def _leave(self) -> None:
+        self.lost = True
         if self.transport is not None:
             self.transport.abort()

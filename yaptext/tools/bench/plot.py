@@ -50,8 +50,9 @@ class _Log:
         return self._start + min(1.0, max(0.0, share)) * (self._end - self._start)
 
     def ticks(self) -> Iterator[tuple[float, str]]:
-        """1, 2 and 5 of each power of ten, or the powers alone where that would be crowded."""
-        steps = (1, 2, 5) if self._high - self._low < 2.5 else (1,)
+        """1, 2 and 5 of each power of ten; every digit, or the powers alone, where that is few or crowded."""
+        decades = self._high - self._low
+        steps = range(1, 10) if decades < 0.8 else (1, 2, 5) if decades < 2.5 else (1,)
         for power in range(math.floor(self._low), math.ceil(self._high) + 1):
             for step in steps:
                 value = step * 10.0**power

@@ -16,7 +16,7 @@ _RAMP_STEP_S = 0.02
 _RAMP_REFUSALS = 3
 """Refusals after which a ramp has seen enough."""
 _SLOW_START_EVERY_S = 0.25
-_SLOW_CLOSE_LIMIT_S = 5.0
+_SLOW_CLOSE_LIMIT_S = 1.0
 _FREED_TRIES = 3
 
 

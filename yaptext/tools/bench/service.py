@@ -97,7 +97,8 @@ class ServiceConversation:
         persona = {"persona_text": self._story.persona}
         for kind, fields in (("warm_persona", persona), ("warm_history", persona | self._history)):
             self._answer = asyncio.get_running_loop().create_future()
-            self._send(kind, **fields)
+            if not self._send(kind, **fields):
+                raise Refused("the service closed the connection")
             try:
                 async with asyncio.timeout(_WARM_TIMEOUT_S):
                     await self._answer
