@@ -44,6 +44,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(command=_serve)
 
+    quantize = commands.add_parser(
+        "quantize",
+        help="make 4-bit AWQ weights of the deployed models",
+        description="Quantizes CHAT_MODEL and TOOL_MODEL to 4-bit AWQ, proves the result and keeps it where `serve` "
+        "finds it; with HF_AWQ_PUSH=1 it goes to the hub, too. What is finished already is not done again.",
+    )
+    quantize.add_argument("--role", choices=("chat", "tool"), help="this model alone (default: DEPLOY_MODELS)")
+    quantize.add_argument("--calibration", metavar="TEXT", help="AWQ_CALIBRATION: a file, a folder or hub:NAME")
+    quantize.add_argument("--samples", metavar="N", help="AWQ_CALIBRATION_SAMPLES")
+    quantize.add_argument("--tokens", metavar="N", help="AWQ_CALIBRATION_TOKENS, of one sample")
+    quantize.add_argument("--group-size", metavar="N", help="AWQ_GROUP_SIZE: auto, 128, 64 or 32")
+    quantize.add_argument("--force", action="store_true", help="redo what is finished")
+    quantize.add_argument("--allow-worse", action="store_true", help="keep a result that plain rounding beats")
+    quantize.add_argument("--when-wanted", action="store_true", help="do nothing unless QUANTIZATION=awq asks for it")
+    quantize.set_defaults(command=_quantize)
+
     chat = commands.add_parser("chat", help="talk with a running service")
     _client_options(chat)
     chat.set_defaults(command=_chat)
@@ -84,8 +100,8 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
-def _serve(_: argparse.Namespace) -> int:
-    settings = Settings.load()
+def _start_logs(settings: Settings) -> None:
+    """Logs, the supervisor's socket, and a line for each old name that is in use."""
     from yaptext.observe import logs, notify
 
     on_journal = settings.journal_stream is not None and _is_journal(settings.journal_stream)
@@ -97,12 +113,18 @@ def _serve(_: argparse.Namespace) -> int:
         raise SettingsError(f"YAP_TEXT_LOG_FILE={str(settings.log_file)!r} cannot be written: {error}") from None
     notify.connect(settings.notify_socket)
     logging.captureWarnings(True)
-    warnings.simplefilter("ignore", FutureWarning)  # of torch and vLLM, about their own next versions
+    for kind in (FutureWarning, DeprecationWarning):  # of torch, vLLM and autoawq, about their own next versions
+        warnings.simplefilter("ignore", kind)
     import structlog
 
     log = structlog.get_logger(__name__)
     for note in moved_names().notes:
         log.warning("setting.moved", note=note)
+
+
+def _serve(_: argparse.Namespace) -> int:
+    settings = Settings.load()
+    _start_logs(settings)
     from yaptext.server.app import create_app
     from yaptext.server.lifecycle import Lifecycle, Server
 
@@ -110,6 +132,28 @@ def _serve(_: argparse.Namespace) -> int:
     server = Server(create_app(settings, lifecycle=lifecycle), settings, lifecycle)
     server.run()
     return server.exit_status
+
+
+def _quantize(parsed: argparse.Namespace) -> int:
+    flags = {
+        "DEPLOY_MODELS": parsed.role,
+        "AWQ_CALIBRATION": parsed.calibration,
+        "AWQ_CALIBRATION_SAMPLES": parsed.samples,
+        "AWQ_CALIBRATION_TOKENS": parsed.tokens,
+        "AWQ_GROUP_SIZE": parsed.group_size,
+    }
+    settings = Settings.load(**{name: value for name, value in flags.items() if value is not None})
+    _start_logs(settings)
+    from yaptext.quantize import job
+
+    terminal = settings.log_format != "json" and sys.stderr.isatty()
+    job.run(
+        settings,
+        job.Options(
+            force=parsed.force, when_wanted=parsed.when_wanted, allow_worse=parsed.allow_worse, terminal=terminal
+        ),
+    )
+    return 0
 
 
 def _is_journal(stream: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from yaptext.dialogue.history import Message, keep_recent
 from yaptext.engine.base import Codec
 from yaptext.errors import TextTooLong
+from yaptext.settings import Settings
 
 _MARKS = {"system": "MARKSYSTEM", "first": "MARKFIRST", "reply": "MARKREPLY", "second": "MARKSECOND"}
 _LABELS = {"user": "\nUser: ", "assistant": "\nAssistant: ", "note": "\n"}
@@ -111,6 +112,16 @@ class Limits:
     utterance: int
     reply: int
     exact: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        return cls(
+            persona=settings.persona_max_tokens,
+            history=settings.history_max_tokens,
+            utterance=settings.user_utt_max_tokens,
+            reply=settings.chat_max_out,
+            exact=settings.exact_token_trim,
+        )
 
 
 class ChatPrompts:

@@ -43,14 +43,7 @@ class Stage:
         """Learns the models' templates."""
         prompts = decider = None
         if engines.chat is not None:
-            limits = Limits(
-                persona=settings.persona_max_tokens,
-                history=settings.history_max_tokens,
-                utterance=settings.user_utt_max_tokens,
-                reply=settings.chat_max_out,
-                exact=settings.exact_token_trim,
-            )
-            prompts = await ChatPrompts.open(engines.chat, settings.chat_prompt_format, limits)
+            prompts = await ChatPrompts.open(engines.chat, settings.chat_prompt_format, Limits.of(settings))
         if engines.tool is not None:
             decider = await Decider.open(
                 engines.tool,

@@ -24,8 +24,7 @@ def folder(state: Path) -> Path:
     Two processes may ask at once: one converts, the other waits. Raises `StartError` where the wheel is not
     installed or the disk is full; an interrupted conversion leaves nothing that counts as finished.
     """
-    source, version = _source()
-    target = state / "demo" / f"{NAME}-{version}"
+    source, target = _source()[0], place(state)
     if (target / "config.json").exists():
         return target
     try:
@@ -37,6 +36,11 @@ def folder(state: Path) -> Path:
     except OSError as error:
         raise StartError(f"cannot write the demo model to {target}: {error}") from error
     return target
+
+
+def place(state: Path) -> Path:
+    """Where `folder` has the converted model, or will have it."""
+    return state / "demo" / f"{NAME}-{_source()[1]}"
 
 
 def _source() -> tuple[Path, str]:

@@ -27,7 +27,7 @@ class Finished:
 
 def row(state: Path, source: str) -> Path:
     """The folder under which all results of one float model lie. `source` is a hub id or a local folder."""
-    if Path(source).is_dir():
+    if Path(source).is_absolute() or Path(source).is_dir():
         source = str(Path(source).resolve())
         name = Path(source).name
     else:

@@ -90,7 +90,7 @@ def configure(*, level: str, format: str, journald: bool, file: Path | None = No
         to_file.setFormatter(_formatter("json"))
         root.addHandler(to_file)
     root.setLevel(level.upper())
-    for noisy in ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "asyncio"):
+    for noisy in ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "httpx2", "asyncio", "matplotlib"):
         logger = logging.getLogger(noisy)
         logger.handlers.clear()
         logger.propagate = True

@@ -1,0 +1,213 @@
+"""autoawq, held to what a server can rely on: the only module that imports awq."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yaptext.errors import QuantizeError
+
+GROUP_SIZES = (128, 64, 32)
+_OUT_MULTIPLE = 64
+"""vLLM's AWQ kernels compute this many outputs at once."""
+KEPT_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""Kept byte for byte: transformers writes some tokenizers back as others than it read (NFC, another split)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer is done. `seconds` is its own time."""
+
+    number: int
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a model allows: its decoder layers' count, the group size, and the weights' bytes before and after."""
+
+    layers: int
+    group_size: int
+    float_bytes: int
+    awq_bytes: int
+
+
+def plan(folder: Path, wanted: str = "auto") -> Plan:
+    """Looks at the model's shape without loading a weight. `wanted` is auto, 128, 64 or 32.
+
+    Raises `QuantizeError` for an architecture that autoawq cannot do, or layers that no group size divides.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    known = _architectures()
+    if config.model_type not in known:
+        raise QuantizeError(
+            f"autoawq cannot quantize the architecture {config.model_type!r}; it can do {', '.join(sorted(known))}"
+        )
+    with init_empty_weights(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config)
+    layers = known[config.model_type].get_model_layers(model)
+    linears = {
+        f"{number}.{name}": module
+        for number, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    for name, linear in linears.items():
+        if linear.out_features % _OUT_MULTIPLE:
+            raise QuantizeError(
+                f"layer {name} has {linear.out_features} outputs; AWQ needs a multiple of {_OUT_MULTIPLE}"
+            )
+    sizes = [int(wanted)] if wanted != "auto" else GROUP_SIZES
+    inputs = {name: linear.in_features for name, linear in linears.items()}
+    fitting = [size for size in sizes if all(count % size == 0 for count in inputs.values())]
+    if not fitting:
+        name = next(name for name, count in inputs.items() if count % sizes[-1])
+        raise QuantizeError(
+            f"layer {name} has {inputs[name]} inputs, which no group of {' or '.join(map(str, sizes))} divides"
+        )
+    quantized = sum(linear.weight.numel() for linear in linears.values())
+    rest = sum(parameter.numel() for parameter in model.parameters()) - quantized
+    bits = 4 + (16 + 4) / fitting[0]  # a weight, and its share of a scale and a zero point
+    return Plan(len(layers), fitting[0], 2 * (quantized + rest), int(quantized * bits / 8) + 2 * rest)
+
+
+def _architectures() -> dict[str, Any]:
+    """The model types of autoawq that are plain causal language models."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is archived; facts and the lock say why it stays
+        from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
+        from awq.models.base import TRANSFORMERS_AUTO_MAPPING_DICT
+    causal = {name for name, loader in TRANSFORMERS_AUTO_MAPPING_DICT.items() if loader == "AutoModelForCausalLM"}
+    return {name: model for name, model in AWQ_CAUSAL_LM_MODEL_MAP.items() if name in causal}
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    blocks: list[list[int]],
+    group_size: int,
+    *,
+    on_cuda: bool,
+    done: Callable[[Layer], None],
+) -> None:
+    """Quantizes the float model in `source` to 4 bits and writes a checkpoint into the new folder `target`.
+
+    `blocks` are calibration samples of one length each (token ids); `done` is called after each layer. Takes minutes.
+    On CUDA one layer at a time is on the card; the rest waits in memory, as it was on disk.
+    """
+    import torch
+
+    architectures = _architectures()
+    from transformers import AutoConfig
+
+    model_type = AutoConfig.from_pretrained(source).model_type
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = architectures[model_type].from_pretrained(
+            str(source),
+            model_type,
+            # Half precision is emulated on most CPUs: float is many times faster there.
+            torch_dtype="auto" if on_cuda else torch.float32,
+            trust_remote_code=False,
+            safetensors=any(source.glob("*.safetensors")),
+            device_map=None,
+        )
+        model.quantize(
+            tokenizer=None,
+            quant_config={"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
+            calib_data=blocks,
+            max_calib_samples=len(blocks),
+            max_calib_seq_len=len(blocks[0]),
+            quantizer_cls=_quantizer(done),
+        )
+        model.model.half()  # what stays unquantized, in the type of the scales
+        model.save_quantized(str(target))
+    for name in KEPT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    written = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config |= {"quantization_config": written["quantization_config"], "dtype": "float16"}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _quantizer(done: Callable[[Layer], None]) -> type:
+    """autoawq's quantizer, made safe on CPU, quick at clipping, and telling how far it is."""
+    import torch
+    from awq.quantize.quantizer import AwqQuantizer
+
+    class Quantizer(AwqQuantizer):  # type: ignore[misc]
+        finished = 0
+
+        def quantize(self) -> None:
+            self.begun = time.monotonic()
+            super().quantize()
+
+        def _compute_best_scale(self, *args: Any, **kwargs: Any) -> Any:
+            """It backs the weights up with `.cpu()`, which on a CPU copies nothing: its trial scales would stick."""
+            module = args[3]
+            state_dict = module.state_dict
+            module.state_dict = lambda: {name: tensor.clone() for name, tensor in state_dict().items()}
+            try:
+                return super()._compute_best_scale(*args, **kwargs)
+            finally:
+                del module.state_dict
+
+        def _compute_best_clip(
+            self, w: Any, input_feat: Any, n_grid: int = 20, max_shrink: float = 0.5, n_sample_token: int = 0
+        ) -> Any:
+            """The clip of each group that moves its outputs least, [out, groups, 1].
+
+            Like autoawq's, which multiplies all outputs of a sample of tokens out (n_sample_token) and takes most of
+            its time for it. Here the inputs' second moments stand for the tokens, all of them: with the change d of a
+            group's weights, the mean square of d·x over the tokens is d G dᵀ, where G is the mean of x xᵀ.
+            """
+            with torch.no_grad():
+                size = self.group_size
+                weights = w.float().reshape(w.shape[0], -1, size).transpose(0, 1)  # [groups, out, size]
+                inputs = input_feat.to(w.device).float().reshape(-1, weights.shape[0], size).transpose(0, 1)
+                moments = inputs.transpose(1, 2) @ inputs / inputs.shape[1]  # [groups, size, size]
+                largest = weights.abs().amax(dim=-1, keepdim=True)
+                best, least = largest.clone(), torch.full_like(largest, float("inf"))
+                for step in range(int(max_shrink * n_grid)):
+                    limit = largest * (1 - step / n_grid)
+                    clipped = torch.minimum(torch.maximum(weights, -limit), limit)
+                    change = self.pseudo_quantize_tensor(clipped.reshape(-1, size))[0].reshape(clipped.shape) - weights
+                    error = ((change @ moments) * change).sum(dim=-1, keepdim=True)
+                    better = error < least
+                    least[better], best[better] = error[better], limit[better]
+                return best.transpose(0, 1).to(w.dtype)
+
+        def _apply_quant(self, *args: Any, **kwargs: Any) -> None:
+            super()._apply_quant(*args, **kwargs)
+            self.finished += 1
+            now = time.monotonic()
+            done(Layer(self.finished, len(self.modules), now - self.begun))
+            self.begun = now
+
+    return Quantizer

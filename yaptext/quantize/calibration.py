@@ -1,0 +1,239 @@
+"""Calibration: the text that the quantizer watches a model read, laid out as serving lays it out.
+
+Chat samples go through the chat model's prompt builder, decisions through the tool model's; plain text is taken as
+it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from yaptext.dialogue.history import Message
+from yaptext.dialogue.persona import Persona
+from yaptext.dialogue.prompt import ChatPrompts, Limits
+from yaptext.dialogue.toolprompt import ToolPrompts, dumps
+from yaptext.dialogue.toolset import ToolSet
+from yaptext.engine.base import Codec, Role
+from yaptext.errors import QuantizeError, YapError
+from yaptext.settings import Settings
+from yaptext.wire.messages import Call
+
+HELD_OUT_BLOCKS = 4
+"""Blocks that are set aside, to measure on what was not calibrated with."""
+LEAST_BLOCKS = 4
+_HELD_OUT_EVERY = 5
+_TEXT_CHARS = 2000
+"""Paragraphs of a text are gathered up to about this many characters."""
+_HUB_ROWS = 4096
+
+
+@dataclass(slots=True)
+class Corpus:
+    """Documents by kind, in the order they came."""
+
+    conversations: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, row: Any, where: str) -> None:
+        """Takes one JSON object: a conversation, a decision or a text. Raises `QuantizeError`."""
+        try:
+            if isinstance(row.get("messages"), list):
+                told = [_told(message) for message in row["messages"]]
+                self.conversations.append({**row, "messages": [message for message in told if message is not None]})
+            elif isinstance(row.get("utterance"), str):
+                calls = msgspec.convert(row.get("calls", []), list[Call])
+                history = [_told(message) for message in row.get("history", [])]
+                self.decisions.append({"utterance": row["utterance"], "calls": calls, "history": history})
+            else:
+                self.texts.append(row["text"] + "")
+        except (AttributeError, KeyError, TypeError, ValueError, msgspec.ValidationError):
+            raise QuantizeError(
+                f'{where} is none of {{"text": ...}}, {{"messages": [...]}} and {{"utterance": ..., "calls": [...]}}'
+            ) from None
+
+
+def _told(message: dict[str, Any]) -> Message | None:
+    """A message of `{"user": text}` or `{"role": "user", "content": text}`; None for a system message."""
+    if "role" in message:
+        message = {message["role"]: message["content"]}
+    ((speaker, text),) = message.items()
+    if speaker == "system":
+        return None
+    return Message(msgspec.convert(speaker, Literal["user", "assistant"]), msgspec.convert(text, str))
+
+
+def fingerprint(settings: Settings) -> str:
+    """What the text is, in a word: 16 hex digits of its files' sha256, or the name of the hub data set."""
+    if settings.awq_calibration.startswith("hub:"):
+        return settings.awq_calibration
+    digest = hashlib.sha256()
+    for _, content in _files(settings.awq_calibration):
+        digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def _files(source: str) -> Iterator[tuple[str, bytes]]:
+    if source == "builtin":
+        folder = resources.files("yaptext.quantize") / "calibration_data"
+        found: Iterable[Any] = sorted(folder.iterdir(), key=lambda file: file.name)
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise QuantizeError(f"AWQ_CALIBRATION={source} is no file or folder, nor `builtin` or `hub:NAME`")
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in found if file.name.endswith((".txt", ".jsonl"))]
+    if not files:
+        raise QuantizeError(f"AWQ_CALIBRATION={source} holds no .txt or .jsonl file")
+    for file in files:
+        try:
+            yield str(file.name), file.read_bytes()
+        except OSError as error:
+            raise QuantizeError(f"AWQ_CALIBRATION={source} cannot be read: {error}") from None
+
+
+def read(settings: Settings) -> Corpus:
+    """The documents that `AWQ_CALIBRATION` names. Raises `QuantizeError`, which names the file and line."""
+    if not settings.awq_calibration.startswith("hub:"):
+        return _read_files(settings.awq_calibration)
+    corpus = Corpus()
+    for number, row in enumerate(_hub_rows(settings), 1):
+        corpus.add(row, f"row {number} of {settings.awq_calibration}")
+    return corpus
+
+
+def _read_files(source: str) -> Corpus:
+    corpus = Corpus()
+    for name, content in _files(source):
+        try:
+            text = content.decode("utf-8")
+            if name.endswith(".txt"):
+                corpus.texts += _gathered(text)
+                continue
+            for number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    corpus.add(msgspec.json.decode(line), f"line {number} of {name}")
+        except (UnicodeDecodeError, msgspec.DecodeError) as error:
+            raise QuantizeError(f"calibration file {name} cannot be read: {error}") from None
+    return corpus
+
+
+def _gathered(text: str) -> list[str]:
+    """The paragraphs of a text, neighbours together up to a document's size."""
+    documents = [""]
+    for paragraph in text.split("\n\n"):
+        if len(documents[-1]) >= _TEXT_CHARS:
+            documents.append("")
+        documents[-1] += paragraph + "\n\n"
+    return [document.strip() for document in documents if document.strip()]
+
+
+def _hub_rows(settings: Settings) -> Iterator[dict[str, Any]]:
+    name = settings.awq_calibration.removeprefix("hub:")
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(name, split="train", streaming=True, token=token)
+        yield from islice(rows, _HUB_ROWS)
+    except Exception as error:  # dozens of types of the data set library, its readers and the network
+        detail = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise QuantizeError(f"cannot read the data set {name}: {detail}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Token ids in blocks of one length: what is calibrated with, and what is measured on. `made_of` counts the
+    documents by kind."""
+
+    calibration: list[list[int]]
+    held_out: list[list[int]]
+    made_of: dict[str, int]
+
+
+async def samples(settings: Settings, codec: Codec, corpus: Corpus, roles: Sequence[Role], tools: ToolSet) -> Samples:
+    """Lays the corpus out for the roles that the model serves. Raises `QuantizeError` where it is too little."""
+    size = settings.awq_calibration_tokens
+    documents: dict[str, list[list[int]]] = {"text": [await codec.encode(text) for text in corpus.texts]}
+    if "chat" in roles:
+        documents["conversation"] = await _conversations(settings, codec, corpus.conversations)
+    if "tool" in roles:
+        decisions = corpus.decisions
+        if not decisions and settings.awq_calibration != "builtin":
+            decisions = _read_files("builtin").decisions
+        documents["decision"] = await _decisions(settings, codec, decisions, tools, size)
+    kept: list[list[list[int]]] = []
+    aside: list[list[list[int]]] = []
+    for kind in documents.values():
+        random.Random(7).shuffle(kind)
+        aside.append(_blocks(kind[::_HELD_OUT_EVERY], size))
+        kept.append(_blocks([ids for index, ids in enumerate(kind) if index % _HELD_OUT_EVERY], size))
+    calibration, held_out = _in_turn(kept), _in_turn(aside)
+    if len(calibration) < LEAST_BLOCKS or not held_out:
+        have = sum(len(ids) for kind in documents.values() for ids in kind)
+        need = size * (LEAST_BLOCKS + 1) * _HELD_OUT_EVERY // (_HELD_OUT_EVERY - 1) + size
+        raise QuantizeError(
+            f"the calibration text is {have} tokens; at least about {need} are needed "
+            f"({LEAST_BLOCKS} samples of {size} tokens, and some to measure on)"
+        )
+    return Samples(
+        calibration[: settings.calibration_samples],
+        held_out[:HELD_OUT_BLOCKS],
+        {kind: len(found) for kind, found in documents.items() if found},
+    )
+
+
+async def _conversations(settings: Settings, codec: Codec, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Each conversation as the prompt of its last turn, and the reply."""
+    prompts = await ChatPrompts.open(codec, settings.chat_prompt_format, Limits.of(settings))
+    documents = []
+    for number, row in enumerate(rows):
+        persona = Persona(row.get("style"), row.get("gender"), row.get("identity"), row.get("persona_text"))
+        messages: list[Message] = row["messages"]
+        last = max((index for index, message in enumerate(messages) if message.speaker == "user"), default=None)
+        if last is None:
+            continue
+        try:
+            text = persona.compose(settings.default_persona_style)
+            now = f"{('Monday', 'Wednesday', 'Friday', 'Sunday')[number % 4]}, {number % 24:02}:{number * 7 % 60:02}"
+            ids = await prompts.turn(text, messages[:last], messages[last].text, now)
+        except YapError as error:
+            raise QuantizeError(f"conversation {number + 1} of the calibration text: {error}") from None
+        for reply in messages[last + 1 :]:
+            ids = ids + await codec.encode(reply.text)
+        documents.append(ids)
+    return documents
+
+
+async def _decisions(
+    settings: Settings, codec: Codec, rows: Sequence[dict[str, Any]], tools: ToolSet, size: int
+) -> list[list[int]]:
+    """Each decision as its prompt and answer. All open with the same head: after the first, their last `size` tokens
+    say what is new."""
+    prompts = await ToolPrompts.open(codec, settings.tool_history_tokens)
+    documents: list[list[int]] = []
+    for row in rows:
+        ids = await prompts.turn(tools, row["history"], row["utterance"])
+        ids += await codec.encode(dumps(row["calls"]))
+        documents.append(ids[-size:] if documents else ids)
+    return documents
+
+
+def _blocks(documents: Iterable[list[int]], size: int) -> list[list[int]]:
+    """The documents end to end, cut to whole blocks."""
+    ids = list(chain.from_iterable(documents))
+    return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+
+
+def _in_turn(kinds: Iterable[list[list[int]]]) -> list[list[int]]:
+    """One block of each kind after the other, as long as there are any."""
+    return [block for group in zip_longest(*kinds) for block in group if block is not None]

@@ -1,0 +1,393 @@
+"""The quantizer's job: from the settings to finished AWQ folders on the shelf, and on the hub where that is wished.
+
+Each result is made in a folder of its own whose name begins with a dot, and appears on the shelf by one rename:
+whatever ends a job early leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from yaptext import __version__
+from yaptext.engine import demo, shelf, weights
+from yaptext.engine.base import Role
+from yaptext.errors import QuantizeError, SettingsError, YapError
+from yaptext.observe.notify import notify
+from yaptext.settings import Settings
+
+_log = structlog.get_logger(__name__)
+_RESERVE_BYTES = 64 * 2**20
+"""Room for what lies beside the weights: tokenizer, card, plot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Of the command. `when_wanted` is how the service asks before it starts: it acts under QUANTIZATION=awq alone,
+    and any finished result will do. `terminal` says that a person watches."""
+
+    force: bool = False
+    when_wanted: bool = False
+    allow_worse: bool = False
+    terminal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One float model, and the roles that it serves. `source` is a hub id or a folder, `name` is for people."""
+
+    source: str
+    roles: tuple[Role, ...]
+    name: str
+    demo: bool = False
+
+
+def run(settings: Settings, options: Options) -> None:
+    """Does all that is to do; nothing to do takes a moment, and loads nothing heavy. Raises `YapError`."""
+    if options.when_wanted and settings.quantization != "awq":
+        _log.info("quantize.not_wanted", reason=f"QUANTIZATION={settings.quantization}")
+        return
+    begun = time.monotonic()
+    wanted = tasks(settings)
+    todo = [(task, reason) for task in wanted if (reason := _reason(settings, task, options)) is not None]
+    unpushed = wanted if settings.hf_awq_push else []
+    unpushed = [task for task in unpushed if task in dict(todo) or not _is_pushed(settings, task)]
+    for task in wanted:
+        if task not in dict(todo):
+            _log.info("quantize.finished_before", model=task.name, folder=str(_result(settings, task).folder))
+    if not todo and not unpushed:
+        return
+    with _locked(settings.state), _ended_by_sigterm():
+        if unpushed:
+            from yaptext.quantize import hub
+
+            hub.check(settings, [role for task in unpushed for role in task.roles])
+        for task, reason in todo:
+            _log.info("quantize.begun", model=task.name, roles=task.roles, reason=reason)
+            _make(settings, task, options)
+        for task in unpushed:
+            _push(settings, task)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    _log.info("quantize.done", seconds=round(time.monotonic() - begun, 1), peak_memory_mb=peak, **_gpu_peak(settings))
+
+
+def tasks(settings: Settings) -> list[Task]:
+    """The float models of the deployed roles, each once. A role with an AWQ checkpoint of its own is left out.
+    Raises `SettingsError` where a deployed role has no model."""
+    sources: dict[str, list[Role]] = {}
+    is_demo = weights.wants_demo(settings)
+    deployed: dict[Role, bool] = {"chat": settings.chat_deployed, "tool": settings.tool_deployed}
+    for role in [role for role in deployed if deployed[role]]:
+        given = settings.awq_chat_model if role == "chat" else settings.awq_tool_model
+        model = settings.chat_model if role == "chat" else settings.tool_model
+        if given:
+            _log.info("quantize.given", role=role, model=given, reason=f"AWQ_{role.upper()}_MODEL")
+        elif is_demo:
+            sources.setdefault(str(demo.place(settings.state)), []).append(role)
+        elif not model:
+            raise SettingsError(
+                f"{role.upper()}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it to quantize"
+            )
+        else:
+            sources.setdefault(model, []).append(role)
+    return [
+        Task(source, tuple(roles), demo.NAME if is_demo else _name(source), is_demo)
+        for source, roles in sources.items()
+    ]
+
+
+def _name(source: str) -> str:
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
+# --- what is there already
+
+
+def _recipe(settings: Settings, task: Task) -> dict[str, Any]:
+    """What a result depends on besides its source: compared with its manifest's."""
+    from yaptext.quantize import calibration
+
+    return {
+        "roles": list(task.roles),
+        "group_size": settings.awq_group_size,
+        "tokens": settings.awq_calibration_tokens,
+        "samples": settings.calibration_samples,
+        "text": calibration.fingerprint(settings),
+    }
+
+
+def _reason(settings: Settings, task: Task, options: Options) -> str | None:
+    """Why the task is to be done; None where a finished result will do."""
+    found = shelf.finished(settings.state, task.source)
+    if found is None:
+        return "no finished result"
+    if options.force:
+        return "--force"
+    if options.when_wanted:
+        return None  # an update of the service must not cost its next start an hour
+    then, now = found.manifest.get("recipe", {}), _recipe(settings, task)
+    changed = [name for name in now if then.get(name) != now[name]]
+    if changed:
+        return ", ".join(f"{name} was {then.get(name)}, is {now[name]}" for name in changed)
+    if not Path(task.source).is_dir():
+        from yaptext.quantize import hub
+
+        revision = hub.cached_revision(task.source, settings)
+        if revision is not None and revision != found.manifest["source"]["revision"]:
+            return f"made of revision {found.manifest['source']['revision']}, the newest seen is {revision}"
+    return None
+
+
+def _result(settings: Settings, task: Task) -> shelf.Finished:
+    found = shelf.finished(settings.state, task.source)
+    if found is None:
+        raise QuantizeError(f"the finished folder of {task.name} has gone from {settings.state / 'awq'}")
+    return found
+
+
+# --- making one
+
+
+def _make(settings: Settings, task: Task, options: Options) -> None:
+    """Quantizes one model and puts the result on the shelf. Raises `QuantizeError`; nothing half-made is left."""
+    row = shelf.row(settings.state, task.source)
+    row.mkdir(parents=True, exist_ok=True)
+    for leftover in row.glob(".partial-*"):  # of a job that was killed: the lock says that none runs
+        shutil.rmtree(leftover, ignore_errors=True)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    partial = row / f".partial-{stamp}"
+    try:
+        partial.mkdir()
+        _fill(settings, task, options, partial)
+        for file in [*partial.iterdir(), partial]:
+            _sync(file)
+        partial.rename(row / stamp)
+        _sync(row)
+    except YapError:
+        raise
+    except Exception as error:  # autoawq, torch and the writers raise what they like
+        if _is_full(error):
+            raise QuantizeError(f"the disk of {row} is full; nothing was kept of {task.name}") from error
+        _log.exception("quantize.crashed", model=task.name)
+        detail = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise QuantizeError(f"{task.name} could not be quantized: {detail}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for older in row.glob("[0-9]*"):
+        if older.name != stamp:
+            shutil.rmtree(older, ignore_errors=True)
+    _log.info("quantize.kept", model=task.name, folder=str(row / stamp))
+
+
+def _fill(settings: Settings, task: Task, options: Options, partial: Path) -> None:
+    os.environ.update(_environment(settings))
+    from yaptext.quantize import awq, calibration, card, hub, verify
+    from yaptext.quantize.progress import Progress
+
+    begun = time.monotonic()
+    notify(f"STATUS=Preparing {task.name}.")
+    corpus = calibration.read(settings)
+    source = demo.folder(settings.state) if task.demo else None
+    if source is None:
+        config = hub.peek_config(task.source, settings)
+        kind = weights.kind_of(task.source, config)
+        if kind != "float":
+            raise QuantizeError(f"{task.source} has {kind} weights already: AWQ is made of float weights, name those")
+    folder, revision = (source, None) if source is not None else hub.download(task.source, settings)
+    plan = awq.plan(folder, settings.awq_group_size)
+    free, needed = shutil.disk_usage(partial).free, plan.awq_bytes + _RESERVE_BYTES
+    if free < needed:
+        raise QuantizeError(
+            f"{task.name} needs {needed // 10**6} MB in {partial.parent}, and {free // 10**6} MB are free"
+        )
+    samples = asyncio.run(_samples(settings, task, folder, corpus))
+    _log.info(
+        "quantize.planned",
+        model=task.name,
+        layers=plan.layers,
+        group_size=plan.group_size,
+        float_mb=plan.float_bytes // 10**6,
+        awq_mb=plan.awq_bytes // 10**6,
+        samples=len(samples.calibration),
+        tokens=settings.awq_calibration_tokens,
+        **samples.made_of,
+    )
+    notify(f"STATUS=Measuring {task.name} before it is quantized.")
+    reference = verify.Reference(folder, samples.held_out, plan.group_size, on_cuda=settings.on_cuda)
+    with Progress(options.terminal).layers(task.name) as done:
+        awq.quantize(folder, partial, samples.calibration, plan.group_size, on_cuda=settings.on_cuda, done=done)
+    notify(f"STATUS=Measuring {task.name} after it was quantized.")
+    report = reference.compare(partial)
+    figures = {"kl": report.awq.kl, "rounding_kl": report.rounding.kl, "perplexity": report.awq.perplexity}
+    _log.info("quantize.verified", model=task.name, float_perplexity=report.float_.perplexity, **figures)
+    if not report.worthwhile and not options.allow_worse:
+        raise QuantizeError(
+            f"AWQ is no better than plain rounding for {task.name}: KL {report.awq.kl} against {report.rounding.kl}; "
+            "nothing was kept. More calibration text may help; --allow-worse keeps it"
+        )
+    manifest: dict[str, Any] = {
+        "source": {"name": task.name, "revision": revision},
+        "recipe": _recipe(settings, task),
+        "settings": {"bits": 4, "group_size": plan.group_size, "tokens": settings.awq_calibration_tokens},
+        "calibration": {
+            "text": settings.awq_calibration if settings.awq_calibration.startswith(("builtin", "hub:")) else "own",
+            "samples": len(samples.calibration),
+            "made_of": samples.made_of,
+        },
+        "made_by": {"yaptext": __version__}
+        | {name: metadata.version(name) for name in ("autoawq", "torch", "transformers")}
+        | {"device": "cuda" if settings.on_cuda else "cpu"},
+        "verification": report.as_data(),
+    }
+    card.write(partial, folder, manifest, report)
+    manifest["seconds"] = round(time.monotonic() - begun, 1)
+    manifest["files"] = {
+        file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())
+    }
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors writes for its user alone
+    (partial / shelf.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    if options.terminal:
+        print(f"\n{card.table(report)}\n")
+
+
+async def _samples(settings: Settings, task: Task, folder: Path, corpus: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    from yaptext.dialogue.toolset import ToolSet
+    from yaptext.engine.codec import HubCodec
+    from yaptext.quantize import calibration
+
+    tools = ToolSet.from_file(settings.tools_file)
+    codec = HubCodec(AutoTokenizer.from_pretrained(folder), max_model_len=2**31, block_size=1)
+    return await calibration.samples(settings, codec, corpus, task.roles, tools)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """What torch, transformers and the bars of autoawq read, before they are imported."""
+    values = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    if not settings.on_cuda:
+        values["CUDA_VISIBLE_DEVICES"] = ""  # autoawq takes a card where it sees one
+    return values
+
+
+def _gpu_peak(settings: Settings) -> dict[str, int]:
+    if not settings.on_cuda:
+        return {}
+    import torch
+
+    return {"peak_gpu_memory_mb": torch.cuda.max_memory_allocated() // 2**20}
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Python's OSError, or the words in which safetensors tells of it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "os error 28" in str(error) or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- pushing
+
+
+def _receipt(settings: Settings, task: Task, role: Role) -> Path:
+    """Where it is written down that the newest result has been pushed for a role."""
+    return shelf.row(settings.state, task.source) / f"pushed-{role}.json"
+
+
+def _target(settings: Settings, role: Role) -> dict[str, str | None]:
+    repo = settings.hf_awq_chat_repo if role == "chat" else settings.hf_awq_tool_repo
+    return {"repo": repo, "branch": settings.hf_awq_branch}
+
+
+def _is_pushed(settings: Settings, task: Task) -> bool:
+    found = shelf.finished(settings.state, task.source)
+    for role in task.roles:
+        try:
+            receipt = json.loads(_receipt(settings, task, role).read_text())
+        except (OSError, ValueError):
+            return False
+        if found is None or receipt.get("result") != found.folder.name or receipt["to"] != _target(settings, role):
+            return False
+    return True
+
+
+def _push(settings: Settings, task: Task) -> None:
+    from yaptext.quantize import hub
+
+    found = _result(settings, task)
+    for role in task.roles:
+        notify(f"STATUS=Pushing {task.name} to {_target(settings, role)['repo']}.")
+        pushed = hub.upload(found.folder, role, settings)
+        receipt = {"result": found.folder.name, "to": _target(settings, role), "revision": pushed.revision}
+        _receipt(settings, task, role).write_text(json.dumps(receipt))
+
+
+# --- one at a time
+
+
+@contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """Holds the shelf for this job. Raises `QuantizeError` with the other one's process id."""
+    try:
+        (state / "awq").mkdir(parents=True, exist_ok=True)
+        lock = (state / "awq" / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise QuantizeError(f"cannot write to {state / 'awq'}: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise QuantizeError(f"another job is at work on {state / 'awq'}: {lock.read().strip()}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}, since {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the job as Ctrl-C does: what is half-made is cleared away."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
