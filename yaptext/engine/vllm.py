@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from yaptext.engine import demo, weights
+from yaptext.engine import cpu_awq, demo, weights
 from yaptext.engine.base import CHAT, Delta, Engines, Load, Role, Sampling
 from yaptext.engine.codec import HubCodec
 from yaptext.errors import EngineDead, EngineFailed, StartError
@@ -195,8 +195,9 @@ def _arguments(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *
     }
     if checkpoint.online_fp8:
         arguments["quantization"] = "fp8"
-    if checkpoint.kind == "awq" and settings.kv_dtype == "fp8":
-        arguments["dtype"] = "bfloat16"  # FlashAttention refuses fp8 KV under float16, AWQ's usual type
+    if checkpoint.kind == "awq" and (settings.kv_dtype == "fp8" or (not cuda and cpu_awq.lacks_kernel())):
+        # AWQ's usual type is float16. FlashAttention refuses fp8 KV under it, and an old CPU is slow at it.
+        arguments["dtype"] = "bfloat16"
     if settings.attention_backend != "auto":
         arguments["attention_backend"] = settings.attention_backend
     if cuda:
