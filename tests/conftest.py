@@ -212,7 +212,9 @@ async def vllm_engine(state_folder: Path) -> AsyncIterator[Any]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in os.environ.items():
             environment.setenv(name, value)  # so that what vLLM is told does not outlive it
-        engines = open_engines(Settings.load(YAP_TEXT_STATE_DIR=state_folder, YAP_TEXT_DEVICE="cpu"))
+        engines = open_engines(
+            Settings.load(YAP_TEXT_STATE_DIR=state_folder, YAP_TEXT_DEVICE="cpu", QUANTIZATION="none")
+        )
         assert engines.chat is engines.tool, "one checkpoint, one engine"
         yield engines.chat
         assert engines.chat is not None

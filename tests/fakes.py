@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from yaptext.engine.base import CHAT, Delta, Load, Sampling
@@ -24,12 +24,15 @@ async def at_once() -> None:
 
 @dataclass
 class Script:
-    """What one kind of request is answered with: pieces of text, one a step, then an error or a finish."""
+    """What one kind of request is answered with: pieces of text, one a step, then an error or a finish. `alternatives`
+    are told piece by piece; `calls` are the pieces where the grammar allows no empty list."""
 
     pieces: Sequence[str] = ("Hello", " there", ".")
     pace: Pace = at_once
     error: Exception | None = None
     finish: str = "stop"
+    alternatives: Sequence[dict[str, float]] = ()
+    calls: Sequence[str] | None = None
 
 
 @dataclass
@@ -65,6 +68,8 @@ class ScriptedEngine:
         script = self.decision if sampling.json_schema is not None else self.chat
         if sampling.json_schema is not None and "const" in (schema := json.loads(sampling.json_schema)):
             script = Script(list(json.dumps(schema["const"], separators=(",", ":"))))
+        if sampling.json_schema is not None and script.calls is not None and '"minItems":1' in sampling.json_schema:
+            script = replace(script, pieces=script.calls, alternatives=())
         if self.dead:
             raise EngineDead("The engine died.")
         if len(prompt) + 1 > self.max_model_len:
@@ -88,7 +93,8 @@ class ScriptedEngine:
                 if finish is None and number >= sampling.max_tokens:
                     finish = "length"
                 done = finish is not None
-                yield Delta(piece, 1, len(prompt), cached, finish)
+                told = script.alternatives[number - 1 : number] if sampling.alternatives else ()
+                yield Delta(piece, 1, len(prompt), cached, finish, told)
                 if done:
                     return
             if script.error is not None:

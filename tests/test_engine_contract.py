@@ -26,7 +26,10 @@ _SCHEMA = json.dumps({"type": "array", "items": {"type": "integer"}, "maxItems":
 def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param == "vllm":
         return request.getfixturevalue("vllm_engine")
-    return ScriptedEngine(chat=Script([" word"] * 400, pace=lambda: asyncio.sleep(0)), decision=Script(["[", "1", "]"]))
+    return ScriptedEngine(
+        chat=Script([" word"] * 400, pace=lambda: asyncio.sleep(0)),
+        decision=Script(["[", "1", "]"], alternatives=[{"[": 0.9, "[]": 0.1}, {"1": 0.6}, {"]": 1.0}]),
+    )
 
 
 async def read(engine: Engine, prompt: list[int], sampling: Sampling, **options: int) -> list[Delta]:
@@ -103,6 +106,20 @@ async def test_a_schema_holds_whatever_the_model_would_say(engine: Engine) -> No
     numbers = json.loads(text)
     assert len(numbers) <= 2 and all(isinstance(number, int) for number in numbers)
     assert text == json.dumps(numbers, separators=(",", ":")) and deltas[-1].finish_reason == "stop"
+
+
+async def test_alternatives_are_told_under_the_constraint(engine: Engine) -> None:
+    """One dict a token: the chosen text is in it, and the grammar leaves nothing but its own ways to begin."""
+    sampling = Sampling(max_tokens=40, json_schema=_SCHEMA, alternatives=8)
+    deltas = await read(engine, await prompt_of(engine, "Say hello"), sampling)
+    told = [(delta.text, *delta.alternatives) for delta in deltas if delta.tokens == 1 and delta.text]
+    assert told
+    for text, alternatives in told:
+        assert text in alternatives
+        assert 0 < alternatives[text] <= sum(alternatives.values()) <= 1.001
+    assert all(text.startswith("[") for text, probability in told[0][1].items() if probability > 1e-6)
+    plain = await read(engine, await prompt_of(engine, "Say hello"), Sampling(max_tokens=2))
+    assert not any(delta.alternatives for delta in plain)
 
 
 async def test_streams_side_by_side_do_not_mix(engine: Engine) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 from fakes import Gate, Script, ScriptedEngine
 from hypothesis import assume, example, given, settings
@@ -377,12 +378,12 @@ NEVER = EngineFailed("The engine failed on this request.")
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        pytest.param(Script(list(TIMER), error=NEVER), "engine_failed", id="fails after a whole answer"),
+        pytest.param(Script(list(TIMER[:-1]), error=NEVER), "engine_failed", id="fails before the end"),
         pytest.param(Script([], error=NEVER), "engine_failed", id="fails at once"),
         pytest.param(Script([], error=EngineDead("The engine died.")), "engine_failed", id="dies"),
-        pytest.param(Script([TIMER], finish="length"), "truncated", id="ends at its limit"),
-        pytest.param(Script([TIMER, *"x" * 96]), "truncated", id="runs over its limit"),
-        pytest.param(Script([TIMER], finish="abort"), "truncated", id="is aborted from outside"),
+        pytest.param(Script([TIMER[:-1]], finish="length"), "truncated", id="ends at its limit"),
+        pytest.param(Script([TIMER[:-2], *" " * 96]), "truncated", id="runs over its limit"),
+        pytest.param(Script([TIMER[:-1]], finish="abort"), "truncated", id="is aborted from outside"),
         pytest.param(Script([]), "truncated", id="says nothing"),
         pytest.param(Script([TIMER[:-1]]), "invalid", id="stops half way"),
         pytest.param(Script(["Sure! ", TIMER]), "invalid", id="talks"),
@@ -395,6 +396,65 @@ async def test_a_fault_is_a_no_with_its_reason(script: Script, reason: str) -> N
     decision = await decide(engine)
     assert (decision.calls, decision.reason) == ([], reason)
     assert engine.running == 0
+
+
+@pytest.mark.parametrize("answer", ["[]", TIMER, '[{"name":"set_timer","arguments":{"seconds":60,"label":"a}]"}}]'])
+@pytest.mark.parametrize("pieces", [list, lambda answer: [answer]], ids=["letters", "at once"])
+async def test_a_whole_answer_needs_no_token_after_it(answer: str, pieces: Callable[[str], list[str]]) -> None:
+    """Nothing that follows is waited for, and nothing that would go wrong then counts; the engine is let go."""
+    gate = Gate()
+    gate.step(len(pieces(answer)))
+    engine = answering(*pieces(answer), "...", pace=gate)
+    decision = await decide(engine)
+    assert [msgspec.to_builtins(call) for call in decision.calls] == json.loads(answer)
+    assert (decision.reason, engine.running) == (None, 0)
+
+
+Ways = list[tuple[str, dict[str, float]]]
+NO_AT_ONCE: Ways = [("[]", {"[]": 0.7, "[": 0.1, "[{": 0.2})]
+NO_IN_TWO: Ways = [("[", {"[": 0.9, "[]": 0.1}), ("]", {"]": 0.6, "{": 0.3, '{"': 0.1})]
+YES: Ways = [("[", {"[": 0.8, "[]": 0.15, "[{": 0.05}), ("{", {"{": 0.75, "]": 0.25}), (TIMER[2:], {})]
+
+
+@pytest.mark.parametrize(("ways", "p"), [(NO_AT_ONCE, 0.2 / 0.9), (NO_IN_TWO, 0.36 / 1.0), (YES, 0.65 / 1.0)])
+async def test_p_adds_up_all_the_ways_to_say_yes(ways: Ways, p: float) -> None:
+    """Over the tokens up to the one that says yes or no, however the tokenizer cuts them."""
+    decision = await decide(answering(*(piece for piece, _ in ways), alternatives=[told for _, told in ways]))
+    assert decision.p == pytest.approx(p)
+
+
+async def test_an_engine_that_tells_no_alternatives_has_no_p() -> None:
+    """Nor does a threshold then overrule it."""
+    assert (await decide(answering("[]"), threshold=0.0)).p is None
+
+
+@pytest.mark.parametrize(("ways", "threshold"), [(NO_AT_ONCE, 0.2), (NO_IN_TWO, 0.3), (YES, 0.6)])
+async def test_from_the_threshold_on_a_decision_is_yes(ways: Ways, threshold: float) -> None:
+    """Where the model's best guess was no, it is asked again under a grammar without a no."""
+    engine = answering(*(piece for piece, _ in ways), alternatives=[told for _, told in ways], calls=[TIMER])
+    decision = await decide(engine, threshold=threshold)
+    assert decision.calls == [Call("set_timer", {"seconds": 60})] and decision.p >= threshold
+    asked = [sampling.json_schema for _, sampling, _ in engine.requests]
+    tools = ToolSet.from_file(None)
+    assert asked == ([tools.schema] if ways is YES else [tools.schema, tools.call_schema])
+
+
+@pytest.mark.parametrize(("ways", "threshold"), [(NO_AT_ONCE, 0.3), (NO_IN_TWO, 0.5), (YES, 0.7)])
+async def test_below_the_threshold_a_decision_is_no(ways: Ways, threshold: float) -> None:
+    """As soon as that is clear: the call is not even written."""
+    gate = Gate()
+    gate.step(2)
+    engine = answering(*(piece for piece, _ in ways), alternatives=[told for _, told in ways], pace=gate)
+    decision = await decide(engine, threshold=threshold)
+    assert (decision.calls, decision.reason) == ([], None) and decision.p < threshold
+
+
+def test_a_grammar_without_a_no_allows_calls_alone() -> None:
+    """Of no tools it can be no more than the other."""
+    tools = ToolSet.from_file(None)
+    validator = jsonschema.Draft202012Validator(json.loads(tools.call_schema))
+    assert validator.is_valid(json.loads(TIMER)) and not validator.is_valid([])
+    assert jsonschema.Draft202012Validator(json.loads(ToolSet([]).call_schema)).is_valid([])
 
 
 @pytest.mark.parametrize("before", [0, 3])

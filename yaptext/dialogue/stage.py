@@ -52,6 +52,7 @@ class Stage:
                 # The demo model takes what was said before for what is asked now.
                 history_tokens=0 if engines.demo else settings.tool_history_tokens,
                 timeout_s=settings.tool_timeout_s,
+                threshold=settings.tool_yes_threshold,
             )
         store = SessionStore(max_sessions=settings.max_sessions, ttl_s=settings.session_ttl_s)
         return cls(settings, engines, store, Metrics(), prompts, decider)

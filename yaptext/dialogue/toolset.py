@@ -35,9 +35,10 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class ToolSet:
-    """A validated list of tools, with the JSON schema of the decisions it allows."""
+    """A validated list of tools, with the JSON schema of the decisions it allows: `schema`, or `call_schema` where no
+    is not among them."""
 
-    __slots__ = ("examples", "key", "names", "schema", "tools")
+    __slots__ = ("call_schema", "examples", "key", "names", "schema", "tools")
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
         """Takes `{"name", "description", "parameters", "examples"}` or the same under `"function"`; all but the
@@ -56,7 +57,9 @@ class ToolSet:
                 for example in _examples(tool, index)
             ]
             self.key = msgspec.json.encode([self.tools, self.examples])
-            self.schema = msgspec.json.encode(_answer_schema(self.tools)).decode()
+            answer = _answer_schema(self.tools)
+            self.schema = msgspec.json.encode(answer).decode()
+            self.call_schema = msgspec.json.encode(answer | {"minItems": min(1, answer["maxItems"])}).decode()
         except RecursionError:
             raise BadMessage("the schemas are nested too deep - at $.tools") from None
         if len(set(self.names)) != len(self.names):

@@ -210,6 +210,7 @@ class Turn:
                 raw=decision.calls,
                 turn=self.number,
                 tool_ms=self._timings.tool_ms,
+                p=UNSET if decision.p is None else round(decision.p, 4),
                 reason=decision.reason or UNSET,
             )
         )

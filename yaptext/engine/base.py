@@ -14,7 +14,7 @@ DECIDE, CHAT = 0, 1
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one request is sampled. `json_schema` constrains the text to compact JSON of that schema, without
-    white space between its parts. `top_k=0` is off."""
+    white space between its parts. `top_k=0` is off. `alternatives` asks for that many of each token's likeliest."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -27,18 +27,21 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     json_schema: str | None = None
+    alternatives: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What one engine step added to one stream. `text` may be empty (half a character), `tokens` may be more
-    than one; `finish_reason` is set on the last. The prompt counts are the same on every delta."""
+    than one; `finish_reason` is set on the last. The prompt counts are the same on every delta. `alternatives` holds,
+    where they were asked for, each token's likeliest texts with their probability under the constraint."""
 
     text: str
     tokens: int
     prompt_tokens: int
     cached_tokens: int
     finish_reason: str | None = None
+    alternatives: Sequence[dict[str, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -80,6 +81,7 @@ class VllmEngine(HubCodec):
                         prompt_tokens=len(output.prompt_token_ids or ()),
                         cached_tokens=output.num_cached_tokens or 0,
                         finish_reason=completion.finish_reason if finished else None,
+                        alternatives=_alternatives(completion.logprobs) if sampling.alternatives else (),
                     )
         except EngineDeadError as error:
             finished = True
@@ -252,8 +254,21 @@ def _sampling_params(sampling: Sampling) -> Any:
         seed=sampling.seed,
         stop=list(sampling.stop) or None,
         structured_outputs=constraint,
+        logprobs=sampling.alternatives or None,
         output_kind=RequestOutputKind.DELTA,
     )
+
+
+def _alternatives(logprobs: Any) -> list[dict[str, float]]:
+    """Probability by text, a dict a token. Two tokens may read the same."""
+    found = []
+    for token in logprobs or ():
+        by_text: dict[str, float] = {}
+        for entry in token.values():
+            text = entry.decoded_token or ""
+            by_text[text] = by_text.get(text, 0.0) + math.exp(entry.logprob)
+        found.append(by_text)
+    return found
 
 
 def _make_gauge() -> Any:

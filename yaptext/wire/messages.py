@@ -119,6 +119,8 @@ class ToolCall(Struct, frozen=True, tag="toolcall", kw_only=True):
     raw: list[Call]
     turn: int
     tool_ms: float
+    p: float | UnsetType = UNSET
+    """Probability of yes, where the engine told of it."""
     reason: str | UnsetType = UNSET
 
 
