@@ -200,7 +200,7 @@ def _put(path: Path, text: str, mode: int) -> bool:
 
 def _put_config(path: Path, template: str, mode: int) -> None:
     """Writes a config unless it was edited; then a template that is new since lies beside it."""
-    text = f"{template}{_MARK}{_digest(template)}\n"
+    text = _stamped(template)
     current = path.read_text() if path.exists() else None
     if current is None or not _is_edited(current):
         _put(path, text, mode)
@@ -225,14 +225,19 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
+def _stamped(template: str) -> str:
+    """With a last line that tells what the file began as."""
+    return f"{template}{_MARK}{_digest(template)}\n"
+
+
 def _mark_of(text: str) -> str | None:
-    """The digest that the last line names: of the template that the file began as."""
-    _, mark, digest = text.rpartition(_MARK)
-    return digest.strip() if mark else None
+    """The digest of the template that the file began as; lines may have come after it."""
+    marks: list[str] = re.findall(f"^{re.escape(_MARK)}(.*)$", text, re.MULTILINE)
+    return marks[-1] if marks else None
 
 
 def _is_edited(text: str) -> bool:
-    return _mark_of(text) != _digest(text.rpartition(_MARK)[0])
+    return text != _stamped(text.rpartition(_MARK)[0])
 
 
 def _write(path: Path, text: str, mode: int) -> None:
