@@ -232,6 +232,9 @@ def _environment(settings: Settings) -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(settings.cpu_threads),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # drops the extra worker process of each engine
+            # Eager means vLLM's model; it would still compile its counting of logprobs, for which the engine dies on a
+            # machine that has no C++ compiler.
+            "TORCH_COMPILE_DISABLE": "1",
         }
     return values
 
