@@ -1,0 +1,232 @@
+"""awq.py and verify.py: real autoawq on CPU on tiny models, and what is measured of the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantize.tiny import ARCHITECTURES, Architecture, blocks, make_model
+from safetensors.torch import load_file, save_file
+
+from yaptext.errors import QuantizeError
+from yaptext.quantize import awq, verify
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TQDM_DISABLE", "1")
+        environment.setenv("OMP_NUM_THREADS", "1")
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # tiny layers: threads cost more than they bring
+        yield
+        torch.set_num_threads(before)
+
+
+def quantized(source: Path, target: Path) -> verify.Report:
+    """Quantizes and measures, as the job does."""
+    plan = awq.plan(source)
+    reference = verify.Reference(source, blocks(4, seed=9), plan.group_size, on_cuda=False)
+    target.mkdir()
+    awq.quantize(source, target, blocks(8), plan.group_size, on_cuda=False, done=lambda layer: None)
+    return reference.compare(target)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("float"), "llama", outliers=False)
+
+
+@pytest.fixture(scope="module")
+def result(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, quantized."""
+    (model / "generation_config.json").write_text('{"temperature": 0.37, "do_sample": false}')
+    folder = tmp_path_factory.mktemp("awq") / "result"
+    quantized(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("outliers", [False, True], ids=["even", "outliers"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_awq_beats_plain_rounding(tmp_path: Path, architecture: Architecture, outliers: bool) -> None:
+    """On every architecture; five times and more where a few channels carry most, as in trained models."""
+    report = quantized(make_model(tmp_path / "float", architecture, outliers=outliers), tmp_path / "awq")
+    assert report.float_.kl == 0 and report.float_.top1 == 1
+    assert report.awq.kl < report.rounding.kl / (5 if outliers else 1)
+    assert report.worthwhile and report.awq.top1 > report.rounding.top1
+    assert len(report.awq.layer_errors) == len(report.rounding.layer_errors) == 2
+
+
+def test_without_its_own_backup_autoawq_ruins_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU its backup of the weights is the weights: this is what the override is there for."""
+    make = awq._quantizer
+
+    def unsafe(done: Callable[[awq.Layer], None]) -> Any:
+        quantizer: Any = make(done)
+        del quantizer._compute_best_scale
+        return quantizer
+
+    monkeypatch.setattr(awq, "_quantizer", unsafe)
+    report = quantized(make_model(tmp_path / "float", "llama", outliers=True), tmp_path / "awq")
+    assert not report.awq.kl < report.rounding.kl / 5
+
+
+def test_clipping_is_autoawqs_own() -> None:
+    """Over the same tokens the second moments choose the limits that multiplying everything out chooses."""
+    from awq.quantize.quantizer import AwqQuantizer
+
+    torch.manual_seed(1)
+    ours = awq._quantizer(lambda layer: None)
+    quantizer: Any = object.__new__(ours)
+    quantizer.group_size, quantizer.zero_point, quantizer.w_bit = 64, True, 4
+    weight, inputs = torch.randn(128, 256) * torch.rand(128, 1), torch.randn(1, 200, 256)
+    quick = quantizer._compute_best_clip(weight, inputs)
+    slow = AwqQuantizer._compute_best_clip(quantizer, weight, inputs)
+    assert quick.shape == slow.shape
+    # Where two limits are as good, rounding may decide for either.
+    assert ((quick - slow).abs() < 1e-6).float().mean() > 0.99
+
+
+def test_layers_are_told_one_by_one(model: Path, tmp_path: Path) -> None:
+    """Who waits hours sees how far it is."""
+    told: list[awq.Layer] = []
+    awq.quantize(model, tmp_path, blocks(4), 128, on_cuda=False, done=told.append)
+    assert [(layer.number, layer.count) for layer in told] == [(1, 2), (2, 2)]
+    assert all(layer.seconds > 0 for layer in told)
+
+
+def shaped(folder: Path, hidden: int, inner: int) -> Path:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": hidden // 4}
+    return make_model(folder, "llama", outliers=False, hidden_size=hidden, intermediate_size=inner, **heads)
+
+
+@pytest.mark.parametrize(("hidden", "inner", "size"), [(256, 512, 128), (192, 512, 64), (256, 576, 64)])
+def test_the_largest_group_that_divides_every_layer(tmp_path: Path, hidden: int, inner: int, size: int) -> None:
+    """Found by itself; a size of the user's own is taken or refused."""
+    folder = shaped(tmp_path, hidden, inner)
+    assert awq.plan(folder).group_size == size
+    assert awq.plan(folder, "32").group_size == 32
+    if size < 128:
+        with pytest.raises(QuantizeError, match="inputs, which no group of 128 divides"):
+            awq.plan(folder, "128")
+
+
+def test_outputs_that_no_kernel_computes_are_refused(tmp_path: Path) -> None:
+    """The line names the layer, its size and what would do."""
+    with pytest.raises(QuantizeError, match=r"mlp.gate_proj has 608 outputs; AWQ needs a multiple of 64"):
+        awq.plan(shaped(tmp_path, 192, 608))
+
+
+def test_an_architecture_that_autoawq_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
+    """Before a weight is read."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(QuantizeError, match=r"cannot quantize the architecture 'gpt2'; it can do .*llama.*qwen2"):
+        awq.plan(tmp_path)
+
+
+def test_what_belongs_to_the_source_is_kept_byte_for_byte(model: Path, result: Path) -> None:
+    """Tokenizer, template, generation config; of the config all but how the weights are stored."""
+    kept = [name for name in awq.KEPT_FILES if (model / name).exists()]
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"} <= set(kept)
+    for name in kept:
+        assert (result / name).read_bytes() == (model / name).read_bytes(), name
+    source = json.loads((model / "config.json").read_text())
+    config = json.loads((result / "config.json").read_text())
+    stored = config.pop("quantization_config")
+    assert (stored["quant_method"], stored["bits"], stored["group_size"], stored["zero_point"]) == ("awq", 4, 128, True)
+    assert config.pop("dtype") == "float16"
+    source.pop("dtype", None)
+    assert config == source
+
+
+def test_what_stays_unquantized_is_in_half_precision(result: Path) -> None:
+    """Embeddings in 32 bits would be half of a small checkpoint."""
+    tensors = load_file(result / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16, torch.int32}
+
+
+def test_our_decoder_agrees_with_autoawqs(result: Path) -> None:
+    """The independent reading of the layout is the right one."""
+    from awq.utils.packing_utils import dequantize_gemm
+
+    tensors = load_file(result / "model.safetensors")
+    layers = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    assert len(layers) == 14
+    for layer in layers:
+        parts = [tensors[f"{layer}.{part}"] for part in ("qweight", "qzeros", "scales")]
+        theirs = dequantize_gemm(*parts, 4, 128).t().float()
+        assert torch.allclose(verify.dequantized(*parts), theirs, atol=2e-3, rtol=2e-3), layer
+
+
+# What is measured
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 4),
+    groups=st.integers(1, 4),
+    size=st.sampled_from([32, 64, 128]),
+    scale=st.floats(1e-3, 1e3),
+    shift=st.floats(-2, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_rounding_stays_within_half_a_step(
+    rows: int, groups: int, size: int, scale: float, shift: float, seed: int
+) -> None:
+    """Sixteen values a group, none further from its weight than the zero point's own rounding allows."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(rows, groups * size, generator=generator) + shift) * scale
+    rounded = verify.rounded(weight, size)
+    parts, whole = rounded.reshape(-1, size), weight.reshape(-1, size)
+    assert all(len(group.unique()) <= 16 for group in parts)
+    low, high = whole.amin(1).clamp(max=0), whole.amax(1).clamp(min=0)  # zero itself is always one of the values
+    inside = (whole.amin(1) <= 0) & (whole.amax(1) >= 0)
+    step = (high - low) / 15
+    assert ((parts - whole).abs().amax(1)[inside] <= step[inside] * 1.01 + 1e-6).all()
+
+
+def test_the_float_model_itself_diverges_from_nothing(model: Path, tmp_path: Path) -> None:
+    """A checkpoint that holds the float weights has KL 0 and the same perplexity."""
+    reference = verify.Reference(model, blocks(2), 128, on_cuda=False)
+    shutil.copytree(model, tmp_path / "same")
+    report = reference.compare(tmp_path / "same")
+    assert (report.awq.kl, report.awq.top1) == (0, 1)
+    assert report.awq.perplexity == report.float_.perplexity
+    assert report.rounding.kl > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight"),
+        (lambda tensors: tensors.update(stray=torch.zeros(1)), "stray"),
+        (lambda tensors: tensors.pop("lm_head.weight"), "lm_head.weight"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_model_is_found(
+    model: Path, result: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], named: str
+) -> None:
+    """A weight that is missing or left over means that something else would be served than was measured."""
+    from transformers import AutoModelForCausalLM
+
+    tensors = load_file(result / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(QuantizeError, match=named):
+        verify.fill(AutoModelForCausalLM.from_pretrained(model), tmp_path)
+
+
+def test_sizes_are_those_of_the_files(model: Path, result: Path) -> None:
+    """The plan's estimate, which the disk is asked for, is near them."""
+    size = os.path.getsize(result / "model.safetensors")
+    assert size == pytest.approx(awq.plan(model).awq_bytes, rel=0.05)
