@@ -81,10 +81,22 @@ def test_serve_cpu_answers_a_turn_and_stops_when_told(wrapper: Path, state_folde
         assert process.returncode == 0
 
 
-@pytest.mark.parametrize(("app", "verb"), [("serve-cpu", "serve"), ("chat", "chat"), ("bench", "bench")])
-def test_apps_run_their_command(app: str, verb: str) -> None:
+@pytest.mark.parametrize("app", ["serve-cpu", "quantize-cpu", "install-cpu", "chat", "bench"])
+def test_apps_run_their_command(app: str) -> None:
     """`nix run` hands its arguments on."""
+    verb = app.removesuffix("-cpu")
     assert f"usage: yap-text {verb}" in nix("run", f".#{app}", "--", "--help")
+
+
+def test_install_makes_units_that_run_the_package(wrapper: Path, tmp_path: Path) -> None:
+    """Of the store, with the units that the package carries."""
+    nix("run", ".#install-cpu", "--", "--prefix", str(tmp_path))
+    units = tmp_path / "etc/systemd/system"
+    kinds = (".service", ".socket", ".timer")
+    rendered = {file.name for file in (ROOT / "systemd").iterdir() if file.suffix in kinds}
+    assert {unit.name for unit in units.iterdir()} == rendered
+    assert f"\nExecStart={wrapper} serve\n" in (units / "yap-text.service").read_text()
+    assert f"\nExecStart={wrapper} quantize --when-wanted\n" in (units / "yap-text-quantize.service").read_text()
 
 
 def test_what_the_wheels_link_to_is_in_them_or_given(wrapper: Path) -> None:
