@@ -66,6 +66,7 @@ let
     "Environment=HF_HOME=%C/yap-text/hf VLLM_CACHE_ROOT=%C/yap-text/vllm"
     "Environment=TRITON_CACHE_DIR=%C/yap-text/triton TORCHINDUCTOR_CACHE_DIR=%C/yap-text/inductor"
     "Environment=FLASHINFER_WORKSPACE_BASE=%C/yap-text XDG_CACHE_HOME=%C/yap-text HOME=%S/yap-text"
+    "Environment=CUDA_CACHE_PATH=%C/yap-text/nv"
     "CapabilityBoundingSet="
     "AmbientCapabilities="
     "# Netlink and local sockets: torch and the engines' processes talk through them."
@@ -99,7 +100,7 @@ let
           "Requires=yap-text.socket"
         ]
         ++ when quantize [
-          "# Only wanted: what cannot be quantized is served as it is."
+          "# Only wanted: a push to the hub may fail where the weights are there all the same."
           "Wants=yap-text-quantize.service"
           "After=yap-text-quantize.service"
         ]
