@@ -31,13 +31,12 @@ let
   show = concatStringsSep ".";
   union = foldl' (seen: names: seen // names) { };
 
-  # A definition without its mkIf, mkMerge and mkOverride: a list of { priority, value }.
+  # A definition without its mkIf and mkOverride: a list of { priority, value }.
   discharge =
     definition:
     let
       found = {
         "if" = if definition.condition then discharge definition.content else [ ];
-        merge = concatMap discharge definition.contents;
         override = map (inner: inner // { inherit (definition) priority; }) (discharge definition.content);
       };
     in
@@ -56,7 +55,6 @@ let
     let
       found = {
         "if" = map (mapAttrs (_: mkIf definition.condition)) (pushDown definition.content);
-        merge = concatMap pushDown definition.contents;
         override = map (mapAttrs (_: mkOverride definition.priority)) (pushDown definition.content);
       };
     in
@@ -135,10 +133,6 @@ let
     _type = "if";
     inherit condition content;
   };
-  mkMerge = contents: {
-    _type = "merge";
-    inherit contents;
-  };
   mkOverride = priority: content: {
     _type = "override";
     inherit priority content;
@@ -186,7 +180,6 @@ in
     types
     mkOption
     mkIf
-    mkMerge
     mkOverride
     ;
   mkDefault = mkOverride 1000;
