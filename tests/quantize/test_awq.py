@@ -97,6 +97,27 @@ def test_clipping_is_autoawqs_own() -> None:
     assert ((quick - slow).abs() < 1e-6).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_packing_is_autoawqs_own(bias: bool) -> None:
+    """Bit for bit, whatever the layer."""
+    from awq.quantize.quantizer import AwqQuantizer
+
+    torch.manual_seed(2)
+    packed = []
+    for kind in (awq._quantizer(lambda layer: None), AwqQuantizer):
+        quantizer: Any = object.__new__(kind)
+        quantizer.group_size, quantizer.zero_point, quantizer.w_bit, quantizer.version = 64, True, 4, "gemm"
+        quantizer.begun, quantizer.modules = 0.0, []
+        torch.manual_seed(2)
+        module = torch.nn.Sequential(torch.nn.Linear(256, 192, bias=bias), torch.nn.Linear(4, 4))
+        quantizer._apply_quant(module, {"0": module[0]})
+        packed.append(module[0].state_dict())
+    ours, theirs = packed
+    assert ours.keys() == theirs.keys() >= {"qweight", "qzeros", "scales"}
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
 def test_layers_are_told_one_by_one(model: Path, tmp_path: Path) -> None:
     """Who waits hours sees how far it is."""
     told: list[awq.Layer] = []

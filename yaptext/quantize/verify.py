@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from yaptext.errors import QuantizeError
-
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""AWQ's packing: nibble i of an int32 holds column `_ORDER[i]` of its eight."""
+from yaptext.quantize.awq import ORDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +179,7 @@ def dequantized(qweight: Any, qzeros: Any, scales: Any) -> Any:
 def _unpacked(packed: Any) -> Any:
     import torch
 
-    nibbles = [(packed >> 4 * _ORDER.index(column)) & 15 for column in range(8)]
+    nibbles = [(packed >> 4 * ORDER.index(column)) & 15 for column in range(8)]
     return torch.stack(nibbles, dim=-1).reshape(packed.shape[0], -1)
 
 
