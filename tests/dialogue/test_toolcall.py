@@ -419,8 +419,15 @@ YES: Ways = [("[", {"[": 0.8, "[]": 0.15, "[{": 0.05}), ("{", {"{": 0.75, "]": 0
 @pytest.mark.parametrize(("ways", "p"), [(NO_AT_ONCE, 0.2 / 0.9), (NO_IN_TWO, 0.36 / 1.0), (YES, 0.65 / 1.0)])
 async def test_p_adds_up_all_the_ways_to_say_yes(ways: Ways, p: float) -> None:
     """Over the tokens up to the one that says yes or no, however the tokenizer cuts them."""
-    decision = await decide(answering(*(piece for piece, _ in ways), alternatives=[told for _, told in ways]))
-    assert decision.p == pytest.approx(p)
+    engine = answering(*(piece for piece, _ in ways), alternatives=[told for _, told in ways])
+    assert (await decide(engine, threshold=1.0)).p == pytest.approx(p)
+
+
+async def test_without_a_threshold_no_alternatives_are_asked_for() -> None:
+    """They cost the engine time, and nobody would look at them."""
+    engine = answering("[]", alternatives=[{"[]": 0.7, "[{": 0.3}])
+    assert (await decide(engine)).p is None
+    assert [sampling.alternatives for _, sampling, _ in engine.requests] == [0]
 
 
 async def test_an_engine_that_tells_no_alternatives_has_no_p() -> None:

@@ -20,13 +20,14 @@ from yaptext.errors import EngineFailed
 from yaptext.wire.messages import Call
 
 _ALTERNATIVES = 8
-"""The grammar leaves few ways to begin: `[`, `[]`, `[{` and the like."""
+"""The grammar leaves few ways to begin: `[`, `[]`, `[{` and the like. Asked for under a threshold alone: on an H200
+32 decisions at once took 116 ms (p50) with them, and 27 in a build before them (fp8 weights instead of AWQ)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the tool model said. `p` is the probability it gave to a call, where its engine tells; `reason` is set
-    where a fault or the timeout made it a no."""
+    """What the tool model said. `p` is the probability it gave to a call, where a threshold asks for it; `reason`
+    is set where a fault or the timeout made it a no."""
 
     calls: list[Call]
     tool_ms: float
@@ -99,7 +100,8 @@ class Decider:
 
     async def _ask(self, answer: _Answer, prompt: Sequence[int], schema: str) -> None:
         """Streams until the answer is whole. Raises `ValueError` where what came is none."""
-        sampling = Sampling(max_tokens=self._max_out, json_schema=schema, alternatives=_ALTERNATIVES)
+        alternatives = 0 if self._threshold is None else _ALTERNATIVES
+        sampling = Sampling(max_tokens=self._max_out, json_schema=schema, alternatives=alternatives)
         async with aclosing(self._engine.stream(prompt, sampling, priority=DECIDE)) as deltas:
             async for delta in deltas:
                 answer.take(delta)

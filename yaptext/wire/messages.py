@@ -120,7 +120,7 @@ class ToolCall(Struct, frozen=True, tag="toolcall", kw_only=True):
     turn: int
     tool_ms: float
     p: float | UnsetType = UNSET
-    """Probability of yes, where the engine told of it."""
+    """Probability of yes, where TOOL_YES_THRESHOLD asks for it."""
     reason: str | UnsetType = UNSET
 
 
