@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -86,10 +87,10 @@ async def test_a_turn_is_a_streamed_completion() -> None:
         await conversation.close()
     (sent,) = served.requests
     assert sent["model"] == "a-model" and sent["stream"] and sent["max_tokens"] == 8 and sent["temperature"] == 0
-    assert sent["messages"] == [
-        {"role": "system", "content": "<|persona|>\nYou are kind.\n<|history|>\nUser: hi\nAssistant: hello"},
-        {"role": "user", "content": "What now?"},
-    ]
+    system, user = sent["messages"]
+    assert system["role"] == "system" and user == {"role": "user", "content": "What now?"}
+    told = r"<\|persona\|>\nYou are kind\.\n<\|history\|>\nUser: hi\nAssistant: hello\nNow: \w+day, \d\d:\d\d\."
+    assert re.fullmatch(told, system["content"])
     assert served.heads[0].startswith("POST /v1/chat/completions HTTP/1.1\r\n")
     assert "Authorization: Bearer secret" in served.heads[0]
 

@@ -1,7 +1,8 @@
 """A conversation with any server of OpenAI's chat completions, streamed as server-sent events.
 
-The persona and the history that Yap Text gets as fields go into the system message, the utterance into a user
-message; what was said since follows as messages. Barging in is closing the connection: there is no other way to.
+The persona and the history that Yap Text gets as fields go into the system message, as Yap Text itself lays them out;
+the utterance is a user message, and what was said since follows as messages. Barging in is closing the connection:
+there is no other way to.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import json
 import re
 import time
+from datetime import datetime
 from typing import Any, cast
 
 from yaptext.tools.bench.conversation import Conversation
@@ -79,6 +81,10 @@ class OpenAIConversation:
         self._system = f"<|persona|>\n{story.persona}\n<|history|>\n{story.history}"
         self._said = []
 
+    @property
+    def _told(self) -> dict[str, str]:
+        return {"role": "system", "content": f"{self._system}\nNow: {datetime.now().strftime('%A, %H:%M')}."}
+
     async def warm(self) -> None:
         turn = await self._ask([{"role": "user", "content": "."}], self._sampling | {"max_tokens": 1}, "")
         try:
@@ -145,7 +151,7 @@ class OpenAIConversation:
                 return turn
         body = {
             "model": self._model,
-            "messages": [{"role": "system", "content": self._system}, *said],
+            "messages": [self._told, *said],
             "stream": True,
             "stream_options": {"include_usage": True},
             **sampling,
