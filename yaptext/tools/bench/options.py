@@ -13,11 +13,23 @@ class OptionError(YapError):
     """Options that do not go together."""
 
 
-_NAMES = ("cold", "warm", "conversation", "barge-in", "reconnect", "ramp", "idle", "slow-reader")
+SCENARIOS = {
+    "cold": "first turns of sessions whose persona and history the server never saw",
+    "warm": "first turns after warm_persona and warm_history",
+    "conversation": "turn after turn of one session, its transcript held by the server",
+    "barge-in": "turns cut at a random token, by a cancel and by a new start; then all at once",
+    "reconnect": "all sockets drop at once and come back at once, into the same sessions",
+    "ramp": "one socket after another until the server refuses; then one leaves and one comes",
+    "idle": "turns after a silence, beside turns without one",
+    "slow-reader": "turns before (calm) and while one more client has stopped reading",
+}
+"""What `--scenario` knows; `scenarios` has one function for each."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    plan = Plan(_NAMES)
+    plan = Plan(tuple(SCENARIOS))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "scenarios:\n" + "\n".join(f"  {name:<14}{meaning}" for name, meaning in SCENARIOS.items())
     where = parser.add_argument_group("where")
     where.add_argument("--url", help="address of the service (default: ws://HOST:PORT/ws of the environment)")
     where.add_argument("--openai", metavar="URL", help="an OpenAI-compatible server to measure in the same minutes")
@@ -26,7 +38,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--only-openai", action="store_true", help="leave the service out")
 
     what = parser.add_argument_group("what")
-    what.add_argument("--scenario", type=_scenarios, default=_NAMES, metavar="all|NAME,...", help=", ".join(_NAMES))
+    what.add_argument(
+        "--scenario", type=_scenarios, default=tuple(SCENARIOS), metavar="all|NAME,...", help="see below (all)"
+    )
     what.add_argument("--sessions", type=_counts, default=plan.sessions, metavar="N[,N...]", help="users at once (1,8)")
     _number(what, "--turns", int, plan.turns, 1, 1000, "turns of a session in one run")
     _number(what, "--rounds", int, plan.rounds, 1, 100, "repetitions of everything; their spread is told")
@@ -94,10 +108,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _scenarios(text: str) -> tuple[str, ...]:
-    names = _NAMES if text == "all" else _names(text)
+    names = tuple(SCENARIOS) if text == "all" else _names(text)
     for name in names:
-        if name not in _NAMES:
-            raise argparse.ArgumentTypeError(f"{name!r} is unknown; known are all, {', '.join(_NAMES)}")
+        if name not in SCENARIOS:
+            raise argparse.ArgumentTypeError(f"{name!r} is unknown; known are all, {', '.join(SCENARIOS)}")
     return names
 
 

@@ -1,4 +1,4 @@
-"""What the users of a run do. Each scenario is a function of a `Run`; its docstring is what `--help` says of it."""
+"""What the users of a run do: one function of a `Run` for each scenario that `options` names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FREED_TRIES = 3
 
 
 async def cold(run: Run) -> None:
-    """first turns of sessions whose persona and history the server never saw"""
+    """Each turn is the first of a session that shares nothing with any other."""
 
     async def talk(guest: Guest) -> None:
         for number in run.numbers():
@@ -33,7 +33,7 @@ async def cold(run: Run) -> None:
 
 
 async def warm(run: Run) -> None:
-    """first turns after warm_persona and warm_history"""
+    """The history is told anew with each turn, so that every turn is as the first one after its warm-up."""
 
     async def talk(guest: Guest) -> None:
         for number in run.numbers():
@@ -50,7 +50,7 @@ async def _warmed(run: Run, guest: Guest) -> None:
 
 
 async def conversation(run: Run) -> None:
-    """turn after turn of one session, its transcript held by the server"""
+    """The story is told once; what is said since, the server remembers."""
 
     async def talk(guest: Guest) -> None:
         run.meet(guest)
@@ -62,7 +62,8 @@ async def conversation(run: Run) -> None:
 
 
 async def barge_in(run: Run) -> None:
-    """turns cut at a random token, by a cancel and by a new start in turns; then all at once"""
+    """Every second cut is a cancel, the others are a new `start`. At last all turns are cancelled at once, and the time
+    until the engines have nothing to do is taken."""
 
     async def talk(guest: Guest) -> None:
         run.meet(guest)
@@ -97,7 +98,7 @@ async def barge_in(run: Run) -> None:
 
 
 async def reconnect(run: Run) -> None:
-    """all sockets drop at once and come back at once, into the same sessions"""
+    """The sockets are cut without a goodbye, as by a network that fails."""
 
     async def first(guest: Guest) -> None:
         run.meet(guest)
@@ -120,7 +121,8 @@ async def reconnect(run: Run) -> None:
 
 
 async def ramp(run: Run) -> None:
-    """one socket after another, each with a turn, until the server refuses; then one leaves and one comes"""
+    """Each socket that comes speaks once and stays. After three refusals one leaves, and after the wait that was asked
+    for another comes into its place."""
     crowd: list[Guest] = []
     refusal: Full | None = None
     try:
@@ -155,7 +157,7 @@ async def _say_once(run: Run, guest: Guest) -> None:
 
 
 async def idle(run: Run) -> None:
-    """turns after a silence, beside turns without one"""
+    """Two turns without a pause come first, as what the others are to be compared with."""
 
     async def talk(guest: Guest) -> None:
         for number in range(2):
@@ -170,7 +172,7 @@ async def idle(run: Run) -> None:
 
 
 async def slow_reader(run: Run) -> None:
-    """turns before (calm) and while one more client has stopped reading"""
+    """The turns of the one that reads nothing are not noted: only what they do to the others is."""
 
     async def calm(guest: Guest) -> None:
         for number in run.numbers():
