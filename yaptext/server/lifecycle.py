@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import socket
+import struct
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from types import FrameType
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import structlog
 import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
 from yaptext.engine.base import DECIDE, Engines, Sampling
 from yaptext.errors import EngineDead, EngineFailed, GoingAway, YapError
@@ -131,15 +133,32 @@ def going_away() -> GoingAway:
 
 
 class Protocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket protocol, except that a close need not wait for a client that does not read."""
+    """uvicorn's WebSocket protocol, except that a close need not wait for a client that does not read, and that a
+    text frame is written as it is: there are no extensions and no fragments that a library would have to think of."""
 
     async def send(self, message: Any) -> None:
+        if message.get("text") is not None and self._may_write():
+            payload = message["text"].encode()
+            self.transport.write(_text_header(len(payload)) + payload)
+            return
         if message["type"] == "websocket.close" or message.pop("urgent", False):
             self.writable.set()
         await super().send(message)
         if message["type"] == "websocket.close":
             # A transport that closes gracefully waits for ever for such a client to take what is buffered.
             self.loop.call_later(self.close_timeout + 1, self.transport.abort)
+
+    def _may_write(self) -> bool:
+        """True between the handshake and the first sign of an end, while the client keeps up."""
+        over = self.disconnected or self.close_sent or self.transport.is_closing()
+        return self.handshake_complete and self.conn.state is State.OPEN and self.writable.is_set() and not over
+
+
+def _text_header(length: int) -> bytes:
+    """Of a server's whole text frame: final, unmasked (RFC 6455, section 5.2)."""
+    if length < 126:
+        return bytes((0x81, length))
+    return struct.pack("!BBH", 0x81, 126, length) if length < 65_536 else struct.pack("!BBQ", 0x81, 127, length)
 
 
 class Server(uvicorn.Server):
