@@ -403,6 +403,7 @@ async def test_two_engines_for_one_checkpoint(vllm_engine: Engine, state_folder:
 
 
 @pytest.mark.engine
+@pytest.mark.timeout(900)  # 200 prompts on whatever CPU this is
 async def test_two_hundred_barge_ins_leave_nothing_behind(engines: Engines) -> None:
     """Each gets its done cancelled, no frame comes late, and the engine has nothing left to do."""
     async with service(engines, DEPLOY_MODELS="chat") as running, running.connect() as socket:

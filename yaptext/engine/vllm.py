@@ -197,9 +197,10 @@ def _arguments(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *
     }
     if checkpoint.online_fp8:
         arguments["quantization"] = "fp8"
-    if checkpoint.kind == "awq" and (settings.kv_dtype == "fp8" or (not cuda and cpu_awq.lacks_kernel())):
-        # AWQ's usual type is float16. FlashAttention refuses fp8 KV under it, and an old CPU is slow at it.
-        arguments["dtype"] = "bfloat16"
+    if not cuda and cpu_awq.lacks_kernel() and settings.kv_dtype == "auto":
+        arguments["dtype"] = "float32"  # without AVX-512 half precision is emulated: prompts take four times as long
+    elif checkpoint.kind == "awq" and settings.kv_dtype == "fp8":
+        arguments["dtype"] = "bfloat16"  # FlashAttention refuses fp8 KV under float16, AWQ's usual type
     if settings.attention_backend != "auto":
         arguments["attention_backend"] = settings.attention_backend
     if cuda:
