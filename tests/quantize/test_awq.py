@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantize.tiny import ARCHITECTURES, Architecture, blocks, make_model
+from quantize.tiny import ARCHITECTURES, blocks, make_model
 from safetensors.torch import load_file, save_file
 
 from yaptext.errors import QuantizeError
@@ -58,7 +59,7 @@ def result(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["even", "outliers"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_awq_beats_plain_rounding(tmp_path: Path, architecture: Architecture, outliers: bool) -> None:
+def test_awq_beats_plain_rounding(tmp_path: Path, architecture: str, outliers: bool) -> None:
     """On every architecture; five times and more where a few channels carry most, as in trained models."""
     report = quantized(make_model(tmp_path / "float", architecture, outliers=outliers), tmp_path / "awq")
     assert report.float_.kl == 0 and report.float_.top1 == 1
@@ -78,7 +79,7 @@ def test_without_its_own_backup_autoawq_ruins_the_model(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(awq, "_quantizer", unsafe)
     report = quantized(make_model(tmp_path / "float", "llama", outliers=True), tmp_path / "awq")
-    assert not report.awq.kl < report.rounding.kl / 5
+    assert report.awq.kl > 0.8 * report.rounding.kl and report.awq.top1 < 0.1
 
 
 def test_clipping_is_autoawqs_own() -> None:
@@ -148,10 +149,20 @@ def test_outputs_that_no_kernel_computes_are_refused(tmp_path: Path) -> None:
         awq.plan(shaped(tmp_path, 192, 608))
 
 
-def test_an_architecture_that_autoawq_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
-    """Before a weight is read."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(QuantizeError, match=r"cannot quantize the architecture 'gpt2'; it can do .*llama.*qwen2"):
+@pytest.mark.parametrize("architecture", sorted({*awq.ARCHITECTURES} - {*ARCHITECTURES}))
+def test_every_architecture_that_is_named_can_be_done(tmp_path: Path, architecture: str) -> None:
+    """Those of the refusal's line, whichever transformers is locked."""
+    report = quantized(make_model(tmp_path / "float", architecture, outliers=False), tmp_path / "awq")
+    assert 0 < report.awq.kl < report.rounding.kl
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral", "starcoder2", "Yi", "mistral3", "a-new-one", None])
+def test_an_architecture_that_cannot_be_done_is_refused_by_name(tmp_path: Path, name: str | None) -> None:
+    """Before a weight is read, and before code that lies beside the weights is offered to be run. Some are in
+    autoawq's own list, and die there after an hour."""
+    remote = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "auto_map": remote}))
+    with pytest.raises(QuantizeError, match=rf"cannot quantize the architecture {name!r}; it can do .*llama.*qwen2"):
         awq.plan(tmp_path)
 
 
@@ -168,6 +179,28 @@ def test_what_belongs_to_the_source_is_kept_byte_for_byte(model: Path, result: P
     assert config.pop("dtype") == "float16"
     source.pop("dtype", None)
     assert config == source
+
+
+def test_nothing_is_made_up_beside_the_weights(tmp_path: Path) -> None:
+    """autoawq writes a generation config of its own where the model came without one."""
+    source = make_model(tmp_path / "float", "llama", outliers=False)
+    (source / "generation_config.json").unlink()
+    (tmp_path / "awq").mkdir()
+    awq.quantize(source, tmp_path / "awq", blocks(4), 128, on_cuda=False, done=lambda layer: None)
+    lying = {file.name for file in (tmp_path / "awq").iterdir()}
+    assert lying == {file.name for file in source.iterdir()} >= {"model.safetensors", "tokenizer.json"}
+
+
+def test_the_quantized_model_leaves_memory(model: Path, tmp_path: Path) -> None:
+    """Before the float model is loaded again to measure: it hangs in a circle, which nobody else would break."""
+    from awq.modules.linear import WQLinear_GEMM
+
+    gc.disable()
+    try:
+        awq.quantize(model, tmp_path, blocks(4), 128, on_cuda=False, done=lambda layer: None)
+        assert not [thing for thing in gc.get_objects() if type(thing) is WQLinear_GEMM]
+    finally:
+        gc.enable()
 
 
 def test_what_stays_unquantized_is_in_half_precision(result: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import json
+import logging
 import shutil
 import time
 import warnings
@@ -13,6 +16,9 @@ from typing import Any
 
 from yaptext.errors import QuantizeError
 
+ARCHITECTURES = ("cohere", "gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "stablelm")
+"""Model types that come out right. autoawq names more, and dies of today's transformers in the middle of each, or
+(gpt_neox, starcoder2) writes scaled activations that nobody else reads."""
 GROUP_SIZES = (128, 64, 32)
 _OUT_MULTIPLE = 64
 """vLLM's AWQ kernels compute this many outputs at once."""
@@ -62,16 +68,12 @@ def plan(folder: Path, wanted: str = "auto") -> Plan:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    known = _architectures()
-    if config.model_type not in known:
-        raise QuantizeError(
-            f"autoawq cannot quantize the architecture {config.model_type!r}; it can do {', '.join(sorted(known))}"
-        )
+    check_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config)
-    layers = known[config.model_type].get_model_layers(model)
+    layers = _architecture(config.model_type).get_model_layers(model)
     linears = {
         f"{number}.{name}": module
         for number, layer in enumerate(layers)
@@ -97,14 +99,20 @@ def plan(folder: Path, wanted: str = "auto") -> Plan:
     return Plan(len(layers), fitting[0], 2 * (quantized + rest), int(quantized * bits / 8) + 2 * rest)
 
 
-def _architectures() -> dict[str, Any]:
-    """The model types of autoawq that are plain causal language models."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it is archived; facts and the lock say why it stays
+def check_architecture(config: dict[str, Any]) -> None:
+    """Raises `QuantizeError` where the model of this config.json is of a kind that cannot be quantized."""
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise QuantizeError(
+            f"autoawq cannot quantize the architecture {model_type!r}; it can do {', '.join(ARCHITECTURES)}"
+        )
+
+
+def _architecture(model_type: str) -> Any:
+    """autoawq's class for a model type."""
+    with warnings.catch_warnings(record=True):  # it says that it is archived, past every filter that is set
         from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
-        from awq.models.base import TRANSFORMERS_AUTO_MAPPING_DICT
-    causal = {name for name, loader in TRANSFORMERS_AUTO_MAPPING_DICT.items() if loader == "AutoModelForCausalLM"}
-    return {name: model for name, model in AWQ_CAUSAL_LM_MODEL_MAP.items() if name in causal}
+    return AWQ_CAUSAL_LM_MODEL_MAP[model_type]
 
 
 def quantize(
@@ -122,14 +130,15 @@ def quantize(
     On CUDA one layer at a time is on the card; the rest waits in memory, as it was on disk.
     """
     import torch
+    from huggingface_hub import save_torch_state_dict
 
-    architectures = _architectures()
-    from transformers import AutoConfig
-
-    model_type = AutoConfig.from_pretrained(source).model_type
+    # It names its logger after its file, and tells where it has saved what.
+    logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    model_type = config["model_type"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = architectures[model_type].from_pretrained(
+        model = _architecture(model_type).from_pretrained(
             str(source),
             model_type,
             # Half precision is emulated on most CPUs: float is many times faster there.
@@ -148,11 +157,13 @@ def quantize(
         )
         model.model.half()  # what stays unquantized, in the type of the scales
         model.save_quantized(str(target))
+    del model
+    gc.collect()  # it and its quantizer hold each other; what is loaded next needs the room
     for name in KEPT_FILES:
+        (target / name).unlink(missing_ok=True)  # a generation config is written for models that have none
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     written = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config |= {"quantization_config": written["quantization_config"], "dtype": "float16"}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
