@@ -7,17 +7,22 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
+from yaptext.errors import StartError
+
 _LONG_TEXT = 4000
 """Characters from which a text is tokenized in a thread (about 1 ms of the event loop)."""
 
 
 class HubCodec:
-    """The `Codec` of a fast tokenizer as transformers loads it."""
+    """The `Codec` of a fast tokenizer as transformers loads it. Raises `StartError` for any other."""
 
     def __init__(self, tokenizer: Any, *, max_model_len: int, block_size: int) -> None:
         self.max_model_len, self.block_size = max_model_len, block_size
         self._template = tokenizer
-        source = tokenizer.backend_tokenizer.to_str()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise StartError(f"{type(tokenizer).__name__} is no fast tokenizer: the model needs a tokenizer.json")
+        source = backend.to_str()
         self._special, self._content = Tokenizer.from_str(source), Tokenizer.from_str(source)
         for copy in (self._special, self._content):
             copy.no_truncation()

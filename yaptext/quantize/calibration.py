@@ -6,8 +6,10 @@ it is.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,21 +20,26 @@ from typing import Any, Literal
 import msgspec
 
 from yaptext.dialogue.history import Message
-from yaptext.dialogue.persona import Persona
+from yaptext.dialogue.persona import Persona, style
 from yaptext.dialogue.prompt import ChatPrompts, Limits
 from yaptext.dialogue.toolprompt import ToolPrompts, dumps
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec, Role
 from yaptext.errors import QuantizeError, YapError
+from yaptext.quantize import hub
 from yaptext.settings import Settings
-from yaptext.wire.messages import Call
+from yaptext.wire.messages import Call, GenderIn, Identity, gender
 
 HELD_OUT_BLOCKS = 4
 """Blocks that are set aside, to measure on what was not calibrated with."""
+_HELD_OUT_TOKENS = 1024
+"""Most of each that are measured on: a token takes as many numbers as the vocabulary has entries."""
 LEAST_BLOCKS = 4
 _HELD_OUT_EVERY = 5
 _TEXT_CHARS = 2000
-"""Paragraphs of a text are gathered up to about this many characters."""
+"""Paragraphs of a text are gathered up to about this many characters, and longer ones are cut."""
+_PIECES = re.compile(rf".{{1,{_TEXT_CHARS}}}(?:\s|$)|.{{{_TEXT_CHARS}}}", re.DOTALL)
+"""A long paragraph in pieces, cut behind its words where it has some."""
 _HUB_ROWS = 4096
 
 
@@ -49,16 +56,18 @@ class Corpus:
         try:
             if isinstance(row.get("messages"), list):
                 told = [_told(message) for message in row["messages"]]
-                self.conversations.append({**row, "messages": [message for message in told if message is not None]})
+                messages = [message for message in told if message is not None]
+                self.conversations.append({"persona": _persona(row), "messages": messages, "where": where})
             elif isinstance(row.get("utterance"), str):
                 calls = msgspec.convert(row.get("calls", []), list[Call])
                 history = [_told(message) for message in row.get("history", [])]
                 self.decisions.append({"utterance": row["utterance"], "calls": calls, "history": history})
             else:
-                self.texts.append(row["text"] + "")
-        except (AttributeError, KeyError, TypeError, ValueError, msgspec.ValidationError):
+                self.texts += _gathered(row["text"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise QuantizeError(
                 f'{where} is none of {{"text": ...}}, {{"messages": [...]}} and {{"utterance": ..., "calls": [...]}}'
+                + (f": {error}" if isinstance(error, msgspec.ValidationError) else "")
             ) from None
 
 
@@ -72,33 +81,55 @@ def _told(message: dict[str, Any]) -> Message | None:
     return Message(msgspec.convert(speaker, Literal["user", "assistant"]), msgspec.convert(text, str))
 
 
+def _persona(row: dict[str, Any]) -> Persona:
+    """Whose conversation it is: `style`, `gender` and `identity` as a client names them, or `persona_text`."""
+    who = msgspec.convert(row.get("gender"), GenderIn | None)
+    return Persona(
+        msgspec.convert(row.get("style"), str | None),
+        who and gender(who),
+        msgspec.convert(row.get("identity"), Identity | None),
+        msgspec.convert(row.get("persona_text"), str | None),
+    )
+
+
+def label(settings: Settings) -> str:
+    """Where the text is from, for who reads of the result: `builtin`, the hub's data set, or `own`."""
+    source = settings.awq_calibration
+    on_hub = source.startswith("hub:") and not Path(source.removeprefix("hub:")).exists()
+    return source if on_hub or source == "builtin" else "own"
+
+
 def fingerprint(settings: Settings) -> str:
-    """What the text is, in a word: 16 hex digits of its files' sha256, or the name of the hub data set."""
-    if settings.awq_calibration.startswith("hub:"):
-        return settings.awq_calibration
+    """What the text is, in a word: the name of the hub's data set, or 16 hex digits of its files' sha256 (of a data
+    set's that is a folder here, of its path's)."""
+    source = settings.awq_calibration
+    if source.startswith("hub:"):
+        return source if label(settings) == source else hashlib.sha256(source.encode()).hexdigest()[:16]
     digest = hashlib.sha256()
-    for _, content in _files(settings.awq_calibration):
+    for _, content in _files(source):
         digest.update(content)
     return digest.hexdigest()[:16]
 
 
 def _files(source: str) -> Iterator[tuple[str, bytes]]:
-    if source == "builtin":
-        folder = resources.files("yaptext.quantize") / "calibration_data"
-        found: Iterable[Any] = sorted(folder.iterdir(), key=lambda file: file.name)
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise QuantizeError(f"AWQ_CALIBRATION={source} is no file or folder, nor `builtin` or `hub:NAME`")
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in found if file.name.endswith((".txt", ".jsonl"))]
-    if not files:
-        raise QuantizeError(f"AWQ_CALIBRATION={source} holds no .txt or .jsonl file")
-    for file in files:
-        try:
-            yield str(file.name), file.read_bytes()
-        except OSError as error:
-            raise QuantizeError(f"AWQ_CALIBRATION={source} cannot be read: {error}") from None
+    """Name, below the folder where it is one, and content."""
+    try:
+        if source == "builtin":
+            folder = resources.files("yaptext.quantize") / "calibration_data"
+            found = {file.name: file for file in sorted(folder.iterdir(), key=lambda file: file.name)}
+        else:
+            path = Path(source)
+            if not path.exists():
+                raise QuantizeError(f"AWQ_CALIBRATION={source} is no file or folder, nor `builtin` or `hub:NAME`")
+            inside = sorted(path.rglob("*")) if path.is_dir() else []
+            found = {str(file.relative_to(path)): file for file in inside} or {path.name: path}
+        files = {name: file for name, file in found.items() if name.endswith((".txt", ".jsonl")) and file.is_file()}
+        if not files:
+            raise QuantizeError(f"AWQ_CALIBRATION={source} holds no .txt or .jsonl file")
+        for name, file in files.items():
+            yield name, file.read_bytes()
+    except OSError as error:
+        raise QuantizeError(f"AWQ_CALIBRATION={source} cannot be read: {error}") from None
 
 
 def read(settings: Settings) -> Corpus:
@@ -113,40 +144,47 @@ def read(settings: Settings) -> Corpus:
 
 def _read_files(source: str) -> Corpus:
     corpus = Corpus()
-    for name, content in _files(source):
-        try:
-            text = content.decode("utf-8")
-            if name.endswith(".txt"):
-                corpus.texts += _gathered(text)
-                continue
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    corpus.add(msgspec.json.decode(line), f"line {number} of {name}")
-        except (UnicodeDecodeError, msgspec.DecodeError) as error:
-            raise QuantizeError(f"calibration file {name} cannot be read: {error}") from None
+    for name, read in _files(source):
+        content = read.removeprefix(codecs.BOM_UTF8)
+        if name.endswith(".txt"):
+            try:
+                corpus.texts += _gathered(content.decode("utf-8").replace("\r\n", "\n"))
+            except UnicodeDecodeError as error:
+                raise QuantizeError(f"calibration file {name} cannot be read: {error}") from None
+            continue
+        for number, line in enumerate(content.split(b"\n"), 1):  # splitlines() knows ends that may stand in strings
+            if line.strip():
+                where = f"line {number} of {name}"
+                try:
+                    row = msgspec.json.decode(line)
+                except (UnicodeDecodeError, msgspec.DecodeError) as error:
+                    raise QuantizeError(f"{where} is no JSON: {error}") from None
+                corpus.add(row, where)
     return corpus
 
 
 def _gathered(text: str) -> list[str]:
-    """The paragraphs of a text, neighbours together up to a document's size."""
+    """The paragraphs of a text, neighbours together up to a document's size, longer ones cut to it."""
     documents = [""]
     for paragraph in text.split("\n\n"):
-        if len(documents[-1]) >= _TEXT_CHARS:
-            documents.append("")
-        documents[-1] += paragraph + "\n\n"
+        for piece in _PIECES.findall(paragraph) or [paragraph]:
+            if documents[-1] and len(documents[-1]) + len(piece) > _TEXT_CHARS:
+                documents.append("")
+            documents[-1] += piece
+        documents[-1] += "\n\n"
     return [document.strip() for document in documents if document.strip()]
 
 
 def _hub_rows(settings: Settings) -> Iterator[dict[str, Any]]:
     name = settings.awq_calibration.removeprefix("hub:")
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    token = hub.token(settings)
     try:
         from datasets import load_dataset
 
         rows = load_dataset(name, split="train", streaming=True, token=token)
         yield from islice(rows, _HUB_ROWS)
     except Exception as error:  # dozens of types of the data set library, its readers and the network
-        detail = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise QuantizeError(f"cannot read the data set {name}: {detail}") from error
 
 
@@ -179,15 +217,15 @@ async def samples(settings: Settings, codec: Codec, corpus: Corpus, roles: Seque
         kept.append(_blocks([ids for index, ids in enumerate(kind) if index % _HELD_OUT_EVERY], size))
     calibration, held_out = _in_turn(kept), _in_turn(aside)
     if len(calibration) < LEAST_BLOCKS or not held_out:
-        have = sum(len(ids) for kind in documents.values() for ids in kind)
+        have = [len(ids) for kind in documents.values() for ids in kind]
         need = size * (LEAST_BLOCKS + 1) * _HELD_OUT_EVERY // (_HELD_OUT_EVERY - 1) + size
         raise QuantizeError(
-            f"the calibration text is {have} tokens; at least about {need} are needed "
-            f"({LEAST_BLOCKS} samples of {size} tokens, and some to measure on)"
+            f"the calibration text is {sum(have)} tokens in {len(have)} documents; about {need} in several are needed "
+            f"({LEAST_BLOCKS} samples of {size} tokens, and every fifth document to measure on)"
         )
     return Samples(
         calibration[: settings.calibration_samples],
-        held_out[:HELD_OUT_BLOCKS],
+        [block[:_HELD_OUT_TOKENS] for block in held_out[:HELD_OUT_BLOCKS]],
         {kind: len(found) for kind, found in documents.items() if found},
     )
 
@@ -197,17 +235,19 @@ async def _conversations(settings: Settings, codec: Codec, rows: Sequence[dict[s
     prompts = await ChatPrompts.open(codec, settings.chat_prompt_format, Limits.of(settings))
     documents = []
     for number, row in enumerate(rows):
-        persona = Persona(row.get("style"), row.get("gender"), row.get("identity"), row.get("persona_text"))
+        persona: Persona = row["persona"]
         messages: list[Message] = row["messages"]
         last = max((index for index, message in enumerate(messages) if message.speaker == "user"), default=None)
         if last is None:
             continue
         try:
+            if persona.style is not None:
+                style(persona.style)
             text = persona.compose(settings.default_persona_style)
             now = f"{('Monday', 'Wednesday', 'Friday', 'Sunday')[number % 4]}, {number % 24:02}:{number * 7 % 60:02}"
             ids = await prompts.turn(text, messages[:last], messages[last].text, now)
         except YapError as error:
-            raise QuantizeError(f"conversation {number + 1} of the calibration text: {error}") from None
+            raise QuantizeError(f"{row['where']}: {error}") from None
         for reply in messages[last + 1 :]:
             ids = ids + await codec.encode(reply.text)
         documents.append(ids)
