@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from yaptext.engine.weights import Checkpoint, choose, wants_demo
-from yaptext.errors import StartError
+from yaptext.errors import SettingsError, StartError
 from yaptext.settings import Settings
 
 
@@ -221,8 +221,22 @@ def test_a_hub_model_is_asked_for_its_config(
     assert hub.asked == [("yapwithai/impish-12b-awq", "config.json", token)]
 
 
+def test_a_line_end_after_the_token_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file leaves it; a token that cannot be sent is refused before the client quotes it."""
+    hub = Hub(f"{model(tmp_path)}/config.json")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    chosen("some/model", HF_TOKEN=" hf_secret\n")
+    assert hub.asked == [("some/model", "config.json", "hf_secret")]
+    for token in ("hf_se\ncret", "hf_se cret", "hf_s\u00e9cret"):
+        with pytest.raises(
+            SettingsError, match=r"^HF_TOKEN=\(hidden\) is not allowed: a token is one word of printable"
+        ):
+            chosen("some/model", HF_TOKEN=token)
+    assert len(hub.asked) == 1
+
+
 @pytest.mark.parametrize(
-    ("error", "detail"), [(OSError("401 Unauthorized\nlong story"), "401 Unauthorized"), (KeyError(), "KeyError")]
+    ("error", "detail"), [(OSError("\n401 Unauthorized\nlong story"), "401 Unauthorized"), (KeyError(), "KeyError")]
 )
 def test_what_the_hub_refuses_ends_the_start_with_one_line(
     monkeypatch: pytest.MonkeyPatch, error: Exception, detail: str

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from yaptext.engine import shelf
 from yaptext.engine.base import Role
-from yaptext.errors import StartError
+from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings import Settings
 
 Kind = Literal["float", "fp8", "awq", "gptq", "other"]
@@ -110,7 +111,7 @@ def kind_of(source: str, config: dict[str, Any]) -> Kind:
 
 
 def read_config(settings: Settings, source: str) -> dict[str, Any]:
-    """The config.json of a folder or hub model. Raises `StartError`."""
+    """The config.json of a folder or hub model. Raises `StartError`, and `SettingsError` as `hub_token` does."""
     folder = Path(source)
     try:
         if folder.is_dir():
@@ -121,14 +122,21 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
             from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
 
             logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already
-            token = settings.hf_token.get_secret_value() if settings.hf_token else None
-            path = Path(hf_hub_download(source, "config.json", token=token))
+            path = Path(hf_hub_download(source, "config.json", token=hub_token(settings)))
         config = json.loads(path.read_text(encoding="utf-8"))
-    except StartError:
+    except YapError:
         raise
     except Exception as error:  # the hub client raises dozens of types; all mean the same here
-        detail = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise StartError(f"cannot read the config of {source}: {detail}") from error
     if not isinstance(config, dict):
         raise StartError(f"the config.json of {source} is not an object")
     return config
+
+
+def hub_token(settings: Settings) -> str | None:
+    """`HF_TOKEN` as it may go into a header: an error of the client would quote any other. Raises `SettingsError`."""
+    token = settings.hf_token.get_secret_value().strip() if settings.hf_token else ""
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise SettingsError("HF_TOKEN=(hidden) is not allowed: a token is one word of printable ASCII")
+    return token or None

@@ -25,8 +25,8 @@ from yaptext.dialogue.prompt import ChatPrompts, Limits
 from yaptext.dialogue.toolprompt import ToolPrompts, dumps
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec, Role
+from yaptext.engine.weights import hub_token
 from yaptext.errors import QuantizeError, YapError
-from yaptext.quantize import hub
 from yaptext.settings import Settings
 from yaptext.wire.messages import Call, GenderIn, Identity, gender
 
@@ -177,7 +177,7 @@ def _gathered(text: str) -> list[str]:
 
 def _hub_rows(settings: Settings) -> Iterator[dict[str, Any]]:
     name = settings.awq_calibration.removeprefix("hub:")
-    token = hub.token(settings)
+    token = hub_token(settings)
     try:
         from datasets import load_dataset
 

@@ -23,6 +23,7 @@ import huggingface_hub as client  # loads its parts, and reads its variables, at
 import structlog
 
 from yaptext.engine.base import Role
+from yaptext.engine.weights import hub_token
 from yaptext.errors import QuantizeError, SettingsError, YapError
 from yaptext.settings import Settings
 
@@ -296,17 +297,9 @@ def _may_not_create(account: dict[str, Any], owner: str) -> str | None:
 # --- the client
 
 
-def token(settings: Settings) -> str | None:
-    """`HF_TOKEN` as it may go into a header: an error of the client would quote any other. Raises `SettingsError`."""
-    given = settings.hf_token.get_secret_value().strip() if settings.hf_token else ""
-    if given and not re.fullmatch(r"[!-~]+", given):
-        raise SettingsError("HF_TOKEN=(hidden) is not allowed: a token is one word of printable ASCII")
-    return given or None
-
-
 def _client(settings: Settings, *, writes: bool = False) -> client.HfApi:
-    secret = token(settings)
-    if writes and not secret:
+    token = hub_token(settings)
+    if writes and not token:
         raise SettingsError("HF_AWQ_PUSH=1 needs HF_TOKEN: a token that may write")
     _cache(settings)  # sets the client's variables before they are read
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -315,7 +308,7 @@ def _client(settings: Settings, *, writes: bool = False) -> client.HfApi:
     logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already
     for quoting in ("huggingface_hub", "httpx2"):  # signed addresses; what went wrong is told in `_ask`
         logging.getLogger(quoting).setLevel(logging.ERROR)
-    return client.HfApi(token=secret)
+    return client.HfApi(token=token)
 
 
 def _cache(settings: Settings) -> Path:
