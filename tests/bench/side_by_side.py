@@ -174,7 +174,7 @@ async def answers(url: str, path: str, started: subprocess.Popen[bytes], log: Pa
         finally:
             getter.close()
         await asyncio.sleep(0.5)
-    raise SystemExit(f"{url} does not serve; its last words:\n{last_words(log)}")
+    raise SystemExit(f"{url} does not serve (status {started.poll()}); its last words:\n{last_words(log)}")
 
 
 def free_port() -> int:
