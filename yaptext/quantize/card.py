@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load
-from yaml import YAMLError
+import yaml
 
 from yaptext.quantize.verify import Report
 
 PLOT = "layer_errors.png"
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_LEGAL = re.compile(r"(licen[cs]e|notice|use_policy)([._-].*)?", re.IGNORECASE)
 
 
 def write(folder: Path, source: Path, manifest: dict[str, Any], report: Report) -> None:
     """README.md, the plot, and the source's licence files, into the checkpoint's folder. `source` is the float
     model's folder; `manifest` names it for people."""
-    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
-        for file in source.glob(pattern):
+    for file in source.iterdir():
+        if _LEGAL.fullmatch(file.name) and file.is_file():
             shutil.copyfile(file, folder / file.name)
     plot(report, folder / PLOT)
     (folder / "README.md").write_text(text(source, manifest, report), encoding="utf-8")
@@ -37,8 +38,7 @@ def text(source: Path, manifest: dict[str, Any], report: Report) -> str:
 [AWQ](https://arxiv.org/abs/2306.00978) weights of `{name}`{f" at revision `{revision}`" if revision else ""}, made by
 Yap Text {manifest["made_by"]["yaptext"]} with autoawq {manifest["made_by"]["autoawq"]}: 4 bits, groups of
 {settings["group_size"]}, zero points, gemm layout. Calibrated on {manifest["calibration"]["samples"]} samples of \
-{settings["tokens"]} tokens, taken from {made_of},\
-laid out as the service's prompts are.
+{settings["tokens"]} tokens, taken from {made_of}, laid out as the service's prompts are.
 
 ## Measured
 
@@ -94,14 +94,25 @@ def plot(report: Report, file: Path) -> None:
 
 
 def _front_matter(source: Path, name: str) -> str:
-    try:
-        fields = metadata_load(source / "README.md") or {}
-    except (OSError, ValueError, YAMLError):  # no card, or none that is valid: the licence files come along at any rate
-        fields = {}
-    kept = {field: fields[field] for field in _KEPT_FIELDS if field in fields}
+    kept = {field: value for field, value in _fields(source / "README.md").items() if field in _KEPT_FIELDS}
     tags = ["awq", "4-bit", "vllm"]
     lines = [f"{field}: {json.dumps(value, ensure_ascii=False)}" for field, value in kept.items()]
     if "/" in name:  # on the hub
         lines.append(f"base_model: {name}")
         lines.append("base_model_relation: quantized")
     return "\n".join(["---", *lines, f"tags: {json.dumps(tags)}", "---"])
+
+
+def _fields(card: Path) -> dict[str, str | list[str]]:
+    """The texts and lists of texts of a card's front matter; none of a card that is missing or broken, as the licence
+    files come along at any rate. Every scalar is a text: to YAML 1.1, `no`, which is Norwegian, is a boolean."""
+    try:
+        match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8-sig"), re.DOTALL)
+        fields = yaml.load(match[1], yaml.BaseLoader) if match else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(fields, dict):
+        return {}
+    texts = {field: value for field, value in fields.items() if value and isinstance(value, str)}
+    lists = {field: value for field, value in fields.items() if value and isinstance(value, list)}
+    return texts | {field: value for field, value in lists.items() if all(isinstance(one, str) for one in value)}
