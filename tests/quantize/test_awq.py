@@ -1,60 +1,21 @@
-"""awq.py and verify.py: real autoawq on CPU on tiny models, and what is measured of the files it leaves."""
+"""awq.py: real autoawq on CPU on tiny models, and the files it leaves."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from quantize.tiny import ARCHITECTURES, blocks, make_model
-from safetensors.torch import load_file, save_file
+from quantize.tiny import ARCHITECTURES, blocks, make_model, quantized
+from safetensors.torch import load_file
 
 from yaptext.errors import QuantizeError
-from yaptext.quantize import awq, verify
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TQDM_DISABLE", "1")
-        environment.setenv("OMP_NUM_THREADS", "1")
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # tiny layers: threads cost more than they bring
-        yield
-        torch.set_num_threads(before)
-
-
-def quantized(source: Path, target: Path) -> verify.Report:
-    """Quantizes and measures, as the job does."""
-    plan = awq.plan(source)
-    reference = verify.Reference(source, blocks(4, seed=9), plan.group_size, on_cuda=False)
-    target.mkdir()
-    awq.quantize(source, target, blocks(8), plan.group_size, on_cuda=False, done=lambda layer: None)
-    return reference.compare(target)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("float"), "llama", outliers=False)
-
-
-@pytest.fixture(scope="module")
-def result(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model`, quantized."""
-    (model / "generation_config.json").write_text('{"temperature": 0.37, "do_sample": false}')
-    folder = tmp_path_factory.mktemp("awq") / "result"
-    quantized(model, folder)
-    return folder
+from yaptext.quantize import awq
 
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["even", "outliers"])
@@ -207,77 +168,6 @@ def test_what_stays_unquantized_is_in_half_precision(result: Path) -> None:
     """Embeddings in 32 bits would be half of a small checkpoint."""
     tensors = load_file(result / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16, torch.int32}
-
-
-def test_our_decoder_agrees_with_autoawqs(result: Path) -> None:
-    """The independent reading of the layout is the right one."""
-    from awq.utils.packing_utils import dequantize_gemm
-
-    tensors = load_file(result / "model.safetensors")
-    layers = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    assert len(layers) == 14
-    for layer in layers:
-        parts = [tensors[f"{layer}.{part}"] for part in ("qweight", "qzeros", "scales")]
-        theirs = dequantize_gemm(*parts, 4, 128).t().float()
-        assert torch.allclose(verify.dequantized(*parts), theirs, atol=2e-3, rtol=2e-3), layer
-
-
-# What is measured
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    rows=st.integers(1, 4),
-    groups=st.integers(1, 4),
-    size=st.sampled_from([32, 64, 128]),
-    scale=st.floats(1e-3, 1e3),
-    shift=st.floats(-2, 2),
-    seed=st.integers(0, 2**16),
-)
-def test_rounding_stays_within_half_a_step(
-    rows: int, groups: int, size: int, scale: float, shift: float, seed: int
-) -> None:
-    """Sixteen values a group, none further from its weight than the zero point's own rounding allows."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(rows, groups * size, generator=generator) + shift) * scale
-    rounded = verify.rounded(weight, size)
-    parts, whole = rounded.reshape(-1, size), weight.reshape(-1, size)
-    assert all(len(group.unique()) <= 16 for group in parts)
-    low, high = whole.amin(1).clamp(max=0), whole.amax(1).clamp(min=0)  # zero itself is always one of the values
-    inside = (whole.amin(1) <= 0) & (whole.amax(1) >= 0)
-    step = (high - low) / 15
-    assert ((parts - whole).abs().amax(1)[inside] <= step[inside] * 1.01 + 1e-6).all()
-
-
-def test_the_float_model_itself_diverges_from_nothing(model: Path, tmp_path: Path) -> None:
-    """A checkpoint that holds the float weights has KL 0 and the same perplexity."""
-    reference = verify.Reference(model, blocks(2), 128, on_cuda=False)
-    shutil.copytree(model, tmp_path / "same")
-    report = reference.compare(tmp_path / "same")
-    assert (report.awq.kl, report.awq.top1) == (0, 1)
-    assert report.awq.perplexity == report.float_.perplexity
-    assert report.rounding.kl > 0
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight"),
-        (lambda tensors: tensors.update(stray=torch.zeros(1)), "stray"),
-        (lambda tensors: tensors.pop("lm_head.weight"), "lm_head.weight"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_its_model_is_found(
-    model: Path, result: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], named: str
-) -> None:
-    """A weight that is missing or left over means that something else would be served than was measured."""
-    from transformers import AutoModelForCausalLM
-
-    tensors = load_file(result / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(QuantizeError, match=named):
-        verify.fill(AutoModelForCausalLM.from_pretrained(model), tmp_path)
 
 
 def test_sizes_are_those_of_the_files(model: Path, result: Path) -> None:

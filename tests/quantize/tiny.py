@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from yaptext.quantize import awq, verify
+
 ARCHITECTURES = ("qwen2", "mistral", "llama")
 """Those whose outlier channels `make_model` knows how to make."""
 
@@ -81,3 +83,12 @@ def blocks(count: int, size: int = 128, seed: int = 5) -> list[list[int]]:
     """Token ids that the model has not been built around, in blocks of one length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 259, (size,), generator=generator).tolist() for _ in range(count)]
+
+
+def quantized(source: Path, target: Path) -> verify.Report:
+    """Quantizes `source` into the new folder `target` and measures, as the job does."""
+    plan = awq.plan(source)
+    reference = verify.Reference(source, blocks(4, seed=9), plan.group_size, on_cuda=False)
+    target.mkdir()
+    awq.quantize(source, target, blocks(8), plan.group_size, on_cuda=False, done=lambda layer: None)
+    return reference.compare(target)

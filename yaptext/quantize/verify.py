@@ -5,6 +5,7 @@ The checkpoint is read as its files say, by a decoder of our own, so that what i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -185,10 +186,16 @@ def _unpacked(packed: Any) -> Any:
 
 def fill(model: Any, quantized: Path) -> int:
     """Puts the weights of an AWQ checkpoint into the float model, decoded. Returns how many weights that were.
-    Raises `QuantizeError` where the checkpoint lacks one or holds one that the model has no place for."""
+    Raises `QuantizeError` where the checkpoint lacks one, or holds one that the model has no place for."""
     import torch
 
     stored = _tensors(quantized)
+
+    def take(name: str) -> Any:
+        if name not in stored:
+            raise QuantizeError(f"the quantized checkpoint does not fit its model: {name}")
+        return stored.pop(name)()
+
     places = dict(model.named_parameters(remove_duplicate=False))
     filled: set[int] = set()
     weights = 0
@@ -197,12 +204,16 @@ def fill(model: Any, quantized: Path) -> int:
         for name, place in places.items():
             layer = name.removesuffix(".weight")
             if layer in packed:
-                parts = [stored.pop(f"{layer}.{part}")() for part in ("qweight", "qzeros", "scales")]
-                place.copy_(dequantized(*parts))
+                weight = dequantized(*[take(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales")])
             elif name in stored:
-                place.copy_(stored.pop(name)())
-            elif id(place) not in filled:
+                weight = take(name)
+            elif id(place) in filled:
+                weight = place
+            else:
                 continue  # a tied weight may follow under its other name
+            if weight.shape != place.shape:  # one number would be copied into all places
+                raise QuantizeError(f"the quantized checkpoint does not fit its model: {name}")
+            place.copy_(weight)
             weights += place.numel() if id(place) not in filled else 0
             filled.add(id(place))
     missing = [name for name, place in places.items() if id(place) not in filled]
@@ -216,12 +227,19 @@ def _tensors(folder: Path) -> dict[str, Callable[[], Any]]:
     from safetensors import safe_open
 
     found: dict[str, Callable[[], Any]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weight_files(folder):
         opened: Any = safe_open(file, framework="pt")
         found.update({name: partial(opened.get_tensor, name) for name in list(opened.keys())})
     return found
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that a loader reads: some models come with their weights twice."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+
+
 def _weight_bytes(folder: Path) -> int:
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in _weight_files(folder))
