@@ -197,10 +197,13 @@ def _arguments(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *
     }
     if checkpoint.online_fp8:
         arguments["quantization"] = "fp8"
-    if not cuda and cpu_awq.lacks_kernel() and settings.kv_dtype == "auto":
-        arguments["dtype"] = "float32"  # without AVX-512 half precision is emulated: prompts take four times as long
-    elif checkpoint.kind == "awq" and settings.kv_dtype == "fp8":
-        arguments["dtype"] = "bfloat16"  # FlashAttention refuses fp8 KV under float16, AWQ's usual type
+    emulated = not cuda and cpu_awq.lacks_kernel()  # half precision: prompts take four times as long
+    if emulated and checkpoint.kind == "float" and settings.kv_dtype == "auto":
+        arguments["dtype"] = "float32"
+    elif checkpoint.kind == "awq" and (emulated or settings.kv_dtype == "fp8"):
+        # AWQ's usual type is float16. FlashAttention refuses fp8 KV under it, an old CPU is slow at it, and float32 is
+        # none of AWQ's.
+        arguments["dtype"] = "bfloat16"
     if settings.attention_backend != "auto":
         arguments["attention_backend"] = settings.attention_backend
     if cuda:
