@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 MANIFEST = "awq_metadata.json"
 """What was made of what and how, the verification, and every other file with its size and sha256."""
+_PIECES, _PIECE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Finished:
 
 def row(state: Path, source: str) -> Path:
     """The folder under which all results of one float model lie. `source` is a hub id or a local folder."""
-    if Path(source).is_absolute() or Path(source).is_dir():
+    if Path(source).is_absolute() or is_folder(source):
         source = str(Path(source).resolve())
         name = Path(source).name
     else:
@@ -36,15 +38,40 @@ def row(state: Path, source: str) -> Path:
     return state / "awq" / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
 
 
+def is_folder(source: str) -> bool:
+    """False also for a folder that this process may not look at: `Path.is_dir` raises there."""
+    return os.path.isdir(source)
+
+
 def finished(state: Path, source: str) -> Finished | None:
     """The newest whole result for `source`, or None. A file that is missing or has another size than its manifest
-    says makes a result count as none."""
+    says makes a result count as none, as do other weights in the folder that it was made of."""
+    now = content(Path(source)) if is_folder(source) else None
     for folder in sorted(row(state, source).glob("[0-9]*"), reverse=True):
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
-            if all((folder / name).stat().st_size == size for name, size in sizes.items()):
+            then = manifest.get("source", {}).get("content")
+            whole = sizes and all((folder / name).stat().st_size == size for name, size in sizes.items())
+            if whole and (then == now or None in (then, now)):
                 return Finished(folder, manifest)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not ours, or damaged: the next older one may be whole
     return None
+
+
+def content(folder: Path) -> str | None:
+    """A float model's weights and config in a word: 16 hex digits over pieces from all over its files, so that a start
+    need not read gigabytes. None where they cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            with file.open("rb") as opened:
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}\n".encode())
+                for place in range(0, size, max(_PIECE_BYTES, size // _PIECES)):
+                    opened.seek(place)
+                    digest.update(opened.read(_PIECE_BYTES))
+    except OSError:
+        return None
+    return digest.hexdigest()[:16]
