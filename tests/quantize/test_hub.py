@@ -192,8 +192,17 @@ def test_a_model_comes_with_what_quantizing_needs(hub: HubServer, client: Client
 
 
 def test_a_folder_is_taken_as_it_is(hub: HubServer, client: Client) -> None:
-    """Nothing is asked, and it has no revision."""
-    assert client("download", str(client.folder)).value == [str(client.folder), None]
+    """Nothing is asked, and it has no revision; but it has to hold weights, and no pickles."""
+    source = client.folder / "model"
+    source.mkdir()
+    for name, data in MODEL.items():
+        (source / name).write_bytes(data)
+    assert client("download", str(source)).value == [str(source), None]
+    (source / "model.safetensors.index.json").write_text("{")
+    client("download", str(source)).refuses(f"{source} has no model.safetensors")
+    (source / "model.safetensors.index.json").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    client("download", str(source)).refuses(f"{source} has no model.safetensors, whole or in shards")
     assert hub.requests == []
 
 

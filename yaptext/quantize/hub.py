@@ -70,12 +70,14 @@ def download(source: str, settings: Settings, *, progress: Progress | None = Non
     Without `progress` the journal gets a line every ten seconds. Where the hub cannot be reached, a model that lies
     whole in the cache is taken. Raises `QuantizeError`: one line with the model's name and what to do.
     """
-    if Path(source).is_dir():
-        return Source(Path(source), None)
-    tell = progress or log_progress("hub.downloading", source)
-    folder = _snapshot(source, settings, WANTED.split(), _has_weights, tell, pause)
+    folder, local = Path(source), os.path.isdir(source)
+    if not local:
+        tell = progress or log_progress("hub.downloading", source)
+        folder = _snapshot(source, settings, WANTED.split(), _has_weights, tell, pause)
     if not _has_weights(folder):
         raise QuantizeError(f"{source} has no model.safetensors, whole or in shards: name a model that has")
+    if local:
+        return Source(folder, None)
     log.info("hub.downloaded", repo=source, revision=folder.name)
     return Source(folder, folder.name)
 
@@ -83,7 +85,7 @@ def download(source: str, settings: Settings, *, progress: Progress | None = Non
 def peek_config(source: str, settings: Settings, *, pause: Pause = time.sleep) -> dict[str, Any]:
     """The config.json of a hub id or a folder; of a hub id nothing else is fetched. Raises `QuantizeError`."""
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(source):  # where Path.is_dir raises, in a folder that is closed to us, it is none
         folder = _snapshot(source, settings, ["config.json"], _has_config, lambda done, total: None, pause)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -160,7 +162,10 @@ def _has_config(folder: Path) -> bool:
 def _has_weights(folder: Path) -> bool:
     shards = {"model.safetensors"}
     if (index := folder / "model.safetensors.index.json").is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
     return _has_config(folder) and all((folder / shard).is_file() for shard in shards)
 
 
