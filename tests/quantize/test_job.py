@@ -6,157 +6,141 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from quantize.forge import Bench, Forge, only
 from quantize.hub_server import Account, HubServer
-from quantize.tiny import make_model
 
 from yaptext.engine import shelf, weights
 from yaptext.errors import StartError
 from yaptext.settings import Settings
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.timeout(600)]
-
-CALIBRATION = {"AWQ_CALIBRATION_SAMPLES": "4", "AWQ_CALIBRATION_TOKENS": "128"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_model(tmp_path_factory.mktemp("models") / "Tiny-Llama", "llama", outliers=True)
-    (folder / "README.md").write_text('---\nlicense: apache-2.0\nlanguage: ["en", "pl"]\nmodel_name: x\n---\n# Tiny\n')
-    (folder / "LICENSE").write_text("the licence")
-    return folder
-
-
-class Bench:
-    """A state folder and the command over it."""
-
-    def __init__(self, state: Path, model: Path) -> None:
-        self.state, self.model = state, model
-        self.environment = os.environ | CALIBRATION | {
-            "YAP_TEXT_STATE_DIR": str(state),
-            "YAP_TEXT_DEVICE": "cpu",
-            "CHAT_MODEL": str(model),
-            "DEPLOY_MODELS": "chat",
-            "LOG_FORMAT": "json",
-            "OMP_NUM_THREADS": "1",
-            "TQDM_DISABLE": "1",
-        }  # fmt: skip
-
-    @property
-    def row(self) -> Path:
-        return shelf.row(self.state, str(self.model))
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "yaptext", "quantize", *arguments]
-        return subprocess.Popen(
-            command, env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def run(self, *arguments: str, **environment: str) -> tuple[int, list[str]]:
-        """Exit status, and the events of the log; a line that is none stands as it is."""
-        with self.start(*arguments, **environment) as process:
-            text, _ = process.communicate(timeout=300)
-        return process.returncode, [_event(line) for line in text.splitlines() if line]
-
-    def finished(self) -> shelf.Finished:
-        found = shelf.finished(self.state, str(self.model))
-        assert found is not None
-        return found
-
-    def check_clean(self, results: int) -> None:
-        """So many results and nothing else on the shelf; each is whole by its own manifest."""
-        lying = [path.name for path in self.row.iterdir()] if self.row.exists() else []
-        assert len(lying) == results and not [name for name in lying if name.startswith(".")], lying
-        if results:
-            from yaptext.quantize.job import _sha256
-
-            found = self.finished()
-            files = {path.name for path in found.folder.iterdir()} - {shelf.MANIFEST}
-            assert files == set(found.manifest["files"])
-            for name, entry in found.manifest["files"].items():
-                assert _sha256(found.folder / name) == entry["sha256"], name
-
-
-def _event(line: str) -> str:
-    try:
-        entry: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return line
-    return f"{entry['event']} {entry.get('reason') or entry.get('error') or ''}".strip()
-
-
-def lines_of(events: list[str], name: str) -> list[str]:
-    return [event for event in events if event.startswith(name)]
+TOKEN = "hf_aTokenOfTheTest"
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Bench:
-    """One finished result, which tests may look at and add to."""
-    # As systemd's DynamicUser= has it: the state folder is a link.
-    real = tmp_path_factory.mktemp("private")
-    state = tmp_path_factory.mktemp("lib") / "yap-text"
-    state.symlink_to(real)
-    bench = Bench(state, model)
-    status, events = bench.run()
-    assert status == 0, events
-    assert lines_of(events, "quantize.begun") == ["quantize.begun no finished result"]
+def server() -> Iterator[HubServer]:
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server: HubServer) -> HubServer:
+    server.reset()
+    server.accounts[TOKEN] = Account("someone")
+    return server
+
+
+@pytest.fixture(scope="module")
+def forge(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    with Forge(tmp_path_factory.mktemp("logs"), environment) as forge:
+        yield forge
+
+
+@pytest.fixture(scope="module")
+def made(forge: Forge, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """One finished result, made by the command itself: for reading, `bench` is a copy of it."""
+    bench = Bench(forge, tmp_path_factory.mktemp("made"), model)
+    done = subprocess.run(
+        [sys.executable, "-m", "yaptext", "quantize"],
+        env=bench.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    (bench.state / "told").write_text(done.stdout)
     return bench
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, model: Path) -> Bench:
-    return Bench(tmp_path / "state", model)
+def bench(made: Bench, tmp_path: Path) -> Bench:
+    """A state folder that is a link, as systemd's DynamicUser= has it, with one finished result."""
+    shutil.copytree(made.state, tmp_path / "private")
+    (tmp_path / "state").symlink_to(tmp_path / "private")
+    return Bench(made.forge, tmp_path / "state", made.model)
+
+
+@pytest.fixture
+def fresh(forge: Forge, tmp_path: Path, model: Path) -> Bench:
+    return Bench(forge, tmp_path / "fresh", model)
 
 
 # What is done, and what is not
 
 
-def test_a_result_is_whole_and_tells_what_it_is(bench: Bench) -> None:
+def test_a_result_is_whole_and_tells_what_it_is(made: Bench) -> None:
     """Manifest, card with the source's licence, plot; no path of this machine in what may be pushed."""
-    bench.check_clean(1)
-    found = bench.finished()
-    assert found.manifest["source"] == {"name": "Tiny-Llama", "revision": None}
-    assert found.manifest["verification"]["awq"]["kl"] < found.manifest["verification"]["rounding"]["kl"]
+    made.check_clean()
+    found = made.finished()
+    source = {"name": "Tiny-Llama", "revision": None, "content": shelf.content(Path(made.model))}
+    assert found.manifest["source"] == source
+    figures = found.manifest["verification"]
+    assert figures["awq"]["kl"] < figures["rounding"]["kl"] / 5
     card = (found.folder / "README.md").read_text()
-    from huggingface_hub import metadata_load
-
-    front = metadata_load(found.folder / "README.md")
-    assert front == {"license": "apache-2.0", "language": ["en", "pl"], "tags": ["awq", "4-bit", "vllm"]}
-    assert f"{found.manifest['verification']['awq']['kl']:.4f}" in card and "layer_errors.png" in card
+    assert card.startswith('---\nlicense: "apache-2.0"\nlanguage: ["en", "pl"]\ntags:')
+    assert f"| AWQ | {figures['awq']['kl']:.4f} |" in card and "layer_errors.png" in card
     assert (found.folder / "layer_errors.png").read_bytes().startswith(b"\x89PNG")
     assert (found.folder / "LICENSE").read_text() == "the licence"
     for file in found.folder.iterdir():
-        assert file.stat().st_mode & 0o777 in (0o644,), file
+        assert file.stat().st_mode & 0o777 == 0o644, file
         if file.suffix in (".md", ".json"):
-            assert str(bench.model.parent) not in file.read_text()
+            assert str(Path(made.model).parent) not in file.read_text()
+            assert str(made.state) not in file.read_text()
 
 
-def test_finished_work_is_not_done_again(bench: Bench) -> None:
+def test_the_journal_has_our_lines_and_no_others(made: Bench) -> None:
+    """No bar, no farewell of a library; a line a layer, and what it took at the end."""
+    lines = [json.loads(line) for line in (made.state / "told").read_text().splitlines()]
+    assert {line["logger"].split(".")[0] for line in lines} == {"yaptext"}
+    told = [line["event"] for line in lines]
+    assert told == [f"quantize.{event}" for event in
+                    ("begun", "planned", "layer", "layer", "verified", "kept", "done")]  # fmt: skip
+    begun, planned, *layers, verified, _, done = lines
+    assert begun["reason"] == "no finished result"
+    assert (planned["group_size"], planned["samples"], planned["tokens"], planned["layers"]) == (128, 4, 128, 2)
+    assert [(layer["layer"], layer["layers"]) for layer in layers] == [(1, 2), (2, 2)]
+    assert verified["kl"] < verified["rounding_kl"]
+    assert done["peak_memory_mb"] > 100 and done["seconds"] > 0
+
+
+def test_finished_work_is_not_done_again(made: Bench) -> None:
     """The second run says where the result is, and loads none of what is heavy."""
     driver = (
         "import sys; from yaptext.cli import run; status = run(['quantize']);"
         "print(status, *({'torch', 'transformers', 'awq', 'datasets', 'vllm'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", driver], env=bench.environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", driver], env=made.environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "0\n"
-    assert '"quantize.finished_before"' in done.stderr and str(bench.finished().folder) in done.stderr
+    assert '"quantize.finished_before"' in done.stderr and str(made.finished().folder) in done.stderr
 
 
 def test_the_service_asks_without_costing_a_start(bench: Bench, fresh: Bench) -> None:
-    """It is not wanted unless QUANTIZATION=awq; then any finished result will do, whatever it was made with."""
+    """It is not wanted unless QUANTIZATION=awq; then any finished result will do, whatever it was made with, and an
+    upload that failed an earlier day is not tried at a start."""
     assert fresh.run("--when-wanted") == (0, ["quantize.not_wanted QUANTIZATION=auto"])
-    status, events = bench.run("--when-wanted", QUANTIZATION="awq", AWQ_CALIBRATION_SAMPLES="7")
+    assert not fresh.state.exists()
+    other = {"AWQ_CALIBRATION_SAMPLES": "7", "AWQ_CALIBRATION": "/gone", "TOOLS_FILE": "/gone", "HF_AWQ_PUSH": "1"}
+    status, events = bench.run("--when-wanted", QUANTIZATION="awq", **other)
     assert (status, events) == (0, ["quantize.finished_before"])
+
+
+def test_the_service_may_serve_awq_weights_of_others(fresh: Bench, result: Path) -> None:
+    """In CHAT_MODEL, under QUANTIZATION=awq: there is nothing to do then; who asks himself is told so by an error."""
+    status, events = fresh.run("--when-wanted", QUANTIZATION="awq", CHAT_MODEL=str(result))
+    assert (status, events) == (0, ["quantize.given it has AWQ weights already"])
+    status, events = fresh.run(CHAT_MODEL=str(result))
+    assert status == 1 and "has awq weights already" in events[-1]
 
 
 def test_the_server_finds_the_result(bench: Bench, tmp_path: Path) -> None:
@@ -176,32 +160,75 @@ def test_another_recipe_or_force_makes_it_anew(bench: Bench) -> None:
     """Why is said; the new result takes the place of the old one."""
     before = bench.finished().folder
     status, events = bench.run("--samples", "5")
-    assert (status, lines_of(events, "quantize.begun")) == (0, ["quantize.begun samples was 4, is 5"])
+    assert (status, only(events, "quantize.begun")) == (0, ["quantize.begun samples was 4, is 5"])
     after = bench.finished().folder
     assert after != before and not before.exists()
     status, events = bench.run("--force", "--samples", "5")
-    assert (status, lines_of(events, "quantize.begun")) == (0, ["quantize.begun --force"])
-    bench.check_clean(1)
-    assert bench.run("--samples", "4")[0] == 0  # as the other tests know it
+    assert (status, only(events, "quantize.begun")) == (0, ["quantize.begun --force"])
+    bench.check_clean()
+
+
+def test_every_choice_is_part_of_the_recipe(bench: Bench, tmp_path: Path) -> None:
+    """Whatever changes what the model is calibrated on; not what is of the other role."""
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "tools.json").write_text('[{"name": "one"}]')
+    forging = "from yaptext.quantize import job; job._make = lambda *_: None"  # what would be done is all that is asked
+    for name, value, told in [
+        ("AWQ_CALIBRATION_TOKENS", "256", "tokens was 128, is 256"),
+        ("AWQ_GROUP_SIZE", "32", "group_size was auto, is 32"),
+        ("CHAT_PROMPT_FORMAT", "turns", "prompts was segments, is turns"),
+        ("AWQ_CALIBRATION", str(tmp_path / "text.txt"), "text was "),
+        ("TOOL_MODEL", str(bench.model), "roles was ['chat'], is ['chat', 'tool'], tools was None, is "),
+        ("TOOLS_FILE", str(tmp_path / "tools.json"), None),
+    ]:
+        changed = {name: value} | ({"DEPLOY_MODELS": "both"} if name == "TOOL_MODEL" else {})
+        status, events = bench.run(before=forging, **changed)
+        assert status == 0
+        begun = only(events, "quantize.begun")
+        assert begun[0].startswith(f"quantize.begun {told}") if told else begun == [], (name, events)
+
+
+def test_what_an_earlier_version_did_not_note_is_no_change(bench: Bench) -> None:
+    """An update of the service does not cost an hour."""
+    file = bench.finished().folder / shelf.MANIFEST
+    manifest = json.loads(file.read_text())
+    del manifest["recipe"]["prompts"]
+    file.write_text(json.dumps(manifest))
+    assert bench.run() == (0, ["quantize.finished_before"])
+
+
+def test_other_weights_in_the_same_folder_are_another_model(bench: Bench, tmp_path: Path) -> None:
+    """Trained on and put where the old ones were: neither the server nor the job takes the old result for theirs."""
+    bench.model = Path(shutil.copytree(bench.model, tmp_path / "own"))
+    bench.environment["CHAT_MODEL"] = str(bench.model)
+    assert bench.run()[0] == 0
+    file = bench.model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4000] + bytes(byte ^ 1 for byte in file.read_bytes()[-4000:]))
+    assert shelf.finished(bench.state, str(bench.model)) is None
+    status, events = bench.run("--when-wanted", QUANTIZATION="awq")
+    assert (status, only(events, "quantize.begun")) == (0, ["quantize.begun no finished result"])
+    bench.check_clean()
 
 
 def test_a_damaged_result_counts_as_none(bench: Bench) -> None:
-    """A file that lost its end is not served."""
+    """A file that lost its end is not served; the next run makes it anew."""
     weights_file = bench.finished().folder / "model.safetensors"
-    whole = weights_file.read_bytes()
-    weights_file.write_bytes(whole[:-1])
+    weights_file.write_bytes(weights_file.read_bytes()[:-1])
     assert shelf.finished(bench.state, str(bench.model)) is None
-    weights_file.write_bytes(whole)
-    bench.check_clean(1)
+    status, events = bench.run()
+    assert (status, only(events, "quantize.begun")) == (0, ["quantize.begun no finished result"])
+    bench.check_clean()
 
 
 def test_one_model_for_both_roles_is_quantized_once(fresh: Bench) -> None:
-    """On talk and decisions alike."""
-    status, events = fresh.run(DEPLOY_MODELS="both", TOOL_MODEL=str(fresh.model))
-    assert status == 0 and len(lines_of(events, "quantize.kept")) == 1
+    """On talk and decisions alike, also where its folder is written in two ways."""
+    both = {"DEPLOY_MODELS": "both", "TOOL_MODEL": f"{fresh.model}/../{Path(fresh.model).name}/"}
+    status, events = fresh.run(**both)
+    assert status == 0 and len(only(events, "quantize.kept")) == 1
     manifest = fresh.finished().manifest
     assert manifest["recipe"]["roles"] == ["chat", "tool"]
     assert set(manifest["calibration"]["made_of"]) == {"conversation", "decision"}
+    assert fresh.run(**both) == (0, ["quantize.finished_before"])
 
 
 def test_a_role_with_awq_weights_of_its_own_is_left_out(fresh: Bench) -> None:
@@ -210,15 +237,33 @@ def test_a_role_with_awq_weights_of_its_own_is_left_out(fresh: Bench) -> None:
     assert (status, events) == (0, ["quantize.given AWQ_CHAT_MODEL"])
 
 
+def test_a_state_folder_may_be_a_relative_path(forge: Forge, tmp_path: Path, model: Path) -> None:
+    """The demo model has the same row before it is converted and after."""
+    there = f"import os; os.chdir({str(tmp_path)!r})"
+    small = (
+        "import shutil; from pathlib import Path; from yaptext.engine import demo;"
+        f"demo.folder = lambda state: Path(shutil.copytree({str(model)!r}, demo.place(state), dirs_exist_ok=True));"
+    )
+    bench = Bench(forge, Path("state"), model, CHAT_MODEL="")
+    status, events = bench.run(before=small + there)
+    assert (status, len(only(events, "quantize.kept"))) == (0, 1), events
+    assert bench.run(before=small + there) == (0, ["quantize.finished_before"])
+    assert len([row for row in (tmp_path / "state" / "awq").iterdir() if row.is_dir()]) == 1
+
+
+# What is refused
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
-def test_what_is_quantized_already_is_refused(tmp_path: Path, method: str) -> None:
+def test_what_is_quantized_already_is_refused(forge: Forge, tmp_path: Path, method: str) -> None:
     """In one line, before any weight is read."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
-    status, events = Bench(tmp_path / "state", folder).run()
+    status, events = Bench(forge, tmp_path / "state", folder).run()
+    kind = "quantized" if method == "bitsandbytes" else method
     assert status == 1
-    assert re.fullmatch(rf"yap-text: {folder} has \w+ weights already: AWQ is made of float weights, .*", events[-1])
+    assert events[-1].startswith(f"yap-text: {folder} has {kind} weights already: AWQ is made of float weights")
 
 
 def test_a_deployed_role_needs_a_model(fresh: Bench) -> None:
@@ -227,155 +272,372 @@ def test_a_deployed_role_needs_a_model(fresh: Bench) -> None:
     assert (status, events[-1][:30]) == (2, "yap-text: TOOL_MODEL is not se")
 
 
+@pytest.mark.parametrize(
+    ("given", "status", "line"),
+    [
+        ({"CHAT_MODEL": "/no/such/model"}, 1, "/no/such/model is neither a folder nor the name of a model on the hub"),
+        ({"CHAT_MODEL": "/" + "x" * 5000}, 1, "x is neither a folder nor the name of a model on the hub"),
+        ({"CHAT_MODEL": "some/model"}, 1, "some/model is not on the hub"),
+        ({"CHAT_MODEL": "a b/c?d"}, 1, "a b/c?d is neither a folder nor the name of a model on the hub"),
+        ({"TOOLS_FILE": "/no/such/tools.json"}, 2, "TOOLS_FILE='/no/such/tools.json' is not a list of tools"),
+        ({"AWQ_CALIBRATION": "/no/such/text"}, 1, "AWQ_CALIBRATION=/no/such/text is no file or folder"),
+        ({"AWQ_GROUP_SIZE": "96"}, 2, "AWQ_GROUP_SIZE='96' is not allowed"),
+    ],
+    ids=["no folder", "no name", "not there", "odd name", "no tools", "no text", "group size"],
+)
+def test_a_wrong_choice_is_one_line(fresh: Bench, given: dict[str, str], status: int, line: str) -> None:
+    """Before a weight is loaded; nothing lies on the shelf then."""
+    ended, events = fresh.run(**given)
+    assert ended == status and line in events[-1] and events[-1].startswith("yap-text: "), events
+    assert not only(events, "quantize.planned") and not only(events, "Traceback")
+    assert not list((fresh.state / "awq").glob("*/*"))
+
+
+def test_too_little_text_is_one_line(fresh: Bench, tmp_path: Path) -> None:
+    """Before a weight is loaded."""
+    (tmp_path / "text.txt").write_text("The tide came in over the flats.")
+    status, events = fresh.run(AWQ_CALIBRATION=str(tmp_path / "text.txt"))
+    assert (status, events[0], len(events)) == (1, "quantize.begun no finished result", 2)
+    assert events[1].startswith("yap-text: the calibration text is 32 tokens in 1 documents; about ")
+    fresh.check_clean(0)
+
+
+def test_a_folder_without_weights_is_one_line(forge: Forge, tmp_path: Path, model: Path) -> None:
+    """As of a copy that was broken off; an architecture is refused before that."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    status, events = Bench(forge, tmp_path / "state", folder).run()
+    assert (status, events[-1]) == (
+        1, f"yap-text: {folder} has no model.safetensors, whole or in shards: name a model that has"
+    )  # fmt: skip
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    status, events = Bench(forge, tmp_path / "state", folder).run()
+    assert status == 1 and "cannot quantize the architecture 'gpt2'" in events[-1]
+
+
+def test_a_model_that_cannot_be_read_is_one_line(forge: Forge, tmp_path: Path, model: Path) -> None:
+    """The first line of what the library says that is not empty."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    bench = Bench(forge, tmp_path / "state", folder)
+    status, events = bench.run()
+    assert status == 1 and re.fullmatch(r"yap-text: model could not be quantized: \S.*", events[-1])
+    bench.check_clean(0)
+
+
+@pytest.mark.parametrize("lying", [".", "awq", "awq/lock/x", "row"])
+def test_a_state_folder_that_cannot_be_written_is_one_line(fresh: Bench, lying: str) -> None:
+    """Something else lies where it, the shelf, the lock or the row should."""
+    place = fresh.row if lying == "row" else fresh.state / lying
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("a file")
+    status, events = fresh.run()
+    assert status == 1 and events[-1].startswith("yap-text: "), events
+    assert str(fresh.state) in events[-1] or "File exists" in events[-1]
+
+
+def test_a_result_that_rounding_beats_is_not_kept(fresh: Bench) -> None:
+    """An error; --allow-worse keeps it and the figures tell."""
+    worse = "from yaptext.quantize import verify; verify.Report.worthwhile = False"
+    status, events = fresh.run(before=worse)
+    assert status == 1
+    assert "AWQ is no better than plain rounding for Tiny-Llama: KL 0." in events[-1]
+    fresh.check_clean(0)
+    assert fresh.run("--allow-worse", before=worse)[0] == 0
+    fresh.check_clean()
+
+
+def test_what_is_calibrated_with_is_what_is_noted(fresh: Bench, tmp_path: Path) -> None:
+    """Not what lies there hours later, if anything does."""
+    text = tmp_path / "text.txt"
+    text.write_text("The tide came in over the flats, and the birds went up.\n\n" * 200)
+    gone = (
+        "from pathlib import Path; from yaptext.quantize import awq; plan = awq.plan\n"
+        f"def after(*given): Path({str(text)!r}).unlink(); return plan(*given)\n"
+        "awq.plan = after"
+    )
+    status, events = fresh.run(before=gone, AWQ_CALIBRATION=str(text))
+    assert status == 0, events
+    manifest = fresh.finished().manifest
+    assert manifest["calibration"]["text"] == "own" and len(manifest["recipe"]["text"]) == 16
+
+
 # What ends a job early
 
 
-def until_layer(process: subprocess.Popen[str], number: int) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if '"quantize.layer"' in line and json.loads(line)["layer"] >= number:
-            return
-    raise AssertionError("the job ended before its layers")
-
-
-@contextmanager
-def running(bench: Bench, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    with bench.start(*arguments) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-
-
 def test_a_second_job_is_told_who_runs(bench: Bench) -> None:
-    """At once, with the process id; the first goes on."""
-    with running(bench, "--force") as first:
-        until_layer(first, 1)
-        status, events = bench.run("--force")
-        assert status == 1
-        assert f"another job is at work on {bench.state}/awq: process {first.pid}, since 20" in events[-1]
-        first.communicate(timeout=300)
-        assert first.returncode == 0
-    bench.check_clean(1)
+    """At once, with the process id; the first goes on. Who has nothing to do is not held up."""
+    first = bench.start("--force")
+    first.until("quantize.layer", layer=1)
+    status, events = bench.run("--force")
+    assert status == 1
+    assert f"another job is at work on {bench.state}/awq: process {first.pid}, since 20" in events[-1]
+    assert bench.run() == (0, ["quantize.finished_before"])
+    assert first.end() == 0
+    bench.check_clean()
 
 
-def test_sigterm_leaves_what_was_there(bench: Bench) -> None:
-    """143, the old result, and nothing half-made."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_what_was_there(bench: Bench, number: int, status: int) -> None:
+    """The old result, and nothing half-made."""
     before = bench.finished().folder
-    with running(bench, "--force") as process:
-        until_layer(process, 1)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-        assert process.returncode == 143
+    job = bench.start("--force")
+    job.until("quantize.layer", layer=1)
+    assert job.end(number) == status
+    assert not only(job.events, "Traceback")
     assert bench.finished().folder == before
-    bench.check_clean(1)
+    bench.check_clean()
+
+
+def test_a_signal_that_is_swallowed_ends_the_job_at_the_next_layer(bench: Bench) -> None:
+    """As in a destructor, where Python prints an exception and goes on."""
+    swallowing = (
+        "import os, signal; from yaptext.quantize import verify; init = verify.Reference.__init__\n"
+        "def first(*given, **named):\n"
+        "    init(*given, **named)\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except BaseException: pass\n"
+        "verify.Reference.__init__ = first"
+    )
+    job = bench.start("--force", before=swallowing)
+    assert job.end() == 143
+    assert not only(job.events, "quantize.layer")
+    bench.check_clean()
+
+
+def test_a_signal_ends_a_download(forge: Forge, tmp_path: Path, hub: HubServer) -> None:
+    """Not after the file that is on its way, which may take an hour."""
+    hub.add("maker/model", {"config.json": b'{"model_type": "llama"}', "model.safetensors": bytes(50_000_000)})
+    bench = Bench(forge, tmp_path / "state", "maker/model", HF_HOME=str(tmp_path / "hf"))
+    ending = (
+        "import os, signal, threading; from yaptext.quantize import hub\n"
+        "came, install = threading.Event(), signal.signal\n"
+        "def hearing(number, handler):\n"
+        "    def heard(*given):\n"
+        "        try: handler(*given)\n"
+        "        finally: came.set()\n"
+        "    return install(number, heard if callable(handler) else handler)\n"
+        "signal.signal = hearing\n"
+        "def telling(*given):\n"
+        "    def first(done, total):\n"
+        "        if threading.current_thread() is threading.main_thread() or came.is_set(): return\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); came.wait(30)\n"
+        "    return first\n"
+        "hub.log_progress = telling"
+    )
+    job = bench.start(before=ending)
+    assert job.end() == 143, job.events
+    assert [size for file in (tmp_path / "hf").rglob("*") if (size := file.stat().st_size) >= 50_000_000] == []
+    bench.check_clean(0)
 
 
 def test_killed_at_any_moment_it_leaves_the_old_or_the_new(bench: Bench) -> None:
     """Ten times SIGKILL, from the start to past the end: a whole result each time, a clean shelf after the next run."""
+    begun = time.monotonic()
+    assert bench.run("--force")[0] == 0
+    whole_s = time.monotonic() - begun
     chance = random.Random(11)
     for _ in range(10):
-        with running(bench, "--force") as process:
-            try:
-                process.communicate(timeout=chance.uniform(0.5, 11))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+        job = bench.start("--force")
+        time.sleep(chance.uniform(0, 1.1 * whole_s))  # the moment of the kill; nothing is waited for
+        job.end(signal.SIGKILL)
         bench.finished()
     assert bench.run("--force")[0] == 0
-    bench.check_clean(1)
+    bench.check_clean()
+
+
+KILLED = """
+import os, shutil, signal
+from pathlib import Path
+from yaptext.quantize import awq, card, job, verify
+def dying(place, name, late=False):
+    do = getattr(place, name)
+    def end(*given, **named):
+        late and do(*given, **named)
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(place, name, end)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "dying(awq, 'plan')",
+        "dying(awq.shutil, 'copyfile', late=True)",
+        "dying(card, 'plot', late=True)",
+        "dying(job, '_sync')",
+        "dying(Path, 'rename')",
+        "dying(Path, 'rename', late=True)",
+        "job.shutil.rmtree = lambda folder, **_: folder.exists() and"
+        " (dying(os, 'unlink', late=True), [os.unlink(file) for file in folder.iterdir()])",
+    ],
+)
+def test_killed_at_a_bad_moment_it_leaves_the_old_or_the_new(bench: Bench, moment: str) -> None:
+    """Between two steps, and in the middle of deleting what was replaced; a run that has nothing to do clears it away,
+    too."""
+    assert bench.start("--force", before=KILLED + moment).end() == -signal.SIGKILL
+    bench.finished()
+    assert bench.run() == (0, ["quantize.finished_before"])
+    bench.check_clean()
+
+
+def test_what_a_killed_job_left_of_another_model_goes(bench: Bench) -> None:
+    """Who names another model then does not keep gigabytes of the first."""
+    left = bench.state / "awq" / "other-12345678" / ".partial-20260101T000000Z"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    assert bench.run() == (0, ["quantize.finished_before"])
+    assert not left.exists()
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs; mounting takes root, which CI has."""
+    """A tmpfs."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root, which CI has")
     folder = tmp_path / "small"
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=66m", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72m", "tmpfs", folder], check=True)
     try:
         yield folder
     finally:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_without_room_is_told_before_the_work(small_disk: Path, model: Path) -> None:
-    """What is needed and what is free."""
-    bench = Bench(small_disk, model)
+def fill_up(folder: Path) -> Path:
+    """Writes a file until there is no room for a byte."""
+    with (folder / "ballast").open("wb", buffering=0) as file:
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(2**16))
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(b"x")
+    return folder / "ballast"
+
+
+def test_a_disk_without_room_is_told_before_the_work(forge: Forge, small_disk: Path, model: Path) -> None:
+    """What is needed and what is free; without any, even who runs cannot be noted."""
+    bench = Bench(forge, small_disk, model)
     (small_disk / "ballast").write_bytes(bytes(20 * 2**20))
     status, events = bench.run()
     assert status == 1
-    assert re.fullmatch(r"yap-text: Tiny-Llama needs \d+ MB in .*, and 4\d MB are free", events[-1])
+    assert re.fullmatch(r"yap-text: Tiny-Llama needs \d+ MB in .*, and 5\d MB are free", events[-1])
     bench.check_clean(0)
-
-
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half(small_disk: Path, model: Path) -> None:
-    """One line; and with room again the next job does it."""
-    bench = Bench(small_disk, model)
-    ballast = small_disk / "ballast"
-    with running(bench) as process:
-        until_layer(process, 1)
-        with pytest.raises(OSError, match="No space left"), ballast.open("wb") as file:
-            while True:
-                file.write(bytes(2**16))
-        text, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, text
-    assert text.splitlines()[-1].startswith("yap-text: the disk of ") and "is full; nothing was kept" in text
-    bench.check_clean(0)
-    ballast.unlink()
-    assert bench.run()[0] == 0
-    bench.check_clean(1)
-
-
-def test_a_state_folder_that_cannot_be_written_is_one_line(tmp_path: Path, model: Path) -> None:
-    """It names the folder."""
-    (tmp_path / "state").write_text("a file")
-    status, events = Bench(tmp_path / "state", model).run()
-    assert status == 1 and events[-1].startswith(f"yap-text: cannot write to {tmp_path}/state/awq: ")
-
-
-def test_a_result_that_rounding_beats_is_not_kept(fresh: Bench) -> None:
-    """An error; --allow-worse keeps it and the figures tell."""
-    driver = (
-        "import sys; from yaptext.quantize import verify; from yaptext.cli import run;"
-        "verify.Report.worthwhile = False; sys.exit(run(['quantize', *sys.argv[1:]]))"
+    fill_up(small_disk)
+    status, events = Bench(forge, small_disk / "x", model).run()
+    assert (status, events) == (
+        1,
+        [f"yap-text: cannot write to {small_disk}/x/awq: [Errno 28] No space left on device"],
     )
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", driver, *arguments]
-        return subprocess.run(command, env=fresh.environment, capture_output=True, text=True, check=False)
 
-    refused = run()
-    assert refused.returncode == 1
-    assert "AWQ is no better than plain rounding for Tiny-Llama: KL 0." in refused.stderr.splitlines()[-1]
-    fresh.check_clean(0)
-    assert run("--allow-worse").returncode == 0
-    fresh.check_clean(1)
+def test_a_disk_that_fills_up_meanwhile_leaves_what_was_there(made: Bench, small_disk: Path) -> None:
+    """One line; and with room again the next job does it."""
+    shutil.copytree(made.state / "awq", small_disk / "awq")
+    bench = Bench(made.forge, small_disk, made.model)
+    before = bench.finished().folder
+    job = bench.start("--force")
+    job.until("quantize.layer", layer=1)
+    ballast = fill_up(small_disk)
+    assert job.end() == 1
+    assert job.events[-1].startswith("yap-text: the disk of ") and "is full; nothing was kept" in job.events[-1]
+    assert bench.finished().folder == before
+    bench.check_clean()
+    ballast.unlink()
+    assert bench.run("--force")[0] == 0
+    assert bench.finished().folder != before
+    bench.check_clean()
 
 
-# Pushing
+# The hub
 
 
-def test_a_result_goes_to_the_hub_once(bench: Bench) -> None:
+def pushing(hub: HubServer, **more: str) -> dict[str, str]:
+    return {"HF_TOKEN": TOKEN, "HF_AWQ_PUSH": "1", "HF_AWQ_CHAT_REPO": "someone/tiny-awq", **more}
+
+
+def test_a_result_goes_to_the_hub_once(bench: Bench, hub: HubServer) -> None:
     """Checked before the work, pushed after it; the next run pushes nothing; another branch is pushed to."""
-    with HubServer() as hub:
-        hub.accounts["hf_token"] = Account("someone")
-        push = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_TOKEN": "hf_token",
-            "HF_AWQ_PUSH": "1",
-        }
-        status, events = bench.run("--force", **push)
-        assert status == 2 and "HF_AWQ_PUSH=1 needs HF_AWQ_CHAT_REPO" in events[-1]
-        assert not lines_of(events, "quantize.begun")
-        push["HF_AWQ_CHAT_REPO"] = "someone/tiny-awq"
-        status, events = bench.run(**push)
-        assert status == 0, events
-        assert not lines_of(events, "quantize.begun") and len(lines_of(events, "hub.uploaded")) == 1
-        status, events = bench.run(**push)
-        assert (status, events) == (0, ["quantize.finished_before"])
-        status, events = bench.run(**push, HF_AWQ_BRANCH="next")
-        assert status == 0 and len(lines_of(events, "hub.uploaded")) == 1
-    for receipt in bench.row.glob("pushed-*"):
-        receipt.unlink()
+    status, events = bench.run("--force", HF_TOKEN=TOKEN, HF_AWQ_PUSH="1")
+    assert status == 2 and "HF_AWQ_PUSH=1 needs HF_AWQ_CHAT_REPO" in events[-1]
+    assert not only(events, "quantize.begun")
+    push = pushing(hub)
+    status, events = bench.run(**push)
+    assert status == 0, events
+    assert not only(events, "quantize.begun") and len(only(events, "hub.uploaded")) == 1
+    there = hub.repos["someone/tiny-awq"].at("main")
+    assert there is not None
+    found = bench.finished().folder
+    assert {name: stored.data for name, stored in there.files.items() if name != ".gitattributes"} == {
+        file.name: file.read_bytes() for file in found.iterdir()
+    }
+    hub.requests.clear()
+    assert bench.run(**push) == (0, ["quantize.finished_before"])
+    assert hub.requests == []
+    status, events = bench.run(**push, HF_AWQ_BRANCH="next")
+    assert status == 0 and len(only(events, "hub.uploaded")) == 1
+    status, events = bench.run("--force", **push)
+    assert status == 0 and len(only(events, "hub.uploaded")) == 1, "a new result is another"
+
+
+def test_a_push_that_cannot_be_is_told_before_the_work(bench: Bench, hub: HubServer) -> None:
+    """The token of who may not write there."""
+    hub.add("other/tiny-awq", {})
+    status, events = bench.run("--force", **pushing(hub, HF_AWQ_CHAT_REPO="other/tiny-awq"))
+    assert status == 2 and "may not write to other/tiny-awq" in events[-1]
+    assert not only(events, "quantize.begun")
+
+
+def test_a_push_that_failed_is_made_good_by_the_next_run(bench: Bench, hub: HubServer) -> None:
+    """The result is kept, and not made again; a receipt that was cut counts as none."""
+    failing = "from yaptext.quantize import hub; from yaptext.errors import QuantizeError\n"
+    failing += "def upload(*_): raise QuantizeError('the hub is gone')\nhub.upload = upload"
+    status, events = bench.run("--force", before=failing, **pushing(hub))
+    assert (status, events[-1]) == (1, "yap-text: the hub is gone")
+    bench.check_clean()
+    for receipt in (None, "", "{", "{}", "[]", '{"result": 5, "to": {}}', '{"to": {}}'):
+        if receipt is not None:
+            (bench.row / "pushed-chat.json").write_text(receipt)
+        status, events = bench.run(**pushing(hub))
+        assert status == 0 and not only(events, "quantize.begun"), events
+        assert len(only(events, "hub.uploaded")) == 1
+
+
+def test_one_result_for_both_roles_goes_to_two_repositories(bench: Bench, hub: HubServer) -> None:
+    """Each role has its own."""
+    both = {"DEPLOY_MODELS": "both", "TOOL_MODEL": str(bench.model), "HF_AWQ_TOOL_REPO": "someone/tool-awq"}
+    status, events = bench.run(**both, **pushing(hub))
+    assert status == 0 and len(only(events, "hub.uploaded")) == 2, events
+    assert {"someone/tiny-awq", "someone/tool-awq"} <= set(hub.repos)
+    assert bench.run(**both, **pushing(hub)) == (0, ["quantize.finished_before"])
+
+
+def test_a_model_comes_from_the_hub_and_is_made_anew_with_it(
+    forge: Forge, tmp_path: Path, model: Path, hub: HubServer
+) -> None:
+    """Fetched, quantized, told by its revision; a newer revision that was seen is a reason to do it again."""
+    files = {file.name: file.read_bytes() for file in model.iterdir()}
+    first = hub.add("maker/Tiny-Llama", files).branches["main"][-1].sha
+    bench = Bench(forge, tmp_path / "state", "maker/Tiny-Llama", HF_HOME=str(tmp_path / "hf"))
+    status, events = bench.run()
+    assert status == 0, events
+    found = bench.finished()
+    assert found.manifest["source"] == {"name": "maker/Tiny-Llama", "revision": first, "content": None}
+    card = (found.folder / "README.md").read_text()
+    assert "base_model: maker/Tiny-Llama\n" in card and f"`maker/Tiny-Llama` at revision `{first}`" in card
+    with hub.down():
+        assert bench.run() == (0, ["quantize.finished_before"])
+    (tmp_path / "hf" / "hub" / "models--maker--Tiny-Llama" / "snapshots" / "c0ffee").mkdir()
+    (tmp_path / "hf" / "hub" / "models--maker--Tiny-Llama" / "refs" / "main").write_text("c0ffee")
+    status, events = bench.run(before="from yaptext.quantize import job; job._make = lambda *_: None")
+    assert only(events, "quantize.begun") == [f"quantize.begun made of revision {first}, the newest seen is c0ffee"]
+
+
+def test_the_architecture_is_refused_before_the_download(forge: Forge, tmp_path: Path, hub: HubServer) -> None:
+    """One small file is fetched."""
+    hub.add("maker/moe", {"config.json": b'{"model_type": "mixtral"}', "model.safetensors": bytes(1000)})
+    bench = Bench(forge, tmp_path / "state", "maker/moe", HF_HOME=str(tmp_path / "hf"))
+    status, events = bench.run()
+    assert status == 1 and "cannot quantize the architecture 'mixtral'" in events[-1]
+    assert not hub.asked("GET .*safetensors")

@@ -16,8 +16,8 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -66,22 +66,32 @@ def run(settings: Settings, options: Options) -> None:
         return
     begun = time.monotonic()
     wanted = tasks(settings)
-    todo = [(task, reason) for task in wanted if (reason := _reason(settings, task, options)) is not None]
-    unpushed = wanted if settings.hf_awq_push else []
-    unpushed = [task for task in unpushed if task in dict(todo) or not _is_pushed(settings, task)]
+    todo = [task for task in wanted if _reason(settings, task, options) is not None]
+    if options.when_wanted:
+        todo = [task for task in todo if not _is_awq(settings, task)]
     for task in wanted:
-        if task not in dict(todo):
-            _log.info("quantize.finished_before", model=task.name, folder=str(_result(settings, task).folder))
+        if found := _finished(settings, task) if task not in todo else None:
+            _log.info("quantize.finished_before", model=task.name, folder=str(found.folder))
+    unpushed = todo
+    if not options.when_wanted:  # a start of the service waits for no upload of an earlier day
+        unpushed = [task for task in wanted if task in todo or not _is_pushed(settings, task)]
+    if not settings.hf_awq_push:
+        unpushed = []
     if not todo and not unpushed:
+        _clear_if_free(settings, wanted)
         return
-    with _locked(settings.state), _ended_by_sigterm():
+    with _locked(settings.state), _ended_by_signals() as check_signals:
+        _clear(settings, wanted)
         if unpushed:
             from yaptext.quantize import hub
 
             hub.check(settings, [role for task in unpushed for role in task.roles])
-        for task, reason in todo:
+        for task in todo:
+            if (reason := _reason(settings, task, options)) is None:
+                continue  # another job was quicker, and has ended
             _log.info("quantize.begun", model=task.name, roles=task.roles, reason=reason)
-            _make(settings, task, options)
+            _make(settings, task, options, check_signals)
+            _clear(settings, [task])
         for task in unpushed:
             _push(settings, task)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -91,7 +101,7 @@ def run(settings: Settings, options: Options) -> None:
 def tasks(settings: Settings) -> list[Task]:
     """The float models of the deployed roles, each once. A role with an AWQ checkpoint of its own is left out.
     Raises `SettingsError` where a deployed role has no model."""
-    sources: dict[str, list[Role]] = {}
+    found: dict[Path, tuple[str, list[Role]]] = {}  # by row: a folder may be written in several ways
     is_demo = weights.wants_demo(settings)
     deployed: dict[Role, bool] = {"chat": settings.chat_deployed, "tool": settings.tool_deployed}
     for role in [role for role in deployed if deployed[role]]:
@@ -99,22 +109,21 @@ def tasks(settings: Settings) -> list[Task]:
         model = settings.chat_model if role == "chat" else settings.tool_model
         if given:
             _log.info("quantize.given", role=role, model=given, reason=f"AWQ_{role.upper()}_MODEL")
-        elif is_demo:
-            sources.setdefault(str(demo.place(settings.state)), []).append(role)
-        elif not model:
+            continue
+        if is_demo:
+            model = str(demo.place(settings.state).resolve())  # it may not be there yet, and then has to be found again
+        if not model:
             raise SettingsError(
                 f"{role.upper()}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it to quantize"
             )
-        else:
-            sources.setdefault(model, []).append(role)
+        found.setdefault(shelf.row(settings.state, model), (model, []))[1].append(role)
     return [
-        Task(source, tuple(roles), demo.NAME if is_demo else _name(source), is_demo)
-        for source, roles in sources.items()
+        Task(source, tuple(roles), demo.NAME if is_demo else _name(source), is_demo) for source, roles in found.values()
     ]
 
 
 def _name(source: str) -> str:
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    return Path(source).resolve().name if shelf.is_folder(source) else source
 
 
 # --- what is there already
@@ -122,20 +131,24 @@ def _name(source: str) -> str:
 
 def _recipe(settings: Settings, task: Task) -> dict[str, Any]:
     """What a result depends on besides its source: compared with its manifest's."""
+    from yaptext.dialogue.toolset import ToolSet
     from yaptext.quantize import calibration
 
+    tools = hashlib.sha256(ToolSet.from_file(settings.tools_file).key).hexdigest()[:16]
     return {
         "roles": list(task.roles),
         "group_size": settings.awq_group_size,
         "tokens": settings.awq_calibration_tokens,
         "samples": settings.calibration_samples,
         "text": calibration.fingerprint(settings),
+        "prompts": settings.chat_prompt_format if "chat" in task.roles else None,
+        "tools": tools if "tool" in task.roles else None,
     }
 
 
 def _reason(settings: Settings, task: Task, options: Options) -> str | None:
     """Why the task is to be done; None where a finished result will do."""
-    found = shelf.finished(settings.state, task.source)
+    found = _finished(settings, task)
     if found is None:
         return "no finished result"
     if options.force:
@@ -143,10 +156,11 @@ def _reason(settings: Settings, task: Task, options: Options) -> str | None:
     if options.when_wanted:
         return None  # an update of the service must not cost its next start an hour
     then, now = found.manifest.get("recipe", {}), _recipe(settings, task)
-    changed = [name for name in now if then.get(name) != now[name]]
+    # What the manifest of an earlier version does not tell was no choice then.
+    changed = [name for name in now if name in then and then[name] != now[name]]
     if changed:
-        return ", ".join(f"{name} was {then.get(name)}, is {now[name]}" for name in changed)
-    if not Path(task.source).is_dir():
+        return ", ".join(f"{name} was {then[name]}, is {now[name]}" for name in changed)
+    if not shelf.is_folder(task.source):
         from yaptext.quantize import hub
 
         revision = hub.cached_revision(task.source, settings)
@@ -155,69 +169,105 @@ def _reason(settings: Settings, task: Task, options: Options) -> str | None:
     return None
 
 
-def _result(settings: Settings, task: Task) -> shelf.Finished:
-    found = shelf.finished(settings.state, task.source)
-    if found is None:
-        raise QuantizeError(f"the finished folder of {task.name} has gone from {settings.state / 'awq'}")
-    return found
+def _finished(settings: Settings, task: Task) -> shelf.Finished | None:
+    return shelf.finished(settings.state, task.source)
+
+
+def _is_awq(settings: Settings, task: Task) -> bool:
+    """The service takes an AWQ checkpoint in CHAT_MODEL or TOOL_MODEL, too: there is nothing to do for it."""
+    from yaptext.quantize import hub
+
+    if task.demo or weights.kind_of(task.source, hub.peek_config(task.source, settings)) != "awq":
+        return False
+    _log.info("quantize.given", model=task.name, reason="it has AWQ weights already")
+    return True
+
+
+def _clear(settings: Settings, tasks: list[Task]) -> None:
+    """Deletes what killed jobs left: unfinished folders of any model, and results that a newer one has replaced.
+    For who holds the lock."""
+    for leftover in _leftovers(settings, tasks):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _clear_if_free(settings: Settings, tasks: list[Task]) -> None:
+    if _leftovers(settings, tasks):
+        with suppress(QuantizeError), _locked(settings.state):  # what lies there may be another job's work
+            _clear(settings, tasks)
+
+
+def _leftovers(settings: Settings, tasks: list[Task]) -> list[Path]:
+    leftovers = list((settings.state / "awq").glob("*/.partial-*"))
+    for task in tasks:
+        if found := _finished(settings, task):
+            leftovers += [result for result in found.folder.parent.glob("[0-9]*") if result != found.folder]
+    return leftovers
 
 
 # --- making one
 
 
-def _make(settings: Settings, task: Task, options: Options) -> None:
+def _make(settings: Settings, task: Task, options: Options, check_signals: Callable[[], None]) -> None:
     """Quantizes one model and puts the result on the shelf. Raises `QuantizeError`; nothing half-made is left."""
     row = shelf.row(settings.state, task.source)
-    row.mkdir(parents=True, exist_ok=True)
-    for leftover in row.glob(".partial-*"):  # of a job that was killed: the lock says that none runs
-        shutil.rmtree(leftover, ignore_errors=True)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     partial = row / f".partial-{stamp}"
     try:
-        partial.mkdir()
-        _fill(settings, task, options, partial)
+        partial.mkdir(parents=True)
+        _fill(settings, task, options, partial, check_signals)
         for file in [*partial.iterdir(), partial]:
             _sync(file)
         partial.rename(row / stamp)
         _sync(row)
+        _sync(row.parent)
     except YapError:
         raise
     except Exception as error:  # autoawq, torch and the writers raise what they like
         if _is_full(error):
             raise QuantizeError(f"the disk of {row} is full; nothing was kept of {task.name}") from error
         _log.exception("quantize.crashed", model=task.name)
-        detail = (str(error) or type(error).__name__).splitlines()[0][:300]
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise QuantizeError(f"{task.name} could not be quantized: {detail}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for older in row.glob("[0-9]*"):
-        if older.name != stamp:
-            shutil.rmtree(older, ignore_errors=True)
     _log.info("quantize.kept", model=task.name, folder=str(row / stamp))
 
 
-def _fill(settings: Settings, task: Task, options: Options, partial: Path) -> None:
+def _fill(settings: Settings, task: Task, options: Options, partial: Path, check_signals: Callable[[], None]) -> None:
     os.environ.update(_environment(settings))
+    from yaptext.dialogue.toolset import ToolSet
     from yaptext.quantize import awq, calibration, card, hub, verify
     from yaptext.quantize.progress import Progress
 
     begun = time.monotonic()
     notify(f"STATUS=Preparing {task.name}.")
+    recipe = _recipe(settings, task)  # as it is now: files may change in the hours until the end
+    tools = ToolSet.from_file(settings.tools_file)
     corpus = calibration.read(settings)
-    source = demo.folder(settings.state) if task.demo else None
-    if source is None:
+    if task.demo:
+        folder, revision = demo.folder(settings.state), None
+    else:
         config = hub.peek_config(task.source, settings)
         kind = weights.kind_of(task.source, config)
         if kind != "float":
-            raise QuantizeError(f"{task.source} has {kind} weights already: AWQ is made of float weights, name those")
-    folder, revision = (source, None) if source is not None else hub.download(task.source, settings)
+            made = "quantized" if kind == "other" else kind
+            raise QuantizeError(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
+        awq.check_architecture(config)
+        tell = hub.log_progress("hub.downloading", task.source)
+
+        def come(done: int, total: int) -> None:
+            check_signals()
+            tell(done, total)
+
+        folder, revision = hub.download(task.source, settings, progress=come)
+    content = None if revision else shelf.content(folder)
     plan = awq.plan(folder, settings.awq_group_size)
     free, needed = shutil.disk_usage(partial).free, plan.awq_bytes + _RESERVE_BYTES
     if free < needed:
         raise QuantizeError(
             f"{task.name} needs {needed // 10**6} MB in {partial.parent}, and {free // 10**6} MB are free"
         )
-    samples = asyncio.run(_samples(settings, task, folder, corpus))
+    samples = asyncio.run(_samples(settings, task, folder, corpus, tools))
     _log.info(
         "quantize.planned",
         model=task.name,
@@ -231,7 +281,12 @@ def _fill(settings: Settings, task: Task, options: Options, partial: Path) -> No
     )
     notify(f"STATUS=Measuring {task.name} before it is quantized.")
     reference = verify.Reference(folder, samples.held_out, plan.group_size, on_cuda=settings.on_cuda)
-    with Progress(options.terminal).layers(task.name) as done:
+    with Progress(options.terminal).layers(task.name) as tell_layer:
+
+        def done(layer: awq.Layer) -> None:
+            check_signals()
+            tell_layer(layer)
+
         awq.quantize(folder, partial, samples.calibration, plan.group_size, on_cuda=settings.on_cuda, done=done)
     notify(f"STATUS=Measuring {task.name} after it was quantized.")
     report = reference.compare(partial)
@@ -243,11 +298,11 @@ def _fill(settings: Settings, task: Task, options: Options, partial: Path) -> No
             "nothing was kept. More calibration text may help; --allow-worse keeps it"
         )
     manifest: dict[str, Any] = {
-        "source": {"name": task.name, "revision": revision},
-        "recipe": _recipe(settings, task),
+        "source": {"name": task.name, "revision": revision, "content": content},
+        "recipe": recipe,
         "settings": {"bits": 4, "group_size": plan.group_size, "tokens": settings.awq_calibration_tokens},
         "calibration": {
-            "text": settings.awq_calibration if settings.awq_calibration.startswith(("builtin", "hub:")) else "own",
+            "text": calibration.label(settings),
             "samples": len(samples.calibration),
             "made_of": samples.made_of,
         },
@@ -268,15 +323,14 @@ def _fill(settings: Settings, task: Task, options: Options, partial: Path) -> No
         print(f"\n{card.table(report)}\n")
 
 
-async def _samples(settings: Settings, task: Task, folder: Path, corpus: Any) -> Any:
+async def _samples(settings: Settings, task: Task, folder: Path, corpus: Any, tools: Any) -> Any:
     from transformers import AutoTokenizer
 
-    from yaptext.dialogue.toolset import ToolSet
     from yaptext.engine.codec import HubCodec
     from yaptext.quantize import calibration
 
-    tools = ToolSet.from_file(settings.tools_file)
-    codec = HubCodec(AutoTokenizer.from_pretrained(folder), max_model_len=2**31, block_size=1)
+    # Without False, code that lies beside a tokenizer is offered to be run, at a prompt.
+    codec = HubCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), max_model_len=2**31, block_size=1)
     return await calibration.samples(settings, codec, corpus, task.roles, tools)
 
 
@@ -334,13 +388,14 @@ def _target(settings: Settings, role: Role) -> dict[str, str | None]:
 
 
 def _is_pushed(settings: Settings, task: Task) -> bool:
-    found = shelf.finished(settings.state, task.source)
+    found = _finished(settings, task)
     for role in task.roles:
         try:
-            receipt = json.loads(_receipt(settings, task, role).read_text())
-        except (OSError, ValueError):
-            return False
-        if found is None or receipt.get("result") != found.folder.name or receipt["to"] != _target(settings, role):
+            receipt = json.loads(_receipt(settings, task, role).read_text(encoding="utf-8"))
+            pushed = found is not None and receipt["result"] == found.folder.name
+            if not pushed or receipt["to"] != _target(settings, role):
+                return False
+        except (OSError, ValueError, KeyError, TypeError):
             return False
     return True
 
@@ -348,12 +403,17 @@ def _is_pushed(settings: Settings, task: Task) -> bool:
 def _push(settings: Settings, task: Task) -> None:
     from yaptext.quantize import hub
 
-    found = _result(settings, task)
+    found = _finished(settings, task)
+    if found is None:
+        raise QuantizeError(f"the finished folder of {task.name} has gone from {settings.state / 'awq'}")
     for role in task.roles:
         notify(f"STATUS=Pushing {task.name} to {_target(settings, role)['repo']}.")
         pushed = hub.upload(found.folder, role, settings)
         receipt = {"result": found.folder.name, "to": _target(settings, role), "revision": pushed.revision}
-        _receipt(settings, task, role).write_text(json.dumps(receipt))
+        try:
+            _receipt(settings, task, role).write_text(json.dumps(receipt), encoding="utf-8")
+        except OSError as error:
+            raise QuantizeError(f"{task.name} was pushed, which cannot be noted down: {error}") from error
 
 
 # --- one at a time
@@ -364,30 +424,47 @@ def _locked(state: Path) -> Iterator[None]:
     """Holds the shelf for this job. Raises `QuantizeError` with the other one's process id."""
     try:
         (state / "awq").mkdir(parents=True, exist_ok=True)
-        lock = (state / "awq" / "lock").open("a+", encoding="utf-8")
+        lock = os.open(state / "awq" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise QuantizeError(f"cannot write to {state / 'awq'}: {error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise QuantizeError(f"another job is at work on {state / 'awq'}: {lock.read().strip()}") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()}, since {datetime.now(UTC).isoformat(timespec='seconds')}\n")
-        lock.flush()
-        yield
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the job as Ctrl-C does: what is half-made is cleared away."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()}, since {datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
+    except BlockingIOError:
+        who = os.read(lock, 200).decode(errors="replace").strip()
+        os.close(lock)
+        raise QuantizeError(f"another job is at work on {state / 'awq'}: {who}") from None
+    except OSError as error:
+        os.close(lock)
+        raise QuantizeError(f"cannot write to {state / 'awq'}: {error}") from error
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        os.close(lock)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[Callable[[], None]]:
+    """SIGTERM ends the job as Ctrl-C does, by an exception: what is half-made is cleared away, which no second signal
+    interrupts. Yields what raises the same wherever it is called after the signal: in the threads of a download, for
+    which the exception waits, and where a library has swallowed it."""
+    endings = {signal.SIGTERM: SystemExit(128 + signal.SIGTERM), signal.SIGINT: KeyboardInterrupt()}
+    came: list[int] = []
+
+    def check() -> None:
+        if came:
+            raise endings[signal.Signals(came[0])]
+
+    def end(number: int, _: object) -> None:
+        if not came:
+            came.append(number)
+            check()
+
+    heard = [number for number in endings if signal.getsignal(number) != signal.SIG_IGN]  # as a shell has it for `&`
+    before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
