@@ -22,6 +22,7 @@ from yaptext.engine.base import Engines
 from yaptext.server.app import create_app
 from yaptext.server.connection import Connection
 from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.server.outbox import WRITE_NOW
 from yaptext.settings import Settings
 
 Frame = dict[str, Any]
@@ -30,7 +31,11 @@ Frame = dict[str, Any]
 class MemorySocket:
     """A client and its socket in one: `say` and `leave` are the client's, the rest is what Connection calls."""
 
+    writes_now = True
+    """Whether it has the extension of the service's own protocol; any other server's sockets do not."""
+
     def __init__(self) -> None:
+        self.scope = {"extensions": {WRITE_NOW: self.write_now} if self.writes_now else {}}
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._news = asyncio.Condition()
         self.reading = asyncio.Event()
@@ -65,6 +70,17 @@ class MemorySocket:
 
     async def receive(self) -> dict[str, Any]:
         return await self._inbox.get()
+
+    def write_now(self, frame: bytes) -> bool:
+        if not self.reading.is_set():
+            return False
+        self.frames.append(json.loads(frame))
+        self._telling = asyncio.ensure_future(self._tell())
+        return True
+
+    async def _tell(self) -> None:
+        async with self._news:
+            self._news.notify_all()
 
     async def send_text(self, text: str) -> None:
         await self.reading.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,14 @@ from yaptext.errors import EngineDead, EngineFailed
 
 CALL = '[{"name": "play_music", "arguments": {"query": "mix"}}]'
 YES = Script((CALL,))
+
+
+@pytest.fixture(scope="module", autouse=True, params=[True, False], ids=["written-at-once", "queued"])
+def writes_now(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds on both kinds of sockets."""
+    MemorySocket.writes_now = request.param
+    yield
+    MemorySocket.writes_now = True
 
 
 def ticking(ticks: list[int]) -> Any:

@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket
 from yaptext.dialogue.session import Session
 from yaptext.dialogue.turn import Turn
 from yaptext.errors import BadMessage, Internal, RateLimited, SlowClient, WireError
-from yaptext.server.outbox import Outbox
+from yaptext.server.outbox import WRITE_NOW, Outbox
 from yaptext.wire.messages import (
     Cancel,
     ClientMessage,
@@ -65,6 +65,7 @@ class Connection:
             max_bytes=settings.send_queue_bytes,
             flush_s=settings.stream_flush_ms / 1000,
             on_overflow=self._overflow,
+            write_now=websocket.scope.get("extensions", {}).get(WRITE_NOW),
         )
         self._session: Session | None = None
         self._turn: Turn | None = None

@@ -22,6 +22,7 @@ from yaptext.engine.base import DECIDE, Engines, Sampling
 from yaptext.errors import EngineDead, EngineFailed, GoingAway, YapError
 from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
+from yaptext.server.outbox import WRITE_NOW
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -134,12 +135,22 @@ def going_away() -> GoingAway:
 
 class Protocol(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket protocol, except that a close need not wait for a client that does not read, and that a
-    text frame is written as it is: there are no extensions and no fragments that a library would have to think of."""
+    text frame is written as it is, and by whom has it, without a task in between (`outbox.WRITE_NOW`): there are no
+    extensions and no fragments that a library would have to think of."""
+
+    async def run_asgi(self) -> None:
+        self.scope["extensions"][WRITE_NOW] = self.write_text  # type: ignore[assignment]
+        await super().run_asgi()
+
+    def write_text(self, payload: bytes) -> bool:
+        """Writes one text frame (UTF-8). False, and nothing is written, where the socket cannot take one now."""
+        if not self._may_write():
+            return False
+        self.transport.write(_text_header(len(payload)) + payload)
+        return True
 
     async def send(self, message: Any) -> None:
-        if message.get("text") is not None and self._may_write():
-            payload = message["text"].encode()
-            self.transport.write(_text_header(len(payload)) + payload)
+        if message.get("text") is not None and self.write_text(message["text"].encode()):
             return
         if message["type"] == "websocket.close" or message.pop("urgent", False):
             self.writable.set()

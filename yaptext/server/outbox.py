@@ -1,4 +1,6 @@
-"""The bounded queue between turns and one socket: frames in order, tokens merged while the client is slow."""
+"""The bounded queue between turns and one socket: frames in order, tokens merged while the client is slow.
+
+While the socket takes what comes, nothing is queued: a frame is on its way when `put` or `push` returns."""
 
 from __future__ import annotations
 
@@ -9,6 +11,10 @@ from collections.abc import Awaitable, Callable
 
 from yaptext.wire.messages import ServerMessage, Token, encode
 
+WRITE_NOW = "yaptext.write_now"
+"""The ASGI extension of a socket that has a `WriteNow`; on others every frame goes through the queue and its task."""
+WriteNow = Callable[[bytes], bool]
+"""Writes a frame, or answers False where the socket cannot take one."""
 _TOKEN_FRAME_BYTES = 40
 """What a token frame costs besides its text."""
 
@@ -28,6 +34,10 @@ class TokenStream:
         self.sent_tokens = 0
 
     def push(self, text: str, tokens: int) -> None:
+        if self._outbox.idle and self._outbox.write_now(encode(Token(text=text, turn=self.turn))):
+            self.sent.append(text)
+            self.sent_tokens += tokens
+            return
         self.pending.append(text)
         self.pending_tokens += tokens
         size = len(text) if text.isascii() else len(text.encode())
@@ -60,19 +70,30 @@ class Outbox:
     `flush_s` tokens after the first of a turn gather that long; any other frame takes them along at once.
     """
 
-    def __init__(self, *, max_bytes: int, flush_s: float, on_overflow: Callable[[], None]) -> None:
+    def __init__(
+        self, *, max_bytes: int, flush_s: float, on_overflow: Callable[[], None], write_now: WriteNow | None = None
+    ) -> None:
         self._queue: deque[bytes | TokenStream | None] = deque()
         self._max_bytes, self._flush_s, self._on_overflow = max_bytes, flush_s, on_overflow
         self._bytes = 0
         self._overflowed = False
+        self.write_now = write_now or (lambda _: False)
+        self._writing = True
         self._wake = asyncio.Event()
         self._urgent = asyncio.Event()
+
+    @property
+    def idle(self) -> bool:
+        """True while nothing waits, so that a frame may go out at once without overtaking another."""
+        return not self._queue and not self._writing and not self._flush_s
 
     def open(self, turn: int) -> TokenStream:
         return TokenStream(self, turn)
 
     def put(self, message: ServerMessage) -> None:
         frame = encode(message)
+        if self.idle and self.write_now(frame):
+            return
         self._queue.append(frame)
         self._urgent.set()
         self._grow(len(frame))
@@ -107,8 +128,10 @@ class Outbox:
         last_turn, last_at = 0, 0.0
         while True:
             while not self._queue:
+                self._writing = False
                 self._wake.clear()
                 await self._wake.wait()
+            self._writing = True
             item = self._queue[0]
             if item is None:
                 return
