@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import os
@@ -105,7 +106,7 @@ class VllmEngine(HubCodec):
             raise EngineDead("The engine died.")
 
     async def aclose(self) -> None:
-        self._llm.shutdown(timeout=5)
+        await asyncio.to_thread(self._llm.shutdown, timeout=5)  # it waits for its process
         self._llm.shutdown = lambda timeout=None: None  # __del__ calls it again, when the interpreter is half gone
 
 

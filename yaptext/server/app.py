@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,7 +24,15 @@ from yaptext.dialogue import persona
 from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engines
-from yaptext.errors import AuthenticationFailed, EngineDead, ServerAtCapacity, StartError, WireError, YapError
+from yaptext.errors import (
+    AuthenticationFailed,
+    EngineDead,
+    GoingAway,
+    ServerAtCapacity,
+    StartError,
+    WireError,
+    YapError,
+)
 from yaptext.observe.metrics import CONTENT_TYPE
 from yaptext.server.admission import Admission
 from yaptext.server.connection import Connection
@@ -34,6 +44,7 @@ from yaptext.wire.messages import encode, error_frame
 
 _log = structlog.get_logger(__name__)
 OpenEngines = Callable[[Settings], Engines]
+_OF_PROXIES = ("forwarded", "x-forwarded-for", "via")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +112,7 @@ def create_app(
             async with lifecycle.watching(engines, settings.watchdog_s):
                 yield {"service": Service(settings, stage, admission, keys, lifecycle, time.time())}
         finally:
-            for engine in engines.distinct.values():
-                await engine.aclose()
+            await asyncio.gather(*(engine.aclose() for engine in engines.distinct.values()))
 
     return Starlette(
         routes=[
@@ -194,9 +204,16 @@ async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) ->
     service.stage.metrics.errors.labels(refusal.code).inc()
     _log.info("connection.refused", error_code=refusal.code)
     capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else UNSET
+    frame = encode(error_frame(refusal, capacity=capacity))
     try:
+        if isinstance(refusal, GoingAway) and any(name in websocket.headers for name in _OF_PROXIES):
+            # A proxy can still ask another server, as long as no socket is open. A client gets the frame instead:
+            # browsers are not shown the status of a handshake.
+            wait = {"Retry-After": str(math.ceil((refusal.retry_after_ms or 0) / 1000))}
+            await websocket.send_denial_response(Response(frame, 503, wait, media_type="application/json"))
+            return
         await websocket.accept()
-        await websocket.send_text(encode(error_frame(refusal, capacity=capacity)).decode())
+        await websocket.send_text(frame.decode())
         await websocket.close(refusal.close_code or 1011)
     except WebSocketDisconnect:
         pass  # it left before it was told

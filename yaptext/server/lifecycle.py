@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import random
+import signal
 import socket
 import struct
-from collections.abc import AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from types import FrameType
 from typing import Any, Literal
@@ -30,6 +33,10 @@ _WATCH_S = 0.5
 _FIRST_PASSED_FD = 3
 _RETRY_AFTER_MS = (1000, 4000)
 """Clients of a restart come back spread over this window, not all at once."""
+_CLOSE_EVERY_S, _CLOSES_WITHIN_S = 0.02, 1.0
+"""A drain closes sockets one by one, so that neither this process nor the next, or a proxy, has them all at once."""
+_LEAVE_S = 3.0
+"""How long clients may take to read their close."""
 
 Phase = Literal["starting", "ready", "draining", "dead"]
 
@@ -103,25 +110,27 @@ class Lifecycle:
             await asyncio.sleep(_WATCH_S)
 
     async def drain(self, admission: Admission, timeout_s: float) -> None:
-        """Refuses new sockets, lets running turns finish within the time, then sends everyone away."""
+        """Refuses new sockets, lets running turns finish within the time, then sends everyone away, one by one."""
         if self.phase == "ready":
             self.phase = "draining"
             notify("STOPPING=1", "STATUS=Finishing the running turns.")
             _log.info("drain.begun", connections=len(admission.connections), timeout_s=timeout_s)
-            deadline = asyncio.get_running_loop().time() + timeout_s
-            while any(c.busy for c in admission.connections):
-                if asyncio.get_running_loop().time() >= deadline:
-                    break
-                await asyncio.sleep(0.02)
+            await _wait(lambda: not any(c.busy for c in admission.connections), timeout_s)
             cut = sum(c.busy for c in admission.connections)
-            for connection in list(admission.connections):
+            leaving = list(admission.connections)
+            random.shuffle(leaving)
+            for connection in leaving:
                 connection.end(going_away())
-            while admission.connections:
-                if asyncio.get_running_loop().time() >= deadline + 3:
-                    break
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(min(_CLOSE_EVERY_S, _CLOSES_WITHIN_S / len(leaving)))
+            await _wait(lambda: not admission.connections, _LEAVE_S)
             _log.info("drain.finished", turns_cut=cut)
         self.exit_requested.set()
+
+
+async def _wait(over: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not over() and time.monotonic() < deadline:  # noqa: ASYNC110  # of many connections
+        await asyncio.sleep(0.02)
 
 
 def _silence_uvicorn() -> None:
@@ -231,11 +240,10 @@ class Server(uvicorn.Server):
         if not self.started:
             _silence_uvicorn()
             raise SystemExit(128 + sig)
+        # Nothing more in here: a handler may interrupt a log line.
+        self._loop.call_soon_threadsafe(self.begin_drain if first else self._end_at_once)
         if not first:
-            self.force_exit = True
-            self._loop.call_soon_threadsafe(self.lifecycle.exit_requested.set)
-            return
-        self._loop.call_soon_threadsafe(self.begin_drain)  # nothing more: a handler may interrupt a log line
+            signal.signal(sig, signal.SIG_DFL)  # a third one needs no loop
 
     def begin_drain(self) -> None:
         if self.drained is None:
@@ -244,6 +252,13 @@ class Server(uvicorn.Server):
                     server.close()  # who comes now waits in systemd's socket for the next process
             admission = self.lifespan.state["service"].admission
             self.drained = asyncio.create_task(self.lifecycle.drain(admission, self._settings.drain_timeout_s))
+
+    def _end_at_once(self) -> None:
+        """Waits for nothing, not even for an engine that is closing."""
+        _log.warning("drain.abandoned", signal=self._stop_signal)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + (self._stop_signal or 0))
 
     @property
     def exit_status(self) -> int:
