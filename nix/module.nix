@@ -45,7 +45,10 @@ let
     logrotate = if cfg.logFile == null then null else "${pkgs.logrotate}/bin/logrotate";
     # A switch restarts it. By default it would stop it and leave the start to the socket's next client, who would
     # wait for the models.
-    service = [ "X-StopIfChanged=false" ];
+    service = [
+      "X-StopIfChanged=false"
+    ]
+    ++ (if cfg.sessionKeyFile == null then [ ] else [ "LoadCredential=SESSION_STORE_KEY:${cfg.sessionKeyFile}" ]);
   };
   # [Install] sections mean nothing to NixOS.
   wantedBy = {
@@ -84,7 +87,7 @@ in
       };
       description = ''
         The variables of `yap-text serve --help` by name; `null` leaves one at its default. They are readable by every
-        user of the machine, so keys and tokens come in files (`apiKeyFile`, `hfTokenFile`).
+        user of the machine, so keys and tokens come in files (`apiKeyFile`, `hfTokenFile`, `sessionKeyFile`).
       '';
     };
 
@@ -100,6 +103,13 @@ in
       default = null;
       example = "/run/secrets/hf-token";
       description = "File that holds the hub token, for private or gated models and for uploads; root reads it.";
+    };
+
+    sessionKeyFile = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "/run/secrets/yap-text-session-key";
+      description = "File that holds the key of `SESSION_STORE`, at least 16 characters; root reads it.";
     };
 
     host = mkOption {
@@ -169,6 +179,7 @@ in
           "HF_TOKEN"
           "HUGGING_FACE_HUB_TOKEN"
           "HUGGINGFACE_HUB_TOKEN"
+          "SESSION_STORE_KEY"
         ];
         ofTheSocket = chosenOf [
           "HOST"
@@ -188,10 +199,10 @@ in
           assertion = secrets == [ ];
           message =
             "services.yap-text.settings.${builtins.concatStringsSep ", " secrets} would be readable by every user of "
-            + "the machine: name a file in services.yap-text.apiKeyFile or hfTokenFile.";
+            + "the machine: name a file in services.yap-text.apiKeyFile, hfTokenFile or sessionKeyFile.";
         }
         {
-          assertion = !inStore cfg.apiKeyFile && !inStore cfg.hfTokenFile;
+          assertion = !inStore cfg.apiKeyFile && !inStore cfg.hfTokenFile && !inStore cfg.sessionKeyFile;
           message = "services.yap-text: a key or token in the Nix store is readable by every user of the machine.";
         }
         {

@@ -174,6 +174,8 @@ BAD = [
     ("IDLE_TIMEOUT_S", "-1", "0"),
     ("IDLE_TIMEOUT_S", "nan", "0"),
     ("SESSION_TTL_S", "0", "greater than 0"),
+    ("SESSION_STORE", "redis://host", "memory"),
+    ("SESSION_STORE", "sqlite:", "sqlite"),
     ("DEPLOY_MODELS", "all", "'both', 'chat' or 'tool'"),
     ("QUANTIZATION", "int3", "'auto', 'none', 'fp8', 'awq' or 'gptq'"),
     ("SHARE_ENGINE", "perhaps", "boolean"),
@@ -232,7 +234,7 @@ def test_secrets_are_in_no_error(env: pytest.MonkeyPatch, other: dict[str, str])
     assert SECRET not in refusal(env, YAP_TEXT_API_KEY=SECRET, HF_TOKEN=SECRET, **other)
 
 
-@pytest.mark.parametrize("name", ["YAP_TEXT_API_KEY", "HF_TOKEN"])
+@pytest.mark.parametrize("name", ["YAP_TEXT_API_KEY", "HF_TOKEN", "SESSION_STORE_KEY"])
 def test_a_bad_secret_is_named_but_not_shown(env: pytest.MonkeyPatch, name: str) -> None:
     """The line hides the value of a secret, whatever is wrong with it."""
     with pytest.raises(SettingsError) as caught:
@@ -416,13 +418,24 @@ def test_the_state_folder(env: pytest.MonkeyPatch) -> None:
     assert load(env, YAP_TEXT_STATE_DIR="/own").state == Path("/own")
 
 
+def test_the_session_file(env: pytest.MonkeyPatch) -> None:
+    """None by default; a relative path is under the state folder."""
+    assert load(env).session_file is None
+    env.setenv("YAP_TEXT_STATE_DIR", "/own")
+    assert load(env, SESSION_STORE="sqlite:sessions.db").session_file == Path("/own/sessions.db")
+    assert load(env, SESSION_STORE="sqlite:/data/sessions.db").session_file == Path("/data/sessions.db")
+
+
 def test_credentials_win_over_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd's files hold the key and the token; white space around them does not count, an empty file neither."""
     (tmp_path / "YAP_TEXT_API_KEY").write_text("from-a-file\n")
     (tmp_path / "HF_TOKEN").write_text("\n")
+    (tmp_path / "SESSION_STORE_KEY").write_text("also-from-a-file\n")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     monkeypatch.setenv("YAP_TEXT_API_KEY", "from-the-environment")
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
     settings = Settings.load()
     assert settings.api_key.get_secret_value() == "from-a-file"
     assert settings.hf_token is not None and settings.hf_token.get_secret_value() == "hf_environment"
+    assert settings.session_store_key is not None
+    assert settings.session_store_key.get_secret_value() == "also-from-a-file"

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     session_ttl_s: float = _env("SESSION_TTL_S", 3600.0, "A session unused for this long is forgotten.", gt=0)
     max_sessions: int = _env("MAX_SESSIONS", 10_000, "Sessions kept; the least recently used goes first.", ge=1)  # fmt: skip
 
+    session_store: str = _env("SESSION_STORE", "memory", "`memory`, or `sqlite:PATH` for sessions that outlive a restart; a relative path is under the state folder.", pattern=r"^(memory|sqlite:.+)$")  # fmt: skip
+    session_store_key: SecretStr | None = _env("SESSION_STORE_KEY", None, "Encrypts that file; without a key its texts are plain, for this user's eyes only (0600).", min_length=16)  # fmt: skip
+
     # --- models
     deploy_models: Literal["both", "chat", "tool"] = _env("DEPLOY_MODELS", "both", "Which models to deploy.")
     chat_model: str | None = _env("CHAT_MODEL", None, "Chat model: a hub id or a local folder. Where no model is named at all, the embedded demo model serves.")  # fmt: skip
@@ -122,7 +125,7 @@ class Settings(BaseSettings):
     watchdog_usec: int | None = _env("WATCHDOG_USEC", None, "Set by systemd (`WatchdogSec=`): the engines are asked for a token twice in this time.", ge=1)  # fmt: skip
     listen_fds: int = _env("LISTEN_FDS", 0, "Set by systemd: 1 where it holds the listening socket (`yap-text.socket`).", ge=0, le=1)  # fmt: skip
     listen_pid: int | None = _env("LISTEN_PID", None, "Set by systemd: the process that socket is meant for.")
-    credentials_directory: Path | None = _env("CREDENTIALS_DIRECTORY", None, "Set by systemd (`LoadCredential=`): files named `YAP_TEXT_API_KEY` and `HF_TOKEN` win over the environment.")  # fmt: skip
+    credentials_directory: Path | None = _env("CREDENTIALS_DIRECTORY", None, "Set by systemd (`LoadCredential=`): files named `YAP_TEXT_API_KEY`, `HF_TOKEN` and `SESSION_STORE_KEY` win over the environment.")  # fmt: skip
     state_directory: Path | None = _env("STATE_DIRECTORY", None, "Set by systemd (`StateDirectory=`).")
 
     @model_validator(mode="after")
@@ -177,6 +180,11 @@ class Settings(BaseSettings):
     @property
     def state(self) -> Path:
         return self.state_dir or self.state_directory or Path.home() / ".local/state/yap-text"
+
+    @property
+    def session_file(self) -> Path | None:
+        kind, _, path = self.session_store.partition(":")
+        return self.state / path if kind == "sqlite" else None
 
     @property
     def tool_timeout_s(self) -> float:
@@ -247,7 +255,7 @@ class _MovedNames(PydanticBaseSettingsSource):
 class _Credentials(_MovedNames):
     def __call__(self) -> dict[str, Any]:
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        files = [Path(folder, name) for name in ("YAP_TEXT_API_KEY", "HF_TOKEN")] if folder else []
+        files = [Path(folder, name) for name in ("YAP_TEXT_API_KEY", "HF_TOKEN", "SESSION_STORE_KEY")] if folder else []
         return {file.name: text for file in files if file.is_file() and (text := file.read_text().strip())}
 
 

@@ -78,6 +78,7 @@ let
     };
     apiKeyFile = "/run/secrets/key";
     hfTokenFile = "/run/secrets/token";
+    sessionKeyFile = "/run/secrets/session-key";
     host = "0.0.0.0";
     port = 9000;
     openFirewall = true;
@@ -127,7 +128,7 @@ in
         ]
         [
           "LimitCORE=0\n\n[Install]\nWantedBy=multi-user.target\nAlso"
-          "LimitCORE=0\nX-StopIfChanged=false\n\n[Install]\nWantedBy=multi-user.target\nAlso"
+          "LimitCORE=0\nX-StopIfChanged=false\nLoadCredential=SESSION_STORE_KEY:/run/secrets/session-key\n\n[Install]\nWantedBy=multi-user.target\nAlso"
         ]
       ]
     ) committed;
@@ -231,6 +232,11 @@ in
   a-tool-model-is-missing = fires { settings = { inherit (models) CHAT_MODEL; }; } "TOOL_MODEL";
   a-key-in-settings = fires { settings = models // { YAP_TEXT_API_KEY = "plain"; }; } "YAP_TEXT_API_KEY.*apiKeyFile";
   a-token-in-settings = fires { settings = models // { HF_TOKEN = "plain"; }; } "HF_TOKEN.*hfTokenFile";
+  a-session-key-in-settings = fires {
+    settings = models // {
+      SESSION_STORE_KEY = "plain";
+    };
+  } "SESSION_STORE_KEY.*sessionKeyFile";
   a-key-in-the-store = fires {
     settings = models;
     apiKeyFile = "${builtins.storeDir}/key";

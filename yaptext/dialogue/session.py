@@ -6,10 +6,12 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from yaptext.dialogue.history import Transcript
 from yaptext.dialogue.persona import Persona
+from yaptext.dialogue.sessionfile import SessionFile
+from yaptext.settings import Settings
 
 if TYPE_CHECKING:
     from yaptext.dialogue.toolset import ToolSet
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 SessionKey = tuple[str, str]
 """(name of the API key, session_id): nobody reaches another key's sessions."""
+_FLUSH_S = 5.0
 
 
 class Session:
@@ -41,11 +44,31 @@ class Session:
 
 class SessionStore:
     """Sessions by key, least recently used first. Bounded in number and in idle time; a session whose turn
-    runs is never dropped."""
+    runs is never dropped. With a `file` a restart finds them again."""
 
-    def __init__(self, *, max_sessions: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        max_sessions: int,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        file: SessionFile | None = None,
+    ) -> None:
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
-        self._max, self._ttl_s, self._clock = max_sessions, ttl_s, clock
+        self._max, self._ttl_s, self._clock, self._file = max_sessions, ttl_s, clock, file
+        for age_s, kept in file.load() if file is not None else ():
+            session = self._sessions[kept.key] = Session(kept.key)
+            session.used_at = clock() - age_s
+            kept.fill(session)
+
+    @classmethod
+    def of(cls, settings: Settings) -> SessionStore:
+        """The store of `SESSION_STORE`, with what its file holds. Blocks. Raises as `SessionFile.load` does."""
+        path, secret = settings.session_file, settings.session_store_key
+        bounds: dict[str, Any] = {"max_sessions": settings.max_sessions, "ttl_s": settings.session_ttl_s}
+        if path is None:
+            return cls(**bounds)
+        return cls(**bounds, file=SessionFile(path, secret.get_secret_value() if secret else None, **bounds))
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -66,6 +89,21 @@ class SessionStore:
         self._sessions.move_to_end(key)
         self._drop()
         return session
+
+    def keep(self, session: Session) -> None:
+        """To be called when a session has changed."""
+        if self._file is not None:
+            self._file.put(session)
+
+    def start(self) -> None:
+        """Begins to write the file, once the engines' processes run."""
+        if self._file is not None:
+            self._file.start()
+
+    def close(self) -> None:
+        """Writes what the file lacks. Blocks, for a few seconds at most."""
+        if self._file is not None:
+            self._file.close(_FLUSH_S)
 
     def _drop(self) -> None:
         now = self._clock()

@@ -39,8 +39,10 @@ class Stage:
     decider: Decider | None
 
     @classmethod
-    async def open(cls, settings: Settings, engines: Engines, tools: ToolSet) -> Stage:
-        """Learns the models' templates."""
+    async def open(
+        cls, settings: Settings, engines: Engines, tools: ToolSet, sessions: SessionStore | None = None
+    ) -> Stage:
+        """Learns the models' templates. `sessions` are new ones of the settings unless given."""
         prompts = decider = None
         if engines.chat is not None:
             prompts = await ChatPrompts.open(engines.chat, settings.chat_prompt_format, Limits.of(settings))
@@ -54,8 +56,9 @@ class Stage:
                 timeout_s=settings.tool_timeout_s,
                 threshold=settings.tool_yes_threshold,
             )
-        store = SessionStore(max_sessions=settings.max_sessions, ttl_s=settings.session_ttl_s)
-        return cls(settings, engines, store, Metrics(), prompts, decider)
+        sessions = SessionStore.of(settings) if sessions is None else sessions
+        sessions.start()
+        return cls(settings, engines, sessions, Metrics(), prompts, decider)
 
     async def prime(self) -> None:
         """One throw-away decision and reply, so that the first user finds both engines and the fixed tool

@@ -38,7 +38,7 @@ class ToolSet:
     """A validated list of tools, with the JSON schema of the decisions it allows: `schema`, or `call_schema` where no
     is not among them."""
 
-    __slots__ = ("call_schema", "examples", "key", "names", "schema", "tools")
+    __slots__ = ("call_schema", "examples", "given", "key", "names", "schema", "tools")
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
         """Takes `{"name", "description", "parameters", "examples"}` or the same under `"function"`; all but the
@@ -49,6 +49,7 @@ class ToolSet:
             size = len(msgspec.json.encode(tools))
             if size > MAX_TOOLS_BYTES:
                 raise BadMessage(f"tools are {size} bytes of JSON; limit is {MAX_TOOLS_BYTES} - at $.tools")
+            self.given = tools
             self.tools = [_plain(tool, index) for index, tool in enumerate(tools)]
             self.names = [tool["name"] for tool in self.tools]
             self.examples = [

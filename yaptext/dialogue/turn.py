@@ -291,6 +291,7 @@ class Turn:
         """The last step, whatever came before it."""
         if self._begun and outcome not in ("finished", "cancelled"):
             self._session.transcript.add_turn(self._utterance, self._sink.retract())
+        self._stage.sessions.keep(self._session)
         if self._session.current is self:
             # One that it still waited for ends a moment later: the next turn has to wait for that.
             self._session.current = next((turn for turn in reversed(self._after) if not turn.finished.is_set()), None)

@@ -21,6 +21,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from yaptext import __version__
 from yaptext.dialogue import persona
+from yaptext.dialogue.session import SessionStore
 from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engines
@@ -93,12 +94,13 @@ def create_app(
             # Before the engines: a typo is told at once.
             tools = ToolSet.from_file(settings.tools_file)
             persona.check_style(settings.default_persona_style)
+            sessions = SessionStore.of(settings)
             engines = open_engines(settings)
         except YapError as error:
             lifecycle.fail(error)
             raise
         try:
-            stage = await Stage.open(settings, engines, tools)
+            stage = await Stage.open(settings, engines, tools, sessions)
             begun = time.monotonic()
             try:
                 await stage.prime()
@@ -112,7 +114,8 @@ def create_app(
             async with lifecycle.watching(engines, settings.watchdog_s):
                 yield {"service": Service(settings, stage, admission, keys, lifecycle, time.time())}
         finally:
-            await asyncio.gather(*(engine.aclose() for engine in engines.distinct.values()))
+            closing = [engine.aclose() for engine in engines.distinct.values()]
+            await asyncio.gather(asyncio.to_thread(sessions.close), *closing)
 
     return Starlette(
         routes=[

@@ -174,6 +174,7 @@ class Connection:
         if self._session is not None and message.heard_chars is not None and self._session.current is None:
             # The reply was sent whole, but playback was cut short.
             self._session.transcript.cut_reply(message.heard_chars)
+            self._stage.sessions.keep(self._session)
         self._send(Done(turn=0, cancelled=True, cancel_ms=0.0, tokens_sent=0))
 
     def _set_persona(self, message: SetPersona) -> None:
@@ -185,6 +186,7 @@ class Connection:
             raise BadMessage("Object missing required field session_id, since no start came before - at $")
         session.persona = self._stage.merge(session.persona, message)
         self._session = self._session or session
+        self._stage.sessions.keep(session)
         self._send(self._stage.ack("set_persona", session, session.persona, session.turns, session.seed))
 
     def _warm(self, message: WarmPersona | WarmHistory) -> None:

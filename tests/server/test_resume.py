@@ -1,0 +1,100 @@
+"""What a session is when its client comes back: after a cut, and after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from conftest import Running, service
+from fakes import Gate, Script, ScriptedEngine
+
+from yaptext.engine.base import Engines
+
+PERSONA = {"persona_text": "You are Ada, who counts."}
+
+
+async def turn(running: Running, utterance: str, session_id: str = "s", **fields: Any) -> int:
+    """Says something over a socket of its own; returns the turn's number."""
+    async with running.connect() as socket:
+        start = {"type": "start", "session_id": session_id, "user_utterance": utterance, **fields}
+        await socket.send(json.dumps(start))
+        async with asyncio.timeout(20):
+            while (frame := json.loads(await socket.recv()))["type"] != "done":
+                assert frame["type"] != "error", frame
+        return int(frame["turn"])
+
+
+def prompt(engine: ScriptedEngine) -> str:
+    """What the engine was asked last."""
+    return engine.decode(engine.requests[-1][0])
+
+
+def chat_only(**script: Any) -> tuple[ScriptedEngine, Engines]:
+    engine = ScriptedEngine(**script)
+    return engine, Engines(engine, None)
+
+
+async def test_a_cut_socket_loses_nothing_that_was_heard() -> None:
+    """The network goes in the middle of a reply: the conversation goes on with what was sent of it."""
+    engine, engines = chat_only()
+    async with service(engines, DEPLOY_MODELS="chat") as running:
+        gate = Gate()
+        await turn(running, "remember four", **PERSONA)
+        engine.chat = Script(["Four", " it", " is"], pace=gate)
+        socket = await running.connect()
+        await socket.send(json.dumps({"type": "start", "session_id": "s", "user_utterance": "and five"}))
+        gate.step()
+        while json.loads(await socket.recv())["type"] != "token":
+            pass
+        socket.transport.abort()
+        async with asyncio.timeout(10):
+            while running.active:  # noqa: ASYNC110  # a slot has no event
+                await asyncio.sleep(0.01)
+        engine.chat = Script(["Nine."])
+        assert await turn(running, "the sum?") == 3
+        for text in ("You are Ada", "remember four", "Hello there.", "and five", "Assistant: Four\n", "the sum?"):
+            assert text in prompt(engine), text
+
+
+async def test_a_restart_keeps_conversations(tmp_path: Path) -> None:
+    """SESSION_STORE=sqlite: the next process's prompt has persona and transcript, also of a turn that the drain cut and
+    of what was set without a turn."""
+    stored = {"DEPLOY_MODELS": "chat", "YAP_TEXT_STATE_DIR": tmp_path, "SESSION_STORE": "sqlite:sessions.db"}
+    engine, engines = chat_only()
+    async with service(engines, **stored, DRAIN_TIMEOUT_S=0) as running:
+        await turn(running, "remember four", **PERSONA)
+        async with running.connect() as socket:
+            await socket.send(json.dumps({"type": "set_persona", "session_id": "set", **PERSONA}))
+            gate = Gate()
+            engine.chat = Script(["Five", " it", " is"], pace=gate)
+            await socket.send(json.dumps({"type": "start", "session_id": "s", "user_utterance": "and five"}))
+            gate.step()
+            while json.loads(await socket.recv())["type"] != "token":
+                pass
+            running.server.begin_drain()
+            while json.loads(await socket.recv())["type"] != "error":
+                pass
+        assert running.server.drained is not None
+        await running.server.drained
+    engine, engines = chat_only()
+    async with service(engines, **stored) as running:
+        assert await turn(running, "the sum?") == 3
+        for text in ("You are Ada", "remember four", "Hello there.", "and five", "Assistant: Five\n", "the sum?"):
+            assert text in prompt(engine), text
+        assert await turn(running, "hi", "set") == 1
+        assert "You are Ada" in prompt(engine)
+        await turn(running, "hi", "another")
+        assert "You are Ada" not in prompt(engine)
+
+
+async def test_by_default_a_restart_forgets(tmp_path: Path) -> None:
+    """SESSION_STORE=memory: nothing that was said touches the disk."""
+    for _ in range(2):
+        engine, engines = chat_only()
+        async with service(engines, DEPLOY_MODELS="chat", YAP_TEXT_STATE_DIR=tmp_path) as running:
+            assert await turn(running, "remember four") == 1
+    assert "four" not in prompt(engine).replace("remember four", "", 1)
+    assert os.listdir(tmp_path) == []

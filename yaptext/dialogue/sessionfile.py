@@ -1,0 +1,322 @@
+"""The session file: sessions in SQLite, written behind the turns and read by the next start.
+
+No turn waits for it: `put` leaves a copy, and one thread writes what has changed. Rows are found by a hash, and with a
+key nothing in them can be read. What the disk refuses is told in one line, kept in memory and tried again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import structlog
+
+from yaptext.dialogue.history import Message, Speaker
+from yaptext.dialogue.persona import Persona, styles
+from yaptext.dialogue.toolset import ToolSet
+from yaptext.errors import BadMessage, SettingsError, StartError, YapError
+
+if TYPE_CHECKING:
+    from yaptext.dialogue.session import Session, SessionKey
+
+_log = structlog.get_logger(__name__)
+_APPLICATION_ID = 0x59617031
+"""Marks a database as ours, in this form of its table."""
+_SQLITE = b"SQLite format 3\0"
+_GATHER_S, _RETRY_S, _SWEEP_S = 0.5, 5.0, 60.0
+"""What changes within the first goes into one write; a failed one is tried again; what has expired is deleted."""
+_CLOCK_STEP_S = 1.0
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What is kept of one session."""
+
+    key: tuple[str, str]
+    persona: Persona
+    seed: int
+    turns: int
+    messages: list[tuple[Speaker, str]]
+    tools: Sequence[dict[str, Any]] | None
+
+    @classmethod
+    def of(cls, session: Session) -> Kept:
+        said = [(message.speaker, message.text) for message in session.transcript.messages]
+        tools = session.tools.given if session.tools is not None else None
+        return cls(session.key, session.persona, session.seed, session.turns, said, tools)
+
+    def fill(self, session: Session) -> None:
+        """Makes a new session what the kept one was, less a style or tools that this version does not know."""
+        known = self.persona.style in styles()
+        session.persona = self.persona if known else replace(self.persona, style=None)
+        session.seed, session.turns = self.seed, self.turns
+        session.transcript.messages = [Message(speaker, text) for speaker, text in self.messages]
+        with suppress(BadMessage):
+            session.tools = None if self.tools is None else _tool_set(msgspec.json.encode(self.tools))
+
+
+@lru_cache
+def _tool_set(tools: bytes) -> ToolSet:
+    """Thousands of sessions may have the same few lists."""
+    return ToolSet(msgspec.json.decode(tools))
+
+
+class SessionFile:
+    """One file, held by one process. `load` once, then `start`, `put` at will, and `close`."""
+
+    def __init__(
+        self,
+        path: Path,
+        secret: str | None,
+        *,
+        max_sessions: int,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._path, self._seal = path, _Seal(secret)
+        self._max, self._ttl_s, self._clock, self._wall = max_sessions, ttl_s, clock, wall
+        self._wall_offset = wall() - clock()
+        self._guard = threading.Lock()
+        self._waiting: dict[SessionKey, tuple[float, Kept]] = {}
+        self._writing: Mapping[SessionKey, tuple[float, Kept]] = {}
+        self._failing = False
+        self._sweep_at = 0.0
+        self._lock: int | None = None
+        self._database: sqlite3.Connection | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
+
+    def load(self) -> list[tuple[float, Kept]]:
+        """What was kept, each with the seconds since its last use, oldest first. Blocks.
+
+        Raises `SettingsError` for a file that is something else, `StartError` where another process holds it. What the
+        system refuses is no error: then there is nothing yet, and writing is tried later.
+        """
+        try:
+            with closing(self._connect()) as database:
+                rows = database.execute("SELECT id, used_at, body FROM session ORDER BY used_at").fetchall()
+        except (OSError, sqlite3.Error) as error:
+            self._fail(error)
+            return []
+        opened = [(max(0.0, self._wall() - used_at), self._seal.open(id, body)) for id, used_at, body in rows]
+        found = [(age_s, kept) for age_s, kept in opened if kept is not None]
+        _log.info("sessions.restored", file=str(self._path), sessions=len(found))
+        if unread := len(rows) - len(found):
+            _log.warning(
+                "sessions.unreadable",
+                file=str(self._path),
+                sessions=unread,
+                hint="written under another SESSION_STORE_KEY, or by another version; they stay until they expire",
+            )
+        return found
+
+    def start(self) -> None:
+        """Begins to write. After the engines' processes are there: they should not inherit a thread's state."""
+        self._thread.start()
+
+    def put(self, session: Session) -> None:
+        """Has the session written soon, as it is now. Never waits for the disk."""
+        kept = (session.used_at, Kept.of(session))
+        with self._guard:
+            self._waiting.pop(session.key, None)
+            self._waiting[session.key] = kept
+            if len(self._waiting) > self._max:
+                del self._waiting[next(iter(self._waiting))]
+
+    def close(self, timeout_s: float) -> None:
+        """Writes what waits, within the time; tells how many sessions could not be. Blocks."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        lost = len({*self._waiting, *self._writing})
+        if lost:
+            _log.error("sessions.lost", file=str(self._path), sessions=lost)
+        if self._lock is not None and not self._thread.is_alive():
+            os.close(self._lock)
+            self._lock = None
+
+    # --- the thread
+
+    def _run(self) -> None:
+        while not self._stop.wait(_RETRY_S if self._failing else _GATHER_S):
+            self._write()
+        self._sweep_at = 0.0
+        self._write()
+        if self._database is not None:
+            self._database.close()
+
+    def _write(self) -> None:
+        with self._guard:
+            self._writing, self._waiting = self._waiting, {}
+        due = self._clock() >= self._sweep_at
+        if not self._writing and not due:
+            return
+        try:
+            if self._database is None:
+                self._database = self._connect()
+            elif not self._path.exists():
+                raise FileNotFoundError(f"{self._path} was removed")
+            self._save(self._database)
+            if due:  # also from the log of writes nothing deleted can be read
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._sweep_at = self._clock() + _SWEEP_S
+        except (OSError, sqlite3.Error, YapError) as error:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+            with self._guard:
+                self._waiting = {**self._writing, **self._waiting}
+            self._fail(error)
+        else:
+            if self._failing:
+                _log.info("sessions.saved", file=str(self._path), sessions=len(self._writing))
+            self._failing = False
+        self._writing = {}
+
+    def _save(self, database: sqlite3.Connection) -> None:
+        """One transaction: what has changed, and the bounds of number and age."""
+        step = self._wall() - self._clock() - self._wall_offset
+        database.execute("BEGIN IMMEDIATE")
+        if abs(step) > _CLOCK_STEP_S:  # the clock was set, or the machine slept: nobody's session is older for that
+            self._wall_offset += step
+            database.execute("UPDATE session SET used_at = used_at + ?", (step,))
+        rows = (
+            (id := self._seal.id(kept.key), used_at + self._wall_offset, self._seal.close(id, kept))
+            for used_at, kept in self._writing.values()
+        )
+        database.executemany("INSERT OR REPLACE INTO session VALUES (?, ?, ?)", rows)
+        self._purge(database)
+        database.execute("COMMIT")
+
+    def _purge(self, database: sqlite3.Connection) -> None:
+        oldest = self._clock() + self._wall_offset - self._ttl_s
+        database.execute("DELETE FROM session WHERE used_at < ?", (oldest,))
+        over = "SELECT id FROM session ORDER BY used_at DESC LIMIT -1 OFFSET ?"
+        database.execute(f"DELETE FROM session WHERE id IN ({over})", (self._max,))
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failing:
+            _log.warning(
+                "sessions.unsaved",
+                file=str(self._path),
+                error=str(error),
+                sessions=len(self._waiting),
+                hint="conversations go on; a restart before it can be written again would forget them",
+            )
+        self._failing = True
+
+    # --- the file
+
+    def _connect(self) -> sqlite3.Connection:
+        """The database, made where there is none; a damaged one is moved aside."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._hold()
+        try:
+            return self._open()
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise
+        with self._path.open("rb") as file:
+            if file.read(16).strip(b"\0") not in (b"", _SQLITE.strip(b"\0")):
+                raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is no database")
+        aside = f"{self._path}.damaged-{int(self._wall())}"
+        for suffix in ("-wal", "-shm", ""):
+            if os.path.exists(f"{self._path}{suffix}"):
+                os.rename(f"{self._path}{suffix}", aside + suffix)
+        _log.error("sessions.damaged", file=str(self._path), moved_to=aside, hint="begun anew, without what was kept")
+        return self._open()
+
+    def _hold(self) -> None:
+        """Takes the file for this process. The lock is none that the engines' processes inherit."""
+        if self._lock is not None:
+            return
+        lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            who = os.read(lock, 20).decode(errors="replace")
+            os.close(lock)
+            raise StartError(f"SESSION_STORE={str(self._path)!r} is in use by process {who}") from None
+        self._lock = lock
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+
+    def _open(self) -> sqlite3.Connection:
+        self._path.touch(0o600)
+        self._path.chmod(0o600)
+        database = sqlite3.connect(self._path, timeout=1, isolation_level=None)
+        try:
+            (owner,), (tables,) = (
+                database.execute(question).fetchone()
+                for question in ("PRAGMA application_id", "SELECT count(*) FROM sqlite_schema")
+            )
+            if tables and owner != _APPLICATION_ID:
+                raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is another database")
+            (health,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if health != "ok":
+                damage = sqlite3.DatabaseError(health)
+                damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+                raise damage
+            for pragma in (
+                "journal_mode=WAL",
+                "synchronous=FULL",
+                "secure_delete=ON",
+                f"application_id={_APPLICATION_ID}",
+            ):
+                database.execute(f"PRAGMA {pragma}")
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS session (id BLOB PRIMARY KEY, used_at REAL NOT NULL, body BLOB NOT NULL)"
+            )
+            database.execute("CREATE INDEX IF NOT EXISTS by_use ON session (used_at)")
+            # From before the clock was set back: as if used now.
+            database.execute("UPDATE session SET used_at = min(used_at, ?)", (self._clock() + self._wall_offset,))
+            self._purge(database)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+
+class _Seal:
+    """Ids and bodies of rows: with a secret unreadable and unchangeable without it (AES-256-GCM), else plain JSON."""
+
+    def __init__(self, secret: str | None) -> None:
+        self._cipher: Any = None
+        self._id_key = b""
+        if secret is not None:
+            from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+            # Slow on purpose: a secret may be a sentence.
+            keys = hashlib.scrypt(secret.encode(), salt=b"yap-text sessions", n=2**14, r=8, p=1, dklen=64)
+            self._cipher, self._id_key = AESGCM(keys[:32]), keys[32:]
+
+    def id(self, key: SessionKey) -> bytes:
+        return hmac.digest(self._id_key, "\0".join(key).encode(), "sha256")
+
+    def close(self, id: bytes, kept: Kept) -> bytes:
+        body = msgspec.json.encode(kept)
+        if self._cipher is None:
+            return body
+        nonce = os.urandom(12)
+        return nonce + bytes(self._cipher.encrypt(nonce, body, id))
+
+    def open(self, id: bytes, body: bytes) -> Kept | None:
+        """None for what was written under another secret, or in another form."""
+        try:
+            if self._cipher is not None:
+                body = self._cipher.decrypt(body[:12], body[12:], id)
+            return msgspec.json.decode(body, type=Kept)
+        except Exception:  # InvalidTag of a library that is not imported here, and errors of the decoder
+            return None
