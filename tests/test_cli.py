@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from soak.crowd import Soak, report
 from websockets.sync.client import connect
 
 from yaptext.settings import variables
@@ -203,6 +204,12 @@ class TestServed:
         assert not [line for line in served.lines() if KEY in line or "canary" in line or "hf_test" in line]
         finished = served.events("turn.finished")[-1]
         assert finished["outcome"] == "finished" and finished["ttft_ms"] > 0 and finished["completion_tokens"] > 0
+
+    async def test_a_crowd_leaves_it_as_it_was(self, served: Served) -> None:
+        """8 users who barge in, cancel, vanish and come back: no task, file, request or KV block is left, and memory
+        stays."""
+        found = await Soak(served.ready().replace("http", "ws") + "/ws", KEY, served.process.pid, 8).run(30, 1.0)
+        assert found["wrong"] == [] and found["turns"]["gone"] > 3, report(found)
 
     def test_sigterm_drains_and_exits_with_zero(self, served: Served) -> None:
         """The open socket hears going_away with 1012; the journal tells of the drain; nothing is left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -227,9 +228,12 @@ async def test_metrics_count_turns_by_outcome() -> None:
             'yaptext_turns_total{outcome="cancelled"} 1.0',
             'yaptext_errors_total{code="bad_message"} 1.0',
             "yaptext_connections 1.0",
+            "yaptext_sessions 1.0",
+            'yaptext_engine_requests{engine="chat+tool"} 0.0',
             "yaptext_ttft_ms_count 1.0",
         ):
             assert line in text, line
+        assert int(re.findall(r"^yaptext_tasks (\d+)", text, re.MULTILINE)[0]) > 3, "receiver, writer, request and test"
 
 
 async def test_a_dead_engine_fails_its_turns_and_ends_the_process() -> None:

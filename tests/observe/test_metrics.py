@@ -65,6 +65,12 @@ def test_gauges_are_refreshed_when_they_are_read() -> None:
     assert 'yaptext_engine_kv_use{engine="chat"} 0.5' in text
 
 
+def test_the_process_is_measured() -> None:
+    """Memory and open files, which a soak watches for growth."""
+    found = samples(Metrics())
+    assert found["yaptext_process_resident_memory_bytes",] > 2**20 and found["yaptext_process_open_fds",] > 2
+
+
 def test_two_services_count_for_themselves() -> None:
     """Registries are not shared: a second app in one process begins at 0 and clashes with nothing."""
     one, other = Metrics(), Metrics()

@@ -46,11 +46,12 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What an engine is busy with. `running` counts streams that are open now; `kv_use` is the share of the
-    KV cache in use (0 to 1) at its last step."""
+    """What an engine is busy with. `running` counts streams that are open now. As the engine saw it at its last step:
+    `kv_use`, the share of the KV cache in use (0 to 1), and `requests`, those it runs or has waiting."""
 
     running: int
     kv_use: float
+    requests: int
 
 
 class Codec(Protocol):

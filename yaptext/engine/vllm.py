@@ -99,7 +99,9 @@ class VllmEngine(HubCodec):
                 await self._llm.abort(request_id)
 
     def load(self) -> Load:
-        return Load(running=self._running, kv_use=self._gauge.kv_use if self._running else 0.0)
+        if not self._running:
+            return Load(0, 0.0, 0)  # its last step is of some time ago
+        return Load(self._running, self._gauge.kv_use, self._gauge.requests)
 
     async def check(self) -> None:
         if self._llm.errored:
@@ -280,12 +282,13 @@ def _alternatives(logprobs: Any) -> list[dict[str, float]]:
 
 
 def _make_gauge() -> Any:
-    """A stat logger class that keeps one figure. As a PrometheusStatLogger it takes the place of vLLM's own,
+    """A stat logger class that keeps two figures. As a PrometheusStatLogger it takes the place of vLLM's own,
     which registers globally and would unregister the first engine's collectors when the second opens."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     class Gauge(PrometheusStatLogger):  # type: ignore[misc]
         kv_use = 0.0
+        requests = 0
 
         def __init__(self, vllm_config: Any, engine_indexes: Any = None) -> None:
             pass
@@ -296,5 +299,7 @@ def _make_gauge() -> Any:
         def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
             if scheduler_stats is not None:
                 type(self).kv_use = scheduler_stats.kv_cache_usage
+                waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+                type(self).requests = scheduler_stats.num_running_reqs + waiting
 
     return Gauge

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from yaptext.wire.messages import Timings, Usage
 
@@ -19,7 +19,11 @@ class Metrics:
         self.errors = self._counter("yaptext_errors", "Error frames by code.", "code")
         self.tokens = self._counter("yaptext_tokens", "Tokens by kind.", "kind")
         self.connections = Gauge("yaptext_connections", "Open WebSockets.", registry=self.registry)
+        self.sessions = Gauge("yaptext_sessions", "Sessions remembered.", registry=self.registry)
+        self.tasks = Gauge("yaptext_tasks", "Tasks of the event loop.", registry=self.registry)
+        ProcessCollector("yaptext", registry=self.registry)  # memory, files and CPU of this process, not of the engines
         self.engine_running = self._gauge("yaptext_engine_streams", "Streams an engine is busy with.", "engine")
+        self.engine_requests = self._gauge("yaptext_engine_requests", "Requests an engine itself counts.", "engine")
         self.engine_kv_use = self._gauge("yaptext_engine_kv_use", "Share of the KV cache in use.", "engine")
         self.tool_ms = self._histogram("yaptext_decision_ms", "Milliseconds of a decision.")
         self.ttft_ms = self._histogram("yaptext_ttft_ms", "Milliseconds from start to the first token.")

@@ -70,9 +70,12 @@ class Service:
     def refresh_gauges(self) -> None:
         metrics = self.stage.metrics
         metrics.connections.set(len(self.admission.connections))
+        metrics.sessions.set(len(self.stage.sessions))
+        metrics.tasks.set(len(asyncio.all_tasks()))
         for role, engine in self.stage.engines.distinct.items():
             load = engine.load()
             metrics.engine_running.labels(role).set(load.running)
+            metrics.engine_requests.labels(role).set(load.requests)
             metrics.engine_kv_use.labels(role).set(load.kv_use)
 
 
