@@ -214,6 +214,7 @@ in
         {
           assertion =
             cfg.apiKeyFile != null
+            || chosen "YAP_TEXT_KEY_FILE"
             || builtins.elem cfg.host [
               "127.0.0.1"
               "::1"

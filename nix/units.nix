@@ -116,6 +116,8 @@ let
           "Type=notify"
           "NotifyAccess=main"
           "ExecStart=${yap-text} serve"
+          "# Reads YAP_TEXT_KEY_FILE anew."
+          "ExecReload=/bin/sh -c 'kill -HUP $MAINPID'"
           "# A cold 24B model: download, load, compile."
           "TimeoutStartSec=3600"
           "# Longer than DRAIN_TIMEOUT_S and the close of every socket."

@@ -19,8 +19,10 @@ from fakes import ScriptedEngine
 from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engines
+from yaptext.keyfile import NO_LIMITS, Key
 from yaptext.server.app import create_app
 from yaptext.server.connection import Connection
+from yaptext.server.keys import Account
 from yaptext.server.lifecycle import Lifecycle, Server
 from yaptext.server.outbox import WRITE_NOW
 from yaptext.settings import Settings
@@ -104,7 +106,8 @@ class Talk:
 
     def socket(self, key_name: str = "default") -> MemorySocket:
         socket = MemorySocket()
-        connection = Connection(socket, self.stage, key_name)  # type: ignore[arg-type]
+        account = Account(Key(key_name, b"", NO_LIMITS))
+        connection = Connection(socket, self.stage, account)  # type: ignore[arg-type]
         self.open.append((socket, self._group.create_task(connection.serve())))
         return socket
 

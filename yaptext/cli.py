@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from yaptext import __version__
+from yaptext import __version__, keyfile
 from yaptext.errors import SettingsError, YapError
-from yaptext.settings import Settings, moved_names, variables
+from yaptext.settings import Settings, forget_secrets, moved_names, variables
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -76,6 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     add_options(bench)
     bench.set_defaults(command=_bench)
 
+    key = commands.add_parser("key", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
+    new = key.add_parser(
+        "new",
+        help="print a new key, and add its hash to the key file",
+        description="Prints a new key on stdout, this once, and adds a line with its hash to the key file. Without a "
+        "file the line is printed on stderr.",
+    )
+    new.add_argument("name", metavar="NAME", help="what logs call it: letters, digits, '.', '_' and '-'")
+    new.add_argument("--file", metavar="PATH", type=Path, help="the key file (default: YAP_TEXT_KEY_FILE)")
+    new.set_defaults(command=_key_new)
+
     install = commands.add_parser("install", help="put the systemd units in place, or remove them")
     install.add_argument("--prefix", metavar="DIR", type=Path, help="write below DIR and run no systemctl")
     install.add_argument("--command", metavar="PATH", type=Path, dest="program", help="what the units run")
@@ -125,6 +136,7 @@ def _start_logs(settings: Settings) -> None:
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.load()
     _start_logs(settings)
+    forget_secrets()
     from yaptext.server.app import create_app
     from yaptext.server.lifecycle import Lifecycle, Server
 
@@ -196,6 +208,15 @@ def _persona(parsed: argparse.Namespace) -> dict[str, str]:
         "user_identity": parsed.identity,
     }
     return {name: value for name, value in fields.items() if value}
+
+
+def _key_new(parsed: argparse.Namespace) -> int:
+    path = parsed.file or Settings.load().key_file
+    key, line = keyfile.add(parsed.name, path)
+    told = f"added to {path}; a running service is told by SIGHUP" if path else f"the line for the key file: {line}"
+    print(f"yap-text: {told}", file=sys.stderr)
+    print(key)
+    return 0
 
 
 def _install(parsed: argparse.Namespace) -> int:

@@ -59,10 +59,12 @@ class WireError(YapError):
 class AuthenticationFailed(WireError):
     code, close_code = "authentication_failed", 1008
 
-    def __init__(self) -> None:
-        super().__init__(
-            "Authentication required. Provide valid API key via 'api_key' query parameter or 'X-API-Key' header."
-        )
+    def __init__(
+        self,
+        message: str = "Authentication required. Provide valid API key via 'api_key' query parameter or "
+        "'X-API-Key' header.",
+    ) -> None:
+        super().__init__(message)
 
 
 class ServerAtCapacity(WireError):

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from yaptext.errors import SettingsError
 
 DEFAULT_API_KEY = "yap_token"
+SECRETS = ("YAP_TEXT_API_KEY", "HF_TOKEN", "SESSION_STORE_KEY")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 AWQ_CONNECTIONS = {"tool": 64, "chat": 40, "both": 26}
 FLOAT_CONNECTIONS = {"tool": 32, "chat": 24, "both": 16}
@@ -34,6 +35,13 @@ class Settings(BaseSettings):
 
     # --- server
     api_key: SecretStr = _env("YAP_TEXT_API_KEY", SecretStr(DEFAULT_API_KEY), "API key of every endpoint except the health checks. With the default the service binds to loopback only.", min_length=1)  # fmt: skip
+    key_file: Path | None = _env("YAP_TEXT_KEY_FILE", None, "File of named keys, read at the start and on SIGHUP; with one, the default key is off. `yap-text key new` makes keys.")  # fmt: skip
+    key_max_connections: int = _env("KEY_MAX_CONNECTIONS", 0, "WebSockets at once of one key of the key file whose line says nothing else; 0 is no limit. So for the next three.", ge=0)  # fmt: skip
+    key_turns_per_minute: int = _env("KEY_TURNS_PER_MINUTE", 600, "Turns and warm-ups of such a key, which it may also spend at once.", ge=0)  # fmt: skip
+    key_messages_per_minute: int = _env("KEY_MESSAGES_PER_MINUTE", 6000, "Frames of any kind of such a key.", ge=0)  # fmt: skip
+    key_cancels_per_minute: int = _env("KEY_CANCELS_PER_MINUTE", 1200, "Cancels of such a key.", ge=0)
+    failed_keys_per_minute: int = _env("FAILED_KEYS_PER_MINUTE", 30, "Wrong keys and tickets that one address may give before it has to wait; 0 is no limit.", ge=0)  # fmt: skip
+    allowed_origins: str | None = _env("ALLOWED_ORIGINS", None, "Web origins whose pages may open a WebSocket, separated by commas: `https://app.example.com`. Default: any. Clients that send no `Origin` are not meant.")  # fmt: skip
     host: str = _env("HOST", "127.0.0.1", "Address to listen on.")
     port: int = _env("PORT", 8000, "Port to listen on; 0 takes a free one and logs it.", ge=0, le=65535)
     max_concurrent_connections: int | None = _env("MAX_CONCURRENT_CONNECTIONS", None, "WebSockets at once. Default by deployment: tool 32, chat 24, both 16; with AWQ weights 64, 40, 26.", ge=1, le=100_000)  # fmt: skip
@@ -125,7 +133,7 @@ class Settings(BaseSettings):
     watchdog_usec: int | None = _env("WATCHDOG_USEC", None, "Set by systemd (`WatchdogSec=`): the engines are asked for a token twice in this time.", ge=1)  # fmt: skip
     listen_fds: int = _env("LISTEN_FDS", 0, "Set by systemd: 1 where it holds the listening socket (`yap-text.socket`).", ge=0, le=1)  # fmt: skip
     listen_pid: int | None = _env("LISTEN_PID", None, "Set by systemd: the process that socket is meant for.")
-    credentials_directory: Path | None = _env("CREDENTIALS_DIRECTORY", None, "Set by systemd (`LoadCredential=`): files named `YAP_TEXT_API_KEY`, `HF_TOKEN` and `SESSION_STORE_KEY` win over the environment.")  # fmt: skip
+    credentials_directory: Path | None = _env("CREDENTIALS_DIRECTORY", None, "Set by systemd (`LoadCredential=`): files named `YAP_TEXT_API_KEY`, `HF_TOKEN`, `SESSION_STORE_KEY` and `YAP_TEXT_KEY_FILE` win over the environment.")  # fmt: skip
     state_directory: Path | None = _env("STATE_DIRECTORY", None, "Set by systemd (`StateDirectory=`).")
 
     @model_validator(mode="after")
@@ -138,7 +146,7 @@ class Settings(BaseSettings):
 
     def check_address(self, host: str) -> None:
         """Raises `SettingsError` for an address that the default key must not be served on."""
-        if self.api_key.get_secret_value() == DEFAULT_API_KEY and host not in LOOPBACK:
+        if self.own_key == DEFAULT_API_KEY and host not in LOOPBACK:
             raise SettingsError(
                 f"HOST={host!r} is not allowed with the default API key: set YAP_TEXT_API_KEY, "
                 f"or listen on one of {', '.join(LOOPBACK)}"
@@ -164,6 +172,19 @@ class Settings(BaseSettings):
             raise SettingsError(_one_line(error)) from None
 
     # --- what the deployment decides
+
+    @property
+    def own_key(self) -> str | None:
+        """`api_key`; None where it is the default and a key file names others."""
+        key = self.api_key.get_secret_value()
+        return None if self.key_file and key == DEFAULT_API_KEY else key
+
+    @property
+    def origins(self) -> frozenset[str] | None:
+        """The origins of `allowed_origins` as browsers write them; None: any."""
+        if self.allowed_origins is None:
+            return None
+        return frozenset(origin.strip().rstrip("/").lower() for origin in self.allowed_origins.split(","))
 
     @property
     def chat_deployed(self) -> bool:
@@ -255,8 +276,18 @@ class _MovedNames(PydanticBaseSettingsSource):
 class _Credentials(_MovedNames):
     def __call__(self) -> dict[str, Any]:
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        files = [Path(folder, name) for name in ("YAP_TEXT_API_KEY", "HF_TOKEN", "SESSION_STORE_KEY")] if folder else []
-        return {file.name: text for file in files if file.is_file() and (text := file.read_text().strip())}
+        if not folder:
+            return {}
+        files = [Path(folder, name) for name in SECRETS]
+        found = {file.name: text for file in files if file.is_file() and (text := file.read_text().strip())}
+        key_file = Path(folder, "YAP_TEXT_KEY_FILE")
+        return found | ({key_file.name: str(key_file)} if key_file.is_file() else {})
+
+
+def forget_secrets() -> None:
+    """Takes keys and tokens out of the environment, which every process inherits that is started from here on."""
+    for name in (*SECRETS, "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
+        os.environ.pop(name, None)
 
 
 class Variable(NamedTuple):

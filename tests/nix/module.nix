@@ -216,6 +216,7 @@ in
       [ ]
       [ ]
       [ ]
+      [ ]
     ];
     found = [
       (failing { settings = models; })
@@ -226,6 +227,10 @@ in
         };
       })
       (map (one: one.message) (builtins.filter (one: !one.assertion) full.assertions))
+      (failing {
+        settings = models // { YAP_TEXT_KEY_FILE = "/etc/yap-text/keys"; };
+        host = "0.0.0.0";
+      })
     ];
   };
   a-chat-model-is-missing = fires { settings = { inherit (models) TOOL_MODEL; }; } "CHAT_MODEL";

@@ -189,6 +189,7 @@ WAYS: dict[str, Callable[[], Any]] = {
     "event": lambda: say(f"GET /ws?api_key={SECRET}"),
     "event, among others": lambda: say(f"GET /ws?a=1&api_key={SECRET}&b=2 and /ws?api_key={SECRET}"),
     "field": lambda: say("x", url=f"/ws?api_key={SECRET}"),
+    "ticket": lambda: say(f"GET /ws?ticket={SECRET}&b=2", url=f"/ws?TICKET={SECRET}"),
     "upper case": lambda: say("x", url=f"/ws?API_KEY={SECRET}", env=f"YAP_TEXT_API_KEY={SECRET}"),
     "beyond ASCII": lambda: say(f"GET /ws?api_key=schlüssel-{SECRET}", url=f"/ws?api_key=🔑{SECRET}&b=2"),
     "quoted": lambda: say(f'"GET /ws?api_key={SECRET}" 101'),

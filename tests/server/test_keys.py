@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
 from yaptext.errors import AuthenticationFailed
-from yaptext.server.keys import KEY_NAME, Keys
+from yaptext.keyfile import OWN_NAME
+from yaptext.server.keys import Keys
 
 often = settings(max_examples=200, deadline=None)
 WAYS = ["query", "header", "bearer"]
@@ -35,7 +36,7 @@ def asking(way: str, key: bytes) -> HTTPConnection:
 
 def passes(keys: Keys, caller: HTTPConnection) -> bool:
     try:
-        return keys.identify(caller) == KEY_NAME
+        return keys.identify(caller).name == OWN_NAME
     except AuthenticationFailed:
         return False
 

@@ -156,9 +156,10 @@ def test_install_puts_units_in_place_that_systemd_knows(box: Container) -> None:
     assert {line.split()[0] for line in install(box)[:-3]} == {"unchanged", "kept"}
     assert SETTINGS in box.run("cat", "/etc/yap-text/yap-text.env")
     modes = box.run("sh", "-c", "stat -c '%a %U %n' /etc/yap-text/*").split("\n")
-    assert modes[:4] == [
+    assert modes[:5] == [
         "600 root /etc/yap-text/api-key",
         "600 root /etc/yap-text/hf-token",
+        "644 root /etc/yap-text/keys",
         "644 root /etc/yap-text/logrotate.conf",
         "600 root /etc/yap-text/yap-text.env",
     ]

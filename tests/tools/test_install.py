@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from yaptext import keyfile
 from yaptext.settings import variables
 from yaptext.tools import install as module
 from yaptext.tools.install import InstallError, install, uninstall
@@ -70,14 +71,15 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def test_it_puts_units_configs_and_secrets_in_place(stage: Stage) -> None:
-    """The secrets and the settings are root's alone; the units call the command."""
+    """The secrets and the settings are root's alone, not the hashes of keys; the units call the command."""
     said = stage.install()
-    assert said == dict.fromkeys([*UNITS, "yap-text.env", "logrotate.conf", "api-key", "hf-token"], "installed")
+    assert said == dict.fromkeys([*UNITS, "yap-text.env", "logrotate.conf", "api-key", "hf-token", "keys"], "installed")
     assert {path.name: mode for path, (_, mode) in stage.files().items()} == dict.fromkeys(UNITS, 0o644) | {
         "yap-text.env": 0o600,
         "logrotate.conf": 0o644,
         "api-key": 0o600,
         "hf-token": 0o600,
+        "keys": 0o644,
     }
     for unit in UNITS:
         text = (stage.units / unit).read_text()
@@ -159,10 +161,19 @@ def test_uninstall_removes_what_was_put_there_and_leaves_what_is_yours(stage: St
         env.write("CHAT_MAX_OUT=5\n")
     (stage.root / "var/lib/yap-text").mkdir(parents=True)
     said = stage.uninstall()
-    assert said == dict.fromkeys([*UNITS, "logrotate.conf", "hf-token"], "removed") | {"yap-text": "kept"}
+    assert said == dict.fromkeys([*UNITS, "logrotate.conf", "hf-token", "keys"], "removed") | {"yap-text": "kept"}
     assert {path.name for path in stage.files()} == {"yap-text.env", "api-key"}
     assert f"rm -r {stage.configs} {stage.root}/var/lib/yap-text\n" in stage.printed
     assert stage.uninstall() == {"yap-text": "kept"}
+
+
+def test_uninstall_leaves_named_keys(stage: Stage) -> None:
+    """The hashes are all that is left of them."""
+    stage.install()
+    keyfile.add("phone-app", stage.configs / "keys")
+    assert "keys" not in stage.uninstall()
+    assert "phone-app sha256:" in (stage.configs / "keys").read_text()
+    assert stage.install()["keys"] == "kept"
 
 
 def test_uninstall_of_nothing_says_nothing(stage: Stage) -> None:

@@ -136,7 +136,7 @@ def test_the_document_is_plain_json_and_new_each_time() -> None:
 
 
 def test_the_document_names_the_service_and_where_it_listens() -> None:
-    """Title, version, address, and the three ways to give a key."""
+    """Title, version, address, and the four ways to say who one is."""
     shown = document()
     assert shown["asyncapi"] == "3.0.0"
     assert shown["info"]["version"] == __version__
@@ -144,6 +144,7 @@ def test_the_document_names_the_service_and_where_it_listens() -> None:
     ways = shown["components"]["securitySchemes"]
     assert {(way.get("name"), way.get("scheme")) for way in ways.values()} == {
         ("api_key", None),
+        ("ticket", None),
         ("X-API-Key", None),
         (None, "bearer"),
     }

@@ -17,11 +17,11 @@ from structlog.typing import Processor
 _FORMAT, _PRIORITY = "YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY"
 """How the process that configures logs tells its engine processes what it chose."""
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
-_KEY_IN_URL = re.compile(r"(api(?:_|%5f)key=)(?:\\u[0-9a-f]{4}|[^&\s\"'\\])+", re.IGNORECASE)
+_KEY_IN_URL = re.compile(r"((?:api(?:_|%5f)key|ticket)=)(?:\\u[0-9a-f]{4}|[^&\s\"'\\])+", re.IGNORECASE)
 
 
 def redact(_: Any, __: str, line: str) -> str:
-    """No key that stood in an address reaches the journal, whoever wrote the line and wherever in it."""
+    """No key or ticket that stood in an address reaches the journal, whoever wrote the line and wherever in it."""
     return _KEY_IN_URL.sub(r"\1***", line)
 
 

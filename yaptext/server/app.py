@@ -29,16 +29,19 @@ from yaptext.errors import (
     AuthenticationFailed,
     EngineDead,
     GoingAway,
+    RateLimited,
     ServerAtCapacity,
     StartError,
     WireError,
     YapError,
 )
+from yaptext.keyfile import Limits
 from yaptext.observe.metrics import CONTENT_TYPE
 from yaptext.server.admission import Admission
 from yaptext.server.connection import Connection
 from yaptext.server.keys import Keys
 from yaptext.server.lifecycle import Lifecycle, going_away
+from yaptext.server.tickets import TTL_S
 from yaptext.settings import LOOPBACK, Settings
 from yaptext.wire import asyncapi
 from yaptext.wire.messages import encode, error_frame
@@ -97,6 +100,7 @@ def create_app(
             # Before the engines: a typo is told at once.
             tools = ToolSet.from_file(settings.tools_file)
             persona.check_style(settings.default_persona_style)
+            keys = _keys(settings)
             sessions = SessionStore.of(settings)
             engines = open_engines(settings)
         except YapError as error:
@@ -113,8 +117,9 @@ def create_app(
                 raise failure from error
             _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
             admission = Admission(settings.max_connections(awq=engines.awq))
-            keys = Keys(settings.api_key.get_secret_value())
-            async with lifecycle.watching(engines, settings.watchdog_s):
+            # Without either, SIGHUP means that the terminal is gone.
+            reloads = bool(settings.key_file or settings.notify_socket)
+            async with lifecycle.watching(engines, settings.watchdog_s), keys.reloading(on_hangup=reloads):
                 yield {"service": Service(settings, stage, admission, keys, lifecycle, time.time())}
         finally:
             closing = [engine.aclose() for engine in engines.distinct.values()]
@@ -128,11 +133,22 @@ def create_app(
             Route("/status", status),
             Route("/metrics", metrics),
             Route("/asyncapi.json", describe),
+            Route("/ticket", ticket, methods=["POST"]),
             WebSocketRoute("/ws", converse),
         ],
-        exception_handlers={AuthenticationFailed: _unauthorized},
+        exception_handlers={AuthenticationFailed: _turned_away, RateLimited: _turned_away},
         lifespan=lifespan,
     )
+
+
+def _keys(settings: Settings) -> Keys:
+    limits = Limits(
+        settings.key_max_connections,
+        settings.key_turns_per_minute,
+        settings.key_messages_per_minute,
+        settings.key_cancels_per_minute,
+    )
+    return Keys(settings.own_key, settings.key_file, limits, failures_per_minute=settings.failed_keys_per_minute)
 
 
 async def healthz(request: Request) -> Response:
@@ -190,18 +206,26 @@ async def describe(_: Request) -> Response:
     return _json(asyncapi.document())
 
 
+async def ticket(request: Request) -> Response:
+    """What opens `/ws` once in the place of the caller's key, which comes in a header: addresses get logged."""
+    service: Service = request.state.service
+    account = service.keys.identify(request, in_query=False)
+    return _json({"ticket": service.keys.ticket(account), "expires_in_s": TTL_S}, headers={"Cache-Control": "no-store"})
+
+
 async def converse(websocket: WebSocket) -> None:
     """`/ws`: key, slot, conversation. A refused client is told why in a frame, then closed."""
     service: Service = websocket.state.service
     try:
-        key_name = service.keys.identify(websocket)
+        _check_origin(websocket, service.settings.origins)
+        account = service.keys.identify(websocket)
         if service.lifecycle.draining:
             raise going_away()
-        connection = Connection(websocket, service.stage, key_name)
-        with service.admission.slot(connection):
+        connection = Connection(websocket, service.stage, account)
+        with service.admission.slot(connection), account.slot(connection):
             await websocket.accept()
             ending = await connection.serve()
-        _log.info("connection.closed", code=ending.code, reason=ending.reason)
+        _log.info("connection.closed", key=account.name, code=ending.code, reason=ending.reason)
     except WireError as refusal:
         await _refuse(websocket, service, refusal)
 
@@ -220,15 +244,25 @@ async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) ->
             return
         await websocket.accept()
         await websocket.send_text(frame.decode())
-        await websocket.close(refusal.close_code or 1011)
+        await websocket.close(refusal.close_code or ServerAtCapacity.close_code)
     except WebSocketDisconnect:
         pass  # it left before it was told
 
 
-async def _unauthorized(_: Request, error: Exception) -> Response:
-    assert isinstance(error, AuthenticationFailed)
-    return _json({"error_code": error.code, "message": error.message}, 401)
+def _check_origin(websocket: WebSocket, allowed: frozenset[str] | None) -> None:
+    """Raises `AuthenticationFailed` for a page of an origin that is not allowed. Only browsers send one."""
+    origin = websocket.headers.get("origin")
+    if allowed is not None and origin is not None and origin.lower() not in allowed:
+        raise AuthenticationFailed(f"Origin {origin[:100]!r} is not allowed: it is not one of ALLOWED_ORIGINS.")
 
 
-def _json(content: Any, status_code: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status_code, media_type="application/json")
+async def _turned_away(_: Request, error: Exception) -> Response:
+    assert isinstance(error, WireError)
+    content = {"error_code": error.code, "message": error.message}
+    if error.retry_after_ms is None:
+        return _json(content, 401)
+    return _json(content, 429, {"Retry-After": str(math.ceil(error.retry_after_ms / 1000))})
+
+
+def _json(content: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status_code, headers, media_type="application/json")

@@ -34,6 +34,7 @@ from yaptext.wire.messages import (
 
 if TYPE_CHECKING:
     from yaptext.dialogue.stage import Stage
+    from yaptext.server.keys import Account
 
 _log = structlog.get_logger(__name__)
 _CLOSE_IDLE, _CLOSE_NORMAL = 4000, 1000
@@ -58,8 +59,8 @@ class Ending:
 class Connection:
     """One accepted socket from its first frame to its close. Tasks: receiver, writer, turns and warm-ups."""
 
-    def __init__(self, websocket: WebSocket, stage: Stage, key_name: str) -> None:
-        self._socket, self._stage, self._key_name = websocket, stage, key_name
+    def __init__(self, websocket: WebSocket, stage: Stage, account: Account) -> None:
+        self._socket, self._stage, self._account = websocket, stage, account
         settings = stage.settings
         self._outbox = Outbox(
             max_bytes=settings.send_queue_bytes,
@@ -127,6 +128,7 @@ class Connection:
     def _handle(self, frame: str | bytes) -> None:
         """Acts on one frame at once. Work that takes time becomes a task."""
         try:
+            self._account.spend("messages")
             self._dispatch(decode(frame))
         except WireError as error:
             self._send(error_frame(error))
@@ -137,12 +139,15 @@ class Connection:
     def _dispatch(self, message: ClientMessage) -> None:
         match message:
             case Start():
+                self._account.spend("turns")
                 self._start(message)
             case Cancel():
+                self._account.spend("cancels")
                 self._cancel(message)
             case SetPersona():
                 self._set_persona(message)
             case WarmPersona() | WarmHistory():
+                self._account.spend("turns")
                 self._warm(message)
             case Ping():
                 self._send(Pong())
@@ -152,7 +157,7 @@ class Connection:
     def _start(self, message: Start) -> None:
         if len(self._turns) >= _MAX_TURNS:
             raise RateLimited(f"{len(self._turns)} turns wait to end; limit is {_MAX_TURNS}", retry_after_ms=200)
-        session = self._stage.sessions.open((self._key_name, message.session_id))
+        session = self._stage.sessions.open((self._account.name, message.session_id))
         after = (self._turn,) if self.busy and self._turn is not None else ()
         turn = Turn(self._stage, session, message, send=self._send, tokens=self._outbox.open, after=after)
         self._session, self._turn = session, turn
@@ -179,7 +184,7 @@ class Connection:
 
     def _set_persona(self, message: SetPersona) -> None:
         if message.session_id is not None:
-            session = self._stage.sessions.open((self._key_name, message.session_id))
+            session = self._stage.sessions.open((self._account.name, message.session_id))
         elif self._session is not None:
             session = self._session
         else:
@@ -194,7 +199,7 @@ class Connection:
             raise RateLimited(f"{len(self._warms)} warm-ups are running; limit is {_MAX_WARMS}", retry_after_ms=500)
         session = self._session
         if message.session_id is not None:
-            session = self._stage.sessions.find((self._key_name, message.session_id))
+            session = self._stage.sessions.find((self._account.name, message.session_id))
         task = self._group.create_task(self._run_warm(message, session))
         self._warms.add(task)
         task.add_done_callback(self._warms.discard)

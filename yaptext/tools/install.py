@@ -25,6 +25,7 @@ _STARTED = ("yap-text.socket", "yap-text.service", "yap-text-quantize.service", 
 _HIDDEN = ("/home", "/root", "/run/user")
 """What `ProtectHome=yes` takes from a unit."""
 _MARK = "# As installed, until this file is edited: "
+_NO_KEYS = "# NAME sha256:HASH [LIMIT=N ...], as `yap-text key new NAME --file` adds them\n"
 _KEPT_FOLDERS = (
     "var/lib/yap-text",
     "var/lib/private/yap-text",
@@ -87,6 +88,7 @@ def install(prefix: Path | None = None, command: Path | None = None) -> int:
         _put_config(host.configs / template.name, template.read_text(), 0o600 if template.suffix == ".env" else 0o644)
     _put_once(host.configs / "api-key", secrets.token_urlsafe(32) + "\n", "a new key")
     _put_once(host.configs / "hf-token", "", "empty")
+    _put_once(host.configs / "keys", _NO_KEYS, "none yet", 0o644)  # hashes, which the service's user reads
     if command.is_relative_to("/nix/store"):
         _link(host.nix_root, Path(*command.parts[:4]))
     if changed:
@@ -114,9 +116,10 @@ def uninstall(prefix: Path | None = None) -> int:
         config = host.configs / name
         if config.exists() and not _is_edited(config.read_text()):
             _remove(config)
-    token = host.configs / "hf-token"
-    if token.exists() and not token.read_text().strip():
-        _remove(token)
+    for name in ("hf-token", "keys"):
+        secret = host.configs / name
+        if secret.exists() and secret.read_text().strip() in ("", _NO_KEYS.strip()):
+            _remove(secret)
     _remove(host.nix_root)
     if host.configs.is_dir() and not any(host.configs.iterdir()):
         host.configs.rmdir()
@@ -212,12 +215,12 @@ def _put_config(path: Path, template: str, mode: int) -> None:
         _put(beside, text, mode)
 
 
-def _put_once(path: Path, text: str, what: str) -> None:
+def _put_once(path: Path, text: str, what: str, mode: int = 0o600) -> None:
     """Writes a secret where there is none."""
     if path.exists():
         _tell("kept", path)
     else:
-        _write(path, text, 0o600)
+        _write(path, text, mode)
         _tell("installed", path, what)
 
 

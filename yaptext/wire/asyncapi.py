@@ -47,6 +47,7 @@ def document() -> dict[str, Any]:
             "schemas": schemas,
             "securitySchemes": {
                 "query": {"type": "httpApiKey", "in": "query", "name": "api_key"},
+                "ticket": {"type": "httpApiKey", "in": "query", "name": "ticket"},
                 "header": {"type": "httpApiKey", "in": "header", "name": "X-API-Key"},
                 "bearer": {"type": "http", "scheme": "bearer"},
             },
