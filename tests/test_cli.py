@@ -52,6 +52,7 @@ def test_help_lists_every_variable() -> None:
         ({"CHAT_MODEL": "/nowhere", "TOOL_MODEL": "/nowhere"}, "/nowhere is not a folder"),
         ({"CHAT_MODEL": "/nowhere"}, "TOOL_MODEL is not set"),
         ({"TOOLS_FILE": "/nowhere.json"}, "TOOLS_FILE"),
+        ({"YAP_TEXT_KEY_FILE": "/nowhere"}, "YAP_TEXT_KEY_FILE='/nowhere' cannot be read"),
         ({"DEFAULT_PERSONA_STYLE": "nobody"}, "DEFAULT_PERSONA_STYLE='nobody' is not allowed: known are chill"),
     ],
 )
@@ -72,6 +73,24 @@ def test_a_client_without_a_service_says_so_in_one_line() -> None:
     """`warmup` against a closed port."""
     ended = run("warmup", "--url", "ws://127.0.0.1:9/ws")
     assert ended.returncode == 1 and "cannot connect" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_a_new_key_is_printed_once_and_its_hash_is_kept(tmp_path: Path) -> None:
+    """The key alone on stdout, for a pipe; the file from an option or the environment, or the line on stderr."""
+    file = tmp_path / "keys"
+    by_option = run("key", "new", "a", "--file", str(file))
+    by_variable = run("key", "new", "b", YAP_TEXT_KEY_FILE=str(file))
+    without = run("key", "new", "c")
+    for made in (by_option, by_variable, without):
+        assert (
+            made.returncode == 0
+            and re.fullmatch(r"yap_[\w-]{43}\n", made.stdout)
+            and made.stdout[:-1] not in made.stderr
+        )
+    assert [line.split()[0] for line in file.read_text().splitlines()] == ["a", "b"]
+    assert re.search(r": c sha256:[0-9a-f]{64}\n$", without.stderr)
+    taken = run("key", "new", "a", "--file", str(file))
+    assert taken.returncode == 2 and not taken.stdout and taken.stderr.count("\n") == 1
 
 
 class Served:
@@ -210,6 +229,27 @@ class TestServed:
         stays."""
         found = await Soak(served.ready().replace("http", "ws") + "/ws", KEY, served.process.pid, 8).run(30, 1.0)
         assert found["wrong"] == [] and found["turns"]["gone"] > 3, report(found)
+
+    def test_no_secret_reaches_an_engine_process(self, served: Served) -> None:
+        """Not by its environment and not by an argument; the hub client has its token from a file all the same."""
+        served.ready()
+        own = served.process.pid
+        children = [
+            int(pid) for task in Path(f"/proc/{own}/task").iterdir() for pid in (task / "children").read_text().split()
+        ]
+        assert children, "the engine is a process of its own"
+        for pid in children:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            for seen in (environment, Path(f"/proc/{pid}/cmdline").read_bytes()):
+                assert KEY.encode() not in seen and b"hf_test" not in seen
+        token_files = {
+            Path(line.removeprefix(b"HF_TOKEN_PATH=").decode()).read_text()
+            for pid in children
+            for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if line.startswith(b"HF_TOKEN_PATH=")
+        }
+        assert token_files == {"hf_test"}
+        assert KEY.encode() not in Path(f"/proc/{own}/cmdline").read_bytes()
 
     def test_sigterm_drains_and_exits_with_zero(self, served: Served) -> None:
         """The open socket hears going_away with 1012; the journal tells of the drain; nothing is left."""

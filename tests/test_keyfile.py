@@ -30,7 +30,9 @@ def refusal(path: Path, text: str | bytes) -> str:
 
 def test_a_line_is_a_name_a_hash_and_limits(path: Path) -> None:
     """What a line does not say comes from the defaults; comments and empty lines are nothing."""
-    path.write_text(f"# ours\n\nphone.app-1_ sha256:{A} # since May\n  b\tsha256:{B}  connections=0 turns_per_minute=7\n")
+    path.write_text(
+        f"# ours\n\nphone.app-1_ sha256:{A} # since May\n  b\tsha256:{B}  connections=0 turns_per_minute=7\n"
+    )
     assert keyfile.read(path, Limits(1, 2, 3, 4)) == [
         Key("phone.app-1_", hashlib.sha256(b"a").digest(), Limits(1, 2, 3, 4)),
         Key("b", hashlib.sha256(b"b").digest(), Limits(0, 7, 3, 4)),
@@ -78,7 +80,7 @@ def test_a_name_and_a_hash_are_there_once(path: Path, line: str) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(path: Path) -> None:
     """Missing, a folder, or no text."""
-    with pytest.raises(SettingsError, match="YAP_TEXT_KEY_FILE='.*keys' cannot be read: No such file"):
+    with pytest.raises(SettingsError, match=r"YAP_TEXT_KEY_FILE='.*keys' cannot be read: No such file"):
         keyfile.read(path, NO_LIMITS)
     assert "is not UTF-8" in refusal(path, b"\xff\xfe")
     path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from yaptext.errors import SettingsError
-from yaptext.settings import LOOPBACK, Settings, moved_names, variables
+from yaptext.settings import LOOPBACK, Settings, forget_secrets, moved_names, variables
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -277,6 +278,33 @@ def test_a_key_of_ones_own_may_listen_anywhere(env: pytest.MonkeyPatch) -> None:
     assert load(env, HOST="0.0.0.0", YAP_TEXT_API_KEY=SECRET).host == "0.0.0.0"
 
 
+def test_with_a_key_file_the_default_key_is_off(env: pytest.MonkeyPatch) -> None:
+    """So the address is free; an own key stays."""
+    settings = load(env, HOST="0.0.0.0", YAP_TEXT_KEY_FILE="/keys")
+    assert (settings.own_key, settings.host) == (None, "0.0.0.0")
+    assert load(env, YAP_TEXT_KEY_FILE="/keys", YAP_TEXT_API_KEY=SECRET).own_key == SECRET
+    env.delenv("YAP_TEXT_KEY_FILE")
+    assert load(env, HOST="127.0.0.1", YAP_TEXT_API_KEY="").own_key == "yap_token"
+
+
+def test_origins_are_compared_as_browsers_write_them(env: pytest.MonkeyPatch) -> None:
+    """Without the slash that people add; none means any."""
+    assert load(env).origins is None
+    assert load(env, ALLOWED_ORIGINS=" https://A.example/,http://b:3000 ").origins == {
+        "https://a.example",
+        "http://b:3000",
+    }
+
+
+def test_secrets_can_be_forgotten(env: pytest.MonkeyPatch) -> None:
+    """No process that is started afterwards inherits one, under any of its names."""
+    names = ("YAP_TEXT_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+    for name in names:
+        env.setenv(name, SECRET)
+    forget_secrets()
+    assert SECRET not in os.environ.values()
+
+
 # What moved
 
 MOVED = [
@@ -431,6 +459,7 @@ def test_credentials_win_over_the_environment(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "YAP_TEXT_API_KEY").write_text("from-a-file\n")
     (tmp_path / "HF_TOKEN").write_text("\n")
     (tmp_path / "SESSION_STORE_KEY").write_text("also-from-a-file\n")
+    (tmp_path / "YAP_TEXT_KEY_FILE").write_text("")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     monkeypatch.setenv("YAP_TEXT_API_KEY", "from-the-environment")
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
@@ -439,3 +468,4 @@ def test_credentials_win_over_the_environment(tmp_path: Path, monkeypatch: pytes
     assert settings.hf_token is not None and settings.hf_token.get_secret_value() == "hf_environment"
     assert settings.session_store_key is not None
     assert settings.session_store_key.get_secret_value() == "also-from-a-file"
+    assert settings.key_file == tmp_path / "YAP_TEXT_KEY_FILE"

@@ -1,18 +1,25 @@
-"""server/keys.py: where a key may stand, and that no attempt is anything but right or refused."""
+"""server/keys.py: where a key may stand, that no attempt is anything but right or refused, and what a key may do."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
+import statistics
+import time
+from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 import pytest
+import structlog
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
-from yaptext.errors import AuthenticationFailed
-from yaptext.keyfile import OWN_NAME
-from yaptext.server.keys import Keys
+from yaptext import keyfile
+from yaptext.errors import AuthenticationFailed, RateLimited, SettingsError
+from yaptext.keyfile import OWN_NAME, Key, Limits
+from yaptext.server.keys import Account, Keys
 
 often = settings(max_examples=200, deadline=None)
 WAYS = ["query", "header", "bearer"]
@@ -143,3 +150,208 @@ def test_any_key_passes_in_any_way(way: str, key: str) -> None:
 def test_any_attempt_is_right_or_refused(key: str, query: bytes, headers: list[tuple[bytes, bytes]]) -> None:
     """No bytes of a caller make anything else happen."""
     assert passes(Keys(key), connection(b"api_key=" + query, *headers)) in (True, False)
+
+
+# --- the key file
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "keys"
+
+
+def header(key: str, address: str = "192.0.2.1") -> HTTPConnection:
+    scope = {"type": "http", "headers": [(b"x-api-key", key.encode())], "client": (address, 1)}
+    return HTTPConnection(scope)
+
+
+def refusal(keys: Keys, caller: HTTPConnection) -> type[Exception] | None:
+    try:
+        keys.identify(caller)
+    except (AuthenticationFailed, RateLimited) as error:
+        return type(error)
+    return None
+
+
+@each_way
+def test_a_named_key_is_its_name(way: str, file: Path) -> None:
+    """Each of several, beside the own one, in each way."""
+    (a, _), (b, _) = keyfile.add("a", file), keyfile.add("b", file)
+    keys = Keys("own", file)
+    assert [keys.identify(asking(way, key.encode())).name for key in (a, b, "own")] == ["a", "b", OWN_NAME]
+    for wrong in (a[:-1], a + "x", a.upper(), file.read_text().split()[1], file.read_text().split(":")[1][:64]):
+        assert refusal(keys, asking(way, wrong.encode())) is AuthenticationFailed
+
+
+def test_only_so_many_keys_of_a_request_are_tried() -> None:
+    """A request is one guess, whatever its length."""
+    assert passes(Keys("k"), connection(b"api_key=wrong&" * 7 + b"api_key=k"))
+    assert not passes(Keys("k"), connection(b"api_key=wrong&" * 8 + b"api_key=k"))
+
+
+def test_a_key_in_the_address_does_not_count_where_headers_are_asked_for() -> None:
+    """As for a ticket."""
+    keys = Keys("k")
+    assert keys.identify(header("k"), in_query=False).name == OWN_NAME
+    with pytest.raises(AuthenticationFailed):
+        keys.identify(connection(b"api_key=k"), in_query=False)
+
+
+def test_a_reload_takes_the_file_as_it_is(file: Path) -> None:
+    """New keys count, removed ones do not, and one that stays keeps its account, limits anew."""
+    (a, line), (b, _) = keyfile.add("a", file), keyfile.add("b", file)
+    keys = Keys(None, file, Limits(turns_per_minute=1))
+    account = keys.identify(header(a))
+    account.spend("turns")
+    file.write_text(f"{line} messages_per_minute=2\n")
+    c, _ = keyfile.add("c", file)
+    asyncio.run(keys.reload())
+    assert keys.identify(header(a)) is account and keys.identify(header(c)).name == "c"
+    assert refusal(keys, header(b)) is AuthenticationFailed
+    with pytest.raises(RateLimited):
+        account.spend("turns")
+    account.spend("messages")
+    account.spend("messages")
+    with pytest.raises(RateLimited, match="the key a is out of messages; limit is 2 a minute"):
+        account.spend("messages")
+
+
+@pytest.mark.parametrize("damage", ["secret\n", None])
+def test_a_broken_file_is_refused_as_a_whole(file: Path, damage: str | None) -> None:
+    """One line says so and shows nothing of it; the keys that were there stay, and no new one of it counts."""
+    a, line = keyfile.add("a", file)
+    keys = Keys(None, file)
+    b, _ = keyfile.add("b", file)
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_text(file.read_text() + damage)
+    with structlog.testing.capture_logs() as lines:
+        asyncio.run(keys.reload())
+    (told,) = lines
+    assert (told["event"], told["log_level"]) == ("keys.refused", "error") and str(file) in told["error"]
+    assert "secret" not in told["error"] and line.split(":")[1] not in told["error"]
+    assert keys.identify(header(a)).name == "a" and refusal(keys, header(b)) is AuthenticationFailed
+
+
+def test_a_broken_file_ends_a_start(file: Path) -> None:
+    """Before the engines open."""
+    file.write_text("broken\n")
+    with pytest.raises(SettingsError, match="line 1"):
+        Keys("own", file)
+
+
+# --- limits
+
+
+@pytest.mark.parametrize("act", ["turns", "messages", "cancels"])
+def test_a_key_has_so_many_a_minute(act: str) -> None:
+    """Of each kind apart; over it the wait is told, and 0 is no limit."""
+    limits = Limits(**{f"{act}_per_minute": 3})
+    account = Account(Key("a", b"", limits), clock=lambda: 0.0)
+    for _ in range(3):
+        account.spend(act)  # type: ignore[arg-type]
+    with pytest.raises(RateLimited, match=f"the key a is out of {act}; limit is 3 a minute") as caught:
+        account.spend(act)  # type: ignore[arg-type]
+    assert caught.value.retry_after_ms == 20_000
+    for other in {"turns", "messages", "cancels"} - {act}:
+        for _ in range(1000):
+            account.spend(other)  # type: ignore[arg-type]
+
+
+def test_a_key_has_so_many_connections() -> None:
+    """A slot that is left is free, whatever happened in it; another key has its own."""
+    account, other = Account(Key("a", b"", Limits(connections=1))), Account(Key("b", b"", Limits(connections=1)))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), account.slot("one"), other.slot("two"):  # type: ignore[arg-type]
+            with pytest.raises(RateLimited, match="the key a has 1 connections; limit is 1"):
+                with account.slot("three"):  # type: ignore[arg-type]
+                    pytest.fail("there was no slot")
+            raise ZeroDivisionError
+    assert not account.connections
+
+
+# --- guessing
+
+
+def test_who_guesses_has_to_wait(file: Path) -> None:
+    """From one address: then no guess is looked at, not even a right one of the own key, until the wait is over.
+    Named keys get in from there, and others from elsewhere."""
+    now = [0.0]
+    named, _ = keyfile.add("a", file)
+    keys = Keys("own", file, failures_per_minute=3, clock=lambda: now[0])
+    assert [refusal(keys, header("wrong")) for _ in range(5)] == [AuthenticationFailed] * 3 + [RateLimited] * 2
+    assert refusal(keys, header("own")) is RateLimited
+    assert refusal(keys, header(named)) is None and refusal(keys, header("own", "192.0.2.2")) is None
+    with pytest.raises(RateLimited) as caught:
+        keys.identify(header("own"))
+    assert caught.value.retry_after_ms == 20_000
+    now[0] += 20
+    assert refusal(keys, header("own")) is None
+    assert [refusal(keys, header("wrong")) for _ in range(2)] == [AuthenticationFailed, RateLimited]
+
+
+def test_neither_right_keys_nor_none_are_guesses() -> None:
+    """Who asks without a key learns that one is needed, as often as wanted."""
+    keys = Keys("own", failures_per_minute=1)
+    for _ in range(50):
+        assert refusal(keys, header("")) is AuthenticationFailed and refusal(keys, header("own")) is None
+
+
+def test_forged_tickets_are_guesses_and_real_ones_are_not() -> None:
+    """A real one gets in from a throttled address, too, though of the own key."""
+    keys = Keys("own", failures_per_minute=2)
+    ticket = keys.ticket(keys.identify(header("own")))
+
+    def by_ticket(ticket: str) -> HTTPConnection:
+        return connection(f"ticket={ticket}".encode())
+
+    found = [refusal(keys, by_ticket("forged")) for _ in range(3)]
+    assert found == [AuthenticationFailed, AuthenticationFailed, RateLimited]
+    assert refusal(keys, by_ticket(ticket)) is None
+    assert refusal(keys, by_ticket(ticket)) is RateLimited
+
+
+def test_a_ticket_opens_a_websocket_for_its_key_and_nothing_else(file: Path) -> None:
+    """Not an HTTP route; and not after its key was removed."""
+    key, _ = keyfile.add("a", file)
+    keys = Keys("own", file)
+    account = keys.identify(header(key))
+    first, second = keys.ticket(account), keys.ticket(account)
+    scope = {"type": "http", "query_string": f"ticket={first}".encode(), "headers": []}
+    assert refusal(keys, HTTPConnection(scope)) is AuthenticationFailed
+    assert keys.identify(connection(f"ticket={first}".encode())) is account
+    file.write_text("")
+    asyncio.run(keys.reload())
+    assert refusal(keys, connection(f"ticket={second}".encode())) is AuthenticationFailed
+
+
+def test_the_time_tells_nothing_of_a_key() -> None:
+    """10,000 wrong keys that share all but the last byte with the right one take as long as 10,000 that share none.
+
+    Taken in turns and compared by their lower quartiles: whatever else the machine does meets both alike, and a round
+    that it spoils is not the last. At this length an early exit (`==` on the keys themselves) is a difference of 10 %;
+    as it is there are 0.3 %.
+    """
+    key = b"k" * 65_536
+    keys = Keys(key.decode())
+    callers = {
+        "near": connection(b"", (b"x-api-key", key[:-1] + b"x")),
+        "far": connection(b"", (b"x-api-key", b"x" + key[1:])),
+    }
+
+    def difference() -> float:
+        took: dict[str, list[int]] = {name: [] for name in callers}
+        for number in range(10_000):
+            for name in sorted(callers, reverse=number % 2 == 0):
+                begun = time.perf_counter_ns()
+                refusal(keys, callers[name])
+                took[name].append(time.perf_counter_ns() - begun)
+        near, far = (statistics.quantiles(times, n=4)[0] for times in took.values())
+        return abs(near - far) / max(near, far)
+
+    gc.disable()
+    try:
+        assert any(difference() < 0.05 for _ in range(5))
+    finally:
+        gc.enable()

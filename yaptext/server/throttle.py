@@ -24,7 +24,8 @@ class Bucket:
         now = self._clock()
         self._left = min(self.per_minute, self._left + (now - self._at) * self.per_minute / 60)
         self._at = now
-        return max(0.0, (1 - self._left) * 60 / self.per_minute)
+        missing = 1 - self._left
+        return missing * 60 / self.per_minute if missing > 1e-6 else 0.0
 
     def take(self) -> float:
         """Takes one, or returns the seconds until there is one."""
