@@ -31,6 +31,7 @@ exec /opt/python/bin/python3 "$@" "$(cat /etc/yap-text/api-key)"
 SETTINGS = """YAP_TEXT_DEVICE=cpu
 MAX_CONCURRENT_CONNECTIONS=24
 YAP_TEXT_LOG_FILE=/var/log/yap-text/yap-text.log
+YAP_TEXT_KEY_FILE=/etc/yap-text/keys
 """
 RESTART = """
 import asyncio, json, sys, websockets
@@ -137,8 +138,8 @@ def key(box: Container) -> str:
     return box.run("cat", "/etc/yap-text/api-key").strip()
 
 
-def warmup(box: Container) -> dict[str, Any]:
-    command = "YAP_TEXT_API_KEY=$(cat /etc/yap-text/api-key) yap-text warmup 'What is the capital of France?'"
+def warmup(box: Container, key: str = "$(cat /etc/yap-text/api-key)") -> dict[str, Any]:
+    command = f"YAP_TEXT_API_KEY={key} yap-text warmup 'What is the capital of France?'"
     return dict(json.loads(box.run("sh", "-c", command).splitlines()[-1]))
 
 
@@ -203,6 +204,16 @@ def test_the_key_is_in_no_environment_and_no_argument(box: Container) -> None:
     """It comes as a credential, which only the service can read."""
     script = "grep -lF -f /etc/yap-text/api-key /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null; true"
     assert box.run("sh", "-c", script) == ""
+
+
+def test_a_reload_takes_a_new_key(box: Container) -> None:
+    """The service, which is no user of the host, can read the file; its process is the same afterwards."""
+    before = show(box, "MainPID")
+    made = box.run("sh", "-c", "yap-text key new phone-app --file /etc/yap-text/keys 2>/dev/null").strip()
+    box.run("systemctl", "reload", "yap-text")
+    assert "Paris" in warmup(box, made)["text"] and show(box, "MainPID") == before
+    (told,) = [str(entry["MESSAGE"]) for entry in journal(box) if "keys.loaded" in str(entry["MESSAGE"])]
+    assert json.loads(told)["removed"] == [] and made not in str(journal(box))
 
 
 def test_a_restart_refuses_nobody(box: Container) -> None:
@@ -298,7 +309,7 @@ def test_uninstall_leaves_nothing_behind_but_what_is_yours(box: Container) -> No
     assert "0 unit files" in box.run("systemctl", "list-unit-files", "yap-text*", check=False)
     assert box.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "yap-text*") == ""
     assert "8000" not in box.run("ss", "-ltn")
-    assert box.run("ls", "/etc/yap-text").split() == ["api-key", "logrotate.conf", "yap-text.env"]
+    assert box.run("ls", "/etc/yap-text").split() == ["api-key", "keys", "logrotate.conf", "yap-text.env"]
     assert said[-1].startswith("  rm -r /etc/yap-text ")
     box.run("sh", "-c", said[-1])
     assert box.run("sh", "-c", "find / -xdev -name 'yap-text*' -not -path '/usr/local/bin/*' -not -path '/opt/*'") == ""
