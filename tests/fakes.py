@@ -48,6 +48,7 @@ class ScriptedEngine:
     max_model_len: int = 4096
     block_size: int = 16
     weights: str = "float"
+    cache_tokens: int = 100_000
     template: Literal["chatml", "tools", "no-system", "none"] = "chatml"
     requests: list[tuple[list[int], Sampling, int]] = field(default_factory=list)
     running: int = 0

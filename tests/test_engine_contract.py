@@ -50,6 +50,11 @@ async def freed(engine: Engine) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_the_cache_holds_more_than_one_conversation(engine: Engine) -> None:
+    """In tokens, as prompts are counted."""
+    assert engine.cache_tokens > 2 * engine.max_model_len
+
+
 async def test_a_stream_counts_its_tokens_and_ends_with_a_reason(engine: Engine) -> None:
     """`length` at max_tokens; every delta tells the prompt's size; only the last has a reason."""
     prompt = await prompt_of(engine)

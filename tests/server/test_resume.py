@@ -11,7 +11,7 @@ from typing import Any
 from conftest import Running, service
 from fakes import Gate, Script, ScriptedEngine
 
-from yaptext.engine.base import Engines
+from yaptext.engine.base import CHAT, Engines
 
 PERSONA = {"persona_text": "You are Ada, who counts."}
 
@@ -28,8 +28,8 @@ async def turn(running: Running, utterance: str, session_id: str = "s", **fields
 
 
 def prompt(engine: ScriptedEngine) -> str:
-    """What the engine was asked last."""
-    return engine.decode(engine.requests[-1][0])
+    """What the engine was asked last by a turn."""
+    return engine.decode([ids for ids, _, priority in engine.requests if priority == CHAT][-1])
 
 
 def chat_only(**script: Any) -> tuple[ScriptedEngine, Engines]:
@@ -98,3 +98,20 @@ async def test_by_default_a_restart_forgets(tmp_path: Path) -> None:
             assert await turn(running, "remember four") == 1
     assert "four" not in prompt(engine).replace("remember four", "", 1)
     assert os.listdir(tmp_path) == []
+
+
+async def test_a_restart_computes_again_what_its_users_will_need(tmp_path: Path) -> None:
+    """After READY, below everybody else's priority: who comes back finds his prefix, as before the restart."""
+    stored = {"DEPLOY_MODELS": "chat", "YAP_TEXT_STATE_DIR": tmp_path, "SESSION_STORE": "sqlite:sessions.db"}
+    engine, engines = chat_only()
+    async with service(engines, **stored) as running:
+        await turn(running, "remember four " * 20, **PERSONA)
+    engine, engines = chat_only()
+    async with service(engines, **stored) as running:
+        async with asyncio.timeout(10):
+            while not (warmed := [ids for ids, _, priority in engine.requests if priority == 2]):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert len(warmed) == 1 and "remember four" in engine.decode(warmed[0])
+        assert running.server.lifecycle.phase == "ready"
+        await turn(running, "the sum?")
+        assert engine.requests[-1][0][: len(warmed[0])] == warmed[0]

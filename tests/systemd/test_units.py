@@ -223,6 +223,23 @@ def test_a_restart_refuses_nobody(box: Container) -> None:
     wait_active(box)
 
 
+def test_a_restart_keeps_a_conversation(box: Container) -> None:
+    """With `SESSION_STORE`, in the state folder and for nobody else's eyes: the next process's prompt is as long as the
+    conversation, and its beginning was computed before anyone asked for it."""
+    set_up(box, "SESSION_STORE=sqlite:sessions.db")
+    box.run("systemctl", "restart", "yap-text", timeout=300)
+    say = "YAP_TEXT_API_KEY=$(cat /etc/yap-text/api-key) yap-text warmup --session kept"
+    told = json.loads(box.run("sh", "-c", f"{say} 'My name is Ada. {'Remember what I say. ' * 40}'").splitlines()[0])
+    box.run("systemctl", "restart", "yap-text", timeout=300)
+    told_of = "journalctl -o cat -u yap-text | grep -q sessions.rewarmed"
+    box.run("sh", "-c", f"until {told_of}; do sleep 0.2; done", timeout=60)
+    again = json.loads(box.run("sh", "-c", f"{say} 'Hi.'").splitlines()[0])
+    usage = again["metrics"]["usage"]
+    assert usage["prompt_tokens"] > told["metrics"]["usage"]["prompt_tokens"]
+    assert usage["cached_tokens"] > 128
+    assert set(box.run("sh", "-c", "stat -c %a /var/lib/private/yap-text/sessions.db*").split()) == {"600"}
+
+
 def test_a_killed_engine_ends_the_service_which_comes_back(box: Container) -> None:
     """The exit status is recorded as a failure, and systemd starts it again."""
     box.run("kill", "-KILL", engine_pid(box))

@@ -87,8 +87,13 @@ class SessionStore:
             session = self._sessions[key] = Session(key)
         session.used_at = self._clock()
         self._sessions.move_to_end(key)
-        self._drop()
+        self._drop(session)
         return session
+
+    def recent(self, within_s: float) -> list[Session]:
+        """Those used within the last seconds, the latest first."""
+        since = self._clock() - within_s
+        return [session for session in reversed(self._sessions.values()) if session.used_at >= since]
 
     def keep(self, session: Session) -> None:
         """To be called when a session has changed."""
@@ -105,11 +110,14 @@ class SessionStore:
         if self._file is not None:
             self._file.close(_FLUSH_S)
 
-    def _drop(self) -> None:
+    def _drop(self, newest: Session) -> None:
         now = self._clock()
-        for key, session in list(self._sessions.items())[:-1]:
+        dropped: list[SessionKey] = []
+        for key, session in self._sessions.items():
             expired = now - session.used_at > self._ttl_s
-            if not expired and len(self._sessions) <= self._max:
+            if session is newest or (not expired and len(self._sessions) - len(dropped) <= self._max):
                 break  # the rest was used later still
             if session.current is None:
-                del self._sessions[key]
+                dropped.append(key)
+        for key in dropped:
+            del self._sessions[key]

@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 _APPLICATION_ID = 0x59617031
 """Marks a database as ours, in this form of its table."""
-_SQLITE = b"SQLite format 3\0"
+_SCHEMA = f"""
+PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=ON; PRAGMA application_id={_APPLICATION_ID};
+CREATE TABLE IF NOT EXISTS session (id BLOB PRIMARY KEY, used_at REAL NOT NULL, body BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS by_use ON session (used_at);
+"""
+_HEADERS = (b"", b"SQLite format 3")
+"""What a file of ours begins with, also one whose beginning was zeroed."""
 _GATHER_S, _RETRY_S, _SWEEP_S = 0.5, 5.0, 60.0
 """What changes within the first goes into one write; a failed one is tried again; what has expired is deleted."""
 _CLOCK_STEP_S = 1.0
@@ -226,10 +232,11 @@ class SessionFile:
         try:
             return self._open()
         except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: of our own check
+            if code & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise
         with self._path.open("rb") as file:
-            if file.read(16).strip(b"\0") not in (b"", _SQLITE.strip(b"\0")):
+            if file.read(16).strip(b"\0") not in _HEADERS:
                 raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is no database")
         aside = f"{self._path}.damaged-{int(self._wall())}"
         for suffix in ("-wal", "-shm", ""):
@@ -245,10 +252,12 @@ class SessionFile:
         lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             who = os.read(lock, 20).decode(errors="replace")
             os.close(lock)
-            raise StartError(f"SESSION_STORE={str(self._path)!r} is in use by process {who}") from None
+            if isinstance(error, BlockingIOError):
+                raise StartError(f"SESSION_STORE={str(self._path)!r} is in use by process {who}") from None
+            raise
         self._lock = lock
         os.ftruncate(lock, 0)
         os.write(lock, str(os.getpid()).encode())
@@ -266,22 +275,10 @@ class SessionFile:
                 raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is another database")
             (health,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if health != "ok":
-                damage = sqlite3.DatabaseError(health)
-                damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-                raise damage
-            for pragma in (
-                "journal_mode=WAL",
-                "synchronous=FULL",
-                "secure_delete=ON",
-                f"application_id={_APPLICATION_ID}",
-            ):
-                database.execute(f"PRAGMA {pragma}")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS session (id BLOB PRIMARY KEY, used_at REAL NOT NULL, body BLOB NOT NULL)"
-            )
-            database.execute("CREATE INDEX IF NOT EXISTS by_use ON session (used_at)")
+                raise sqlite3.DatabaseError(health)
+            database.executescript(_SCHEMA)
             # From before the clock was set back: as if used now.
-            database.execute("UPDATE session SET used_at = min(used_at, ?)", (self._clock() + self._wall_offset,))
+            database.execute("UPDATE session SET used_at = ?1 WHERE used_at > ?1", (self._clock() + self._wall_offset,))
             self._purge(database)
         except BaseException:
             database.close()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
+
+import structlog
 
 from yaptext.dialogue import history
 from yaptext.dialogue.persona import Persona
@@ -16,15 +19,19 @@ from yaptext.dialogue.session import Session, SessionStore
 from yaptext.dialogue.toolcall import Decider
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engine, Engines, Sampling
-from yaptext.errors import NotDeployed, TextTooLong, UnknownPersona
+from yaptext.errors import NotDeployed, TextTooLong, UnknownPersona, WireError
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
 from yaptext.wire.messages import Ack, Models, PersonaFields, SamplingFields, Warmed, WarmHistory, WarmPersona
 
+_log = structlog.get_logger(__name__)
 _TEMPERATURE = 0.8
 _PRIMED_BATCHES = (1, 2, 3, 6, 12, 16, 24, 32, 40, 48, 65, 80)
 """On CUDA vLLM compiles its seeded sampling kernels at the first batch of each size class, seconds in which every
 stream stands still (3.3 s at 32 sessions, measured on an H200): these batches meet them all before READY."""
+_REWARM_WITHIN_S, _REWARM_SHARE, _REWARM_PAUSE_S = 600.0, 0.5, 0.02
+"""Who spoke that long before a restart may well come back (a cold start takes minutes). The other half of the cache is
+for who comes anew."""
 _WARM_PRIORITY = 2
 """After decisions (0) and chat (1): warming never delays a user who is waiting."""
 
@@ -166,12 +173,7 @@ class Stage:
         text = persona.compose(self.settings.default_persona_style)
         told = history.recent(message.history_text, self.history_chars) if isinstance(message, WarmHistory) else ""
         prefix = await self.prompts.prefix(text, history.parse(told))
-        cached = 0
-        if prefix:
-            stream = self.engines.chat.stream(prefix, Sampling(max_tokens=1), priority=_WARM_PRIORITY)
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    cached = delta.cached_tokens
+        cached = await self._compute(self.engines.chat, prefix)
         return Warmed(
             segment="history" if isinstance(message, WarmHistory) else "persona_static",
             bytes=len((told or text).encode()),
@@ -179,3 +181,42 @@ class Stage:
             cached_tokens=cached,
             ms=round((time.perf_counter() - begun) * 1000, 2),
         )
+
+    async def _compute(self, engine: Engine, prefix: list[int]) -> int:
+        """Puts a prefix into the cache; returns how many of its tokens were there."""
+        cached = 0
+        if prefix:
+            stream = engine.stream(prefix, Sampling(max_tokens=1), priority=_WARM_PRIORITY)
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    cached = delta.cached_tokens
+        return cached
+
+    def rewarm(self, most: int) -> AsyncGenerator[None, None]:
+        """After a restart: computes the prefixes of the sessions that were last in use, step by step, each only while
+        no engine has anything else to do. A session that has come back meanwhile does so itself."""
+        sessions = self.sessions.recent(_REWARM_WITHIN_S)[:most]  # now: who comes later was not there before
+        return self._rewarm([(session, session.used_at) for session in sessions])
+
+    async def _rewarm(self, sessions: list[tuple[Session, float]]) -> AsyncGenerator[None, None]:
+        engine, prompts = self.engines.chat, self.prompts
+        if engine is None or prompts is None or not sessions:
+            return
+        begun, warmed, tokens = time.perf_counter(), 0, 0
+        try:
+            for session, used_at in sessions:
+                yield
+                while any(each.load().running for each in self.engines.distinct.values()):
+                    await asyncio.sleep(_REWARM_PAUSE_S)
+                    yield
+                if session.used_at != used_at:
+                    continue
+                with suppress(WireError):  # its next turn tells
+                    prefix = await prompts.prefix(self.persona(session), list(session.transcript.messages))
+                    if tokens + len(prefix) > _REWARM_SHARE * engine.cache_tokens:
+                        break
+                    await self._compute(engine, prefix)
+                    warmed, tokens = warmed + 1, tokens + len(prefix)
+        finally:
+            seconds = round(time.perf_counter() - begun, 2)
+            _log.info("sessions.rewarmed", sessions=warmed, of=len(sessions), prefix_tokens=tokens, seconds=seconds)

@@ -88,6 +88,8 @@ class Engine(Codec, Protocol):
     """The name or folder it was opened from, for people."""
     weights: str
     """The kind of weights: float, fp8, awq or gptq."""
+    cache_tokens: int
+    """Tokens that the KV cache holds, of running and of earlier requests."""
 
     def stream(
         self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT

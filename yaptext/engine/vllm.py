@@ -35,6 +35,7 @@ class VllmEngine(HubCodec):
         )
         self._llm, self.model, self._gauge = llm, model, gauge
         self.weights: str = kind
+        self.cache_tokens: int = llm.vllm_config.cache_config.kv_cache_size_tokens or 0
         self._numbers = itertools.count(1)
         self._running = 0
 

@@ -119,7 +119,8 @@ def create_app(
             admission = Admission(settings.max_connections(awq=engines.awq))
             # Without either, SIGHUP means that the terminal is gone.
             reloads = bool(settings.key_file or settings.notify_socket)
-            async with lifecycle.watching(engines, settings.watchdog_s), keys.reloading(on_hangup=reloads):
+            rewarming = lifecycle.while_ready(stage.rewarm(admission.limit))
+            async with lifecycle.watching(engines, settings.watchdog_s, rewarming), keys.reloading(on_hangup=reloads):
                 yield {"service": Service(settings, stage, admission, keys, lifecycle, time.time())}
         finally:
             closing = [engine.aclose() for engine in engines.distinct.values()]

@@ -11,7 +11,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from types import FrameType
 from typing import Any, Literal
@@ -59,12 +59,15 @@ class Lifecycle:
         _silence_uvicorn()
 
     @asynccontextmanager
-    async def watching(self, engines: Engines, watchdog_s: float | None = None) -> AsyncIterator[None]:
+    async def watching(
+        self, engines: Engines, watchdog_s: float | None = None, *more: Coroutine[None, None, None]
+    ) -> AsyncIterator[None]:
         """While the block runs, a dead engine ends the process, and the supervisor's watchdog (`watchdog_s`)
-        is fed as long as every engine answers."""
-        tasks = [asyncio.create_task(self._guard(self._watch(engines)))]
+        is fed as long as every engine answers. `more` runs beside these."""
+        watches = [self._watch(engines), *more]
         if watchdog_s:
-            tasks.append(asyncio.create_task(self._guard(self._feed(engines, watchdog_s / 2))))
+            watches.append(self._feed(engines, watchdog_s / 2))
+        tasks = [asyncio.create_task(self._guard(watch)) for watch in watches]
         try:
             yield
         finally:
@@ -80,6 +83,15 @@ class Lifecycle:
             _log.exception("watch.crashed")
             self.phase = "dead"
             self.exit_requested.set()
+
+    async def while_ready(self, steps: AsyncGenerator[None, None]) -> None:
+        """Takes step after step from READY on, until the last or until a drain begins."""
+        while self.phase == "starting":  # noqa: ASYNC110  # uvicorn is about to listen
+            await asyncio.sleep(0.02)
+        async with aclosing(steps):
+            async for _ in steps:
+                if self.phase != "ready":
+                    return
 
     async def _feed(self, engines: Engines, every_s: float) -> None:
         while True:
