@@ -4,6 +4,8 @@
 # make test    sets everything up and runs the tests, on CPU
 # make test-systemd, make test-nix   the units on real systemd (needs root), the flake on real Nix
 # make lint    ruff, mypy, import-linter and the locks
+# make audit   asks for known vulnerabilities of what the locks pin (needs a network; ARGS: of pip-audit)
+# make sbom    writes what this machine's environment is made of as CycloneDX, dist/ENV.cdx.json
 # make units   renders systemd/ from nix/units.nix (needs Nix)
 # make lock    resolves the locks anew (needs the registries)
 # make clean   removes what these made
@@ -26,8 +28,9 @@ CPU := .venv/serve-cpu
 SIZE_serve-cpu := 2.6 GB installed, 2 to 5 minutes
 SIZE_serve-cuda := 8.5 GB installed, 4 to 15 minutes
 SIZE_test := 100 MB, half a minute
+SIZE_audit := 60 MB, half a minute
 
-.PHONY: serve quantize install test test-systemd test-nix lint lock units clean venv venv-test
+.PHONY: serve quantize install test test-systemd test-nix lint lock audit sbom units clean venv venv-test
 
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
@@ -54,6 +57,15 @@ lint: venv-test
 lock: .venv/lock/ready
 	@.venv/lock/bin/python nix/lock/lock.py
 
+audit: .venv/audit/lock.txt
+	@.venv/audit/bin/python nix/lock/audit.py $(ARGS)
+
+sbom: .venv/audit/lock.txt $(VENV)/lock.txt
+	@mkdir -p dist
+	.venv/audit/bin/python nix/lock/sbom.py $(ENV) > dist/$(ENV).cdx.json.part
+	mv dist/$(ENV).cdx.json{.part,}
+	echo "dist/$(ENV).cdx.json"
+
 units:
 	@nix-instantiate --eval --strict --json -E 'import ./nix/render.nix {}' | $(PYTHON) -c '
 	import json, pathlib, sys
@@ -65,13 +77,13 @@ clean:
 	find yaptext tests nix -name __pycache__ -prune -exec rm -rf {} +
 
 venv: $(VENV)/project
-venv-test: $(CPU)/project $(CPU)/test.txt
+venv-test: $(CPU)/project $(CPU)/test.txt .venv/audit/lock.txt
 
 # A stamp is a copy of the lock that the venv holds: written last, so that an interrupted install counts as none, and
 # compared, so that a checkout that only touches the lock installs nothing. Static patterns: make would delete what an
 # implicit chain leaves in its middle.
 
-$(VENVS:%=%/lock.txt): .venv/%/lock.txt: nix/lock/%.txt
+$(VENVS:%=%/lock.txt) .venv/audit/lock.txt: .venv/%/lock.txt: nix/lock/%.txt
 	@if cmp -s $< $@; then touch $@; exit; fi
 	$(call require-python)
 	rm -rf $(@D)
