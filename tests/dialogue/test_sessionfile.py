@@ -379,7 +379,7 @@ def test_a_damaged_file_is_moved_aside(path: Path, clocks: Clocks, log: Log, fir
 
 
 def test_a_file_that_is_something_else_is_left_alone(path: Path, clocks: Clocks) -> None:
-    """A wrong path must not cost anybody a file."""
+    """A wrong path must not cost anybody a file, nor its readers."""
     path.parent.mkdir()
     notes, other = path.with_name("notes.txt"), path.with_name("other.db")
     notes.write_text("my notes, which are longer than a header\n" * 9)
@@ -387,10 +387,12 @@ def test_a_file_that_is_something_else_is_left_alone(path: Path, clocks: Clocks)
         database.execute("CREATE TABLE mine (x)")
     database.close()
     for file in (notes, other):
+        file.chmod(0o644)
         before = file.read_bytes()
         with pytest.raises(SettingsError, match=f"SESSION_STORE='{file}' is not allowed"):
             Life(file, clocks)
-        assert file.read_bytes() == before
+        assert file.read_bytes() == before and file.stat().st_mode & 0o777 == 0o644
+    assert not list(path.parent.glob("notes.txt?*"))
 
 
 # --- processes

@@ -69,6 +69,30 @@ async def test_sockets_are_closed_one_by_one() -> None:
         assert running.active == 0
 
 
+async def test_a_socket_is_closed_after_its_turn() -> None:
+    """Not when all turns are over: with many users there is hardly such a moment. Who has not had a turn may still
+    begin one."""
+    engine, slow, quick = ScriptedEngine(), Gate(), Gate()
+    async with service(Engines(engine, engine)) as running:
+        async with running.connect() as first, running.connect() as second, running.connect() as third:
+            for socket, pace, name in ((first, slow, "a"), (second, quick, "b")):
+                engine.chat = Script(["x"], pace=pace)
+                await socket.send(START.replace('"s"', f'"{name}"'))
+                await until(socket, "toolcall")
+            running.server.begin_drain()
+            await asyncio.sleep(0.1)  # the drain has seen both at work
+            quick.step()
+            assert (await until(second, "done"))["finish_reason"] == "stop"
+            assert (await until(second, "error"))["error_code"] == "going_away"
+            engine.chat = Script(["late"])
+            await third.send(START.replace('"s"', '"c"'))
+            assert (await until(third, "final"))["normalized_text"] == "late"
+            slow.step()
+            assert (await until(first, "done"))["finish_reason"] == "stop"
+            for socket in (first, third):
+                assert (await until(socket, "error"))["error_code"] == "going_away"
+
+
 async def test_a_turn_that_takes_too_long_is_cut_and_told() -> None:
     """After DRAIN_TIMEOUT_S: its done, cancelled, then going_away."""
     engine = ScriptedEngine()

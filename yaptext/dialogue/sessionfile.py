@@ -228,6 +228,10 @@ class SessionFile:
     def _connect(self) -> sqlite3.Connection:
         """The database, made where there is none; a damaged one is moved aside."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                if file.read(16).strip(b"\0") not in _HEADERS:
+                    raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is no database")
         self._hold()
         try:
             return self._open()
@@ -235,9 +239,6 @@ class SessionFile:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: of our own check
             if code & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise
-        with self._path.open("rb") as file:
-            if file.read(16).strip(b"\0") not in _HEADERS:
-                raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is no database")
         aside = f"{self._path}.damaged-{int(self._wall())}"
         for suffix in ("-wal", "-shm", ""):
             if os.path.exists(f"{self._path}{suffix}"):
@@ -264,7 +265,6 @@ class SessionFile:
 
     def _open(self) -> sqlite3.Connection:
         self._path.touch(0o600)
-        self._path.chmod(0o600)
         database = sqlite3.connect(self._path, timeout=1, isolation_level=None)
         try:
             (owner,), (tables,) = (
@@ -276,6 +276,7 @@ class SessionFile:
             (health,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if health != "ok":
                 raise sqlite3.DatabaseError(health)
+            self._path.chmod(0o600)
             database.executescript(_SCHEMA)
             # From before the clock was set back: as if used now.
             database.execute("UPDATE session SET used_at = ?1 WHERE used_at > ?1", (self._clock() + self._wall_offset,))

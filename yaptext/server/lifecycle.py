@@ -11,10 +11,10 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 import uvicorn
@@ -27,6 +27,9 @@ from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
 from yaptext.server.outbox import WRITE_NOW
 from yaptext.settings import Settings
+
+if TYPE_CHECKING:
+    from yaptext.server.connection import Connection
 
 _log = structlog.get_logger(__name__)
 _WATCH_S = 0.5
@@ -122,27 +125,31 @@ class Lifecycle:
             await asyncio.sleep(_WATCH_S)
 
     async def drain(self, admission: Admission, timeout_s: float) -> None:
-        """Refuses new sockets, lets running turns finish within the time, then sends everyone away, one by one."""
+        """Refuses new sockets, lets running turns finish within the time, then sends everyone away, one by one.
+
+        A socket is closed once it has had its turn: where many talk there is hardly a moment in which nobody does.
+        """
         if self.phase == "ready":
             self.phase = "draining"
             notify("STOPPING=1", "STATUS=Finishing the running turns.")
             _log.info("drain.begun", connections=len(admission.connections), timeout_s=timeout_s)
-            await _wait(lambda: not any(c.busy for c in admission.connections), timeout_s)
-            cut = sum(c.busy for c in admission.connections)
+            deadline = time.monotonic() + timeout_s
+            talked: set[Connection] = set()
+            while (busy := {c for c in admission.connections if c.busy}) and time.monotonic() < deadline:
+                for connection in talked - busy:
+                    connection.end(going_away())
+                talked = busy
+                await asyncio.sleep(0.02)
             leaving = list(admission.connections)
             random.shuffle(leaving)
             for connection in leaving:
                 connection.end(going_away())
                 await asyncio.sleep(min(_CLOSE_EVERY_S, _CLOSES_WITHIN_S / len(leaving)))
-            await _wait(lambda: not admission.connections, _LEAVE_S)
-            _log.info("drain.finished", turns_cut=cut)
+            deadline = time.monotonic() + _LEAVE_S
+            while admission.connections and time.monotonic() < deadline:  # noqa: ASYNC110  # of many connections
+                await asyncio.sleep(0.02)
+            _log.info("drain.finished", turns_cut=len(busy))
         self.exit_requested.set()
-
-
-async def _wait(over: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not over() and time.monotonic() < deadline:  # noqa: ASYNC110  # of many connections
-        await asyncio.sleep(0.02)
 
 
 def _silence_uvicorn() -> None:
