@@ -158,7 +158,7 @@ class ScriptedEngine:
         return f"{opening}{told}<|im_start|>assistant\n"
 
     def load(self) -> Load:
-        return Load(self.running, 0.5 if self.running else 0.0, self.running)
+        return Load(self.running, 0.5 if self.running else 0.0, self.running, begun=len(self.requests))
 
     async def check(self) -> None:
         if self.dead:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import re
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +18,7 @@ from conftest import Frame, check_frames, service
 from fakes import Gate, Script, ScriptedEngine
 
 from yaptext.engine.base import Engine, Engines
+from yaptext.errors import StartError
 from yaptext.observe import notify
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -208,6 +210,21 @@ async def test_health_needs_no_key_and_status_does() -> None:
         assert status["engines"]["chat+tool"]["quantization"] == "float" and status["version"]
 
 
+async def test_a_lacking_tool_engine_is_told() -> None:
+    """TOOL_OPTIONAL: turns go on, each decision says why it is a no, and so does /status; new sockets are welcome."""
+    engines = Engines(chat=ScriptedEngine(), tool=None, lacking="the tool engine cannot open x: no memory")
+    async with service(engines) as running, running.connect() as socket:
+        frames = await turn(socket, "hi")
+        check_frames(frames)
+        decision = next(f for f in frames if f["type"] == "toolcall")
+        assert (decision["status"], decision["raw"], decision["reason"]) == ("no", [], "not_available")
+        async with httpx.AsyncClient(base_url=running.http, trust_env=False) as client:
+            status = (await client.get("/status", headers={"X-API-Key": "yap_token"})).json()
+            assert (status["status"], status["lacking"]) == ("degraded", engines.lacking)
+            assert list(status["engines"]) == ["chat"]
+            assert (await client.get("/readyz")).json() == {"status": "ready"}
+
+
 async def test_metrics_count_turns_by_outcome() -> None:
     """One finished, one cancelled, one error code; the histograms have their turn."""
     gate, engine = Gate(), ScriptedEngine()
@@ -386,17 +403,27 @@ async def test_one_model_alone(engines: Engines, deployed: str, kinds: list[str]
 
 
 @pytest.mark.engine
-async def test_two_engines_for_one_checkpoint(vllm_engine: Engine, state_folder: Any) -> None:
-    """SHARE_ENGINE=0: decision and chat on engines of their own."""
-    from yaptext.engine.vllm import open_engines
+async def test_two_engines_for_one_checkpoint(state_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SHARE_ENGINE=0: decision and chat on engines of their own, which open at once; where one cannot, nothing of
+    either is left."""
+    from yaptext.engine import vllm
     from yaptext.settings import Settings
 
-    second = open_engines(
-        Settings.load(YAP_TEXT_STATE_DIR=state_folder, DEPLOY_MODELS="tool", SHARE_ENGINE=0, YAP_TEXT_DEVICE="cpu")
-    ).tool
-    assert second is not None and second is not vllm_engine
-    lent: Any = Borrowed(vllm_engine)
-    async with service(Engines(chat=lent, tool=second, demo=True), CONCURRENT_MODEL_CALL=1) as running:
+    for name in vllm._environment(Settings.load(YAP_TEXT_DEVICE="cpu")):
+        monkeypatch.setenv(name, "")
+    variables = {
+        "YAP_TEXT_STATE_DIR": state_folder,
+        "SHARE_ENGINE": 0,
+        "YAP_TEXT_DEVICE": "cpu",
+        "CPU_KV_CACHE_MB": 512,
+    }
+    before = set(multiprocessing.active_children())
+    with pytest.raises(StartError, match="the chat engine cannot open"):
+        vllm.open_engines(Settings.load(**variables | {"CPU_KV_CACHE_MB": 128, "TOOL_MAX_MODEL_LEN": 1024}))
+    assert set(multiprocessing.active_children()) == before
+    two = vllm.open_engines(Settings.load(**variables))
+    assert len(two.distinct) == 2
+    async with service(two, CONCURRENT_MODEL_CALL=1) as running:
         async with running.connect() as socket:
             frames = await turn(socket, PARIS)
             check_frames(frames)
@@ -404,6 +431,7 @@ async def test_two_engines_for_one_checkpoint(vllm_engine: Engine, state_folder:
         async with httpx.AsyncClient(trust_env=False) as client:
             status = (await client.get(f"{running.http}/status", headers={"X-API-Key": "yap_token"})).json()
         assert set(status["engines"]) == {"chat", "tool"}
+    assert set(multiprocessing.active_children()) == before
 
 
 @pytest.mark.engine

@@ -102,6 +102,7 @@ class Settings(BaseSettings):
 
     # --- the decision
     tools_file: Path | None = _env("TOOLS_FILE", None, "JSON list of tools (name, description, parameters). Default: the built-in five.")  # fmt: skip
+    tool_optional: bool = _env("TOOL_OPTIONAL", False, "1: where the tool engine cannot start, chat serves without it: decisions are `no` with reason `not_available`, `/status` says `degraded`. One that dies later still ends the process, to be restarted.")  # fmt: skip
     tool_max_out: int = _env("TOOL_MAX_OUT", 96, "Most tokens of a decision.", ge=2, le=1024)
     tool_yes_threshold: float | None = _env("TOOL_YES_THRESHOLD", None, "A decision is yes from this probability on, which the `toolcall` frame then tells as `p`; costs the tool engine some time. Default: whatever the tool model finds likeliest, word by word.", ge=0, le=1)  # fmt: skip
     tool_history_tokens: int = _env("TOOL_HISTORY_TOKENS", 200, "Most tokens of recent history the tool model sees.", ge=0)  # fmt: skip

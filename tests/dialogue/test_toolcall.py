@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from yaptext.dialogue.history import Message, parse
 from yaptext.dialogue.toolcall import Decider, Decision
 from yaptext.dialogue.toolset import MAX_CALLS, MAX_TOOLS, MAX_TOOLS_BYTES, ToolSet
-from yaptext.engine.base import DECIDE
+from yaptext.engine.base import CHAT, DECIDE, Sampling
 from yaptext.errors import BadMessage, EngineDead, EngineFailed, SettingsError
 from yaptext.wire.messages import Call, Start, decode
 
@@ -589,6 +589,37 @@ async def test_every_decision_begins_with_the_same_tokens(template: Any) -> None
     assert all(tool in engine.decode(prompts[0][:head]) for tool in BUILT_IN)
     assert len(prompts[1]) - head < 16, "all but the utterance and the close stands in the head"
     assert decision.cached_tokens >= head // 16 * 16
+
+
+async def test_priming_runs_each_batch_at_once() -> None:
+    """As many decisions at a time as each size says."""
+    sizes = []
+
+    class Counting(ScriptedEngine):
+        async def stream(self, prompt: Any, sampling: Sampling, *, priority: int = CHAT) -> Any:
+            async with aclosing(super().stream(prompt, sampling, priority=priority)) as deltas:
+                async for delta in deltas:
+                    sizes.append(self.running)
+                    yield delta
+
+    engine = Counting(decision=Script(["[]"], pace=lambda: asyncio.sleep(0)))
+    await (await open_decider(engine)).prime((1, 2, 5))
+    assert [max(sizes[:1]), max(sizes[1:3]), max(sizes[3:])] == [1, 2, 5] and len(sizes) == 8
+
+
+async def test_the_fixed_prompt_is_refreshed_after_others() -> None:
+    """Once the engine has computed anything else, and only while nothing runs."""
+    engine = ScriptedEngine()
+    decider = await open_decider(engine)
+    await decider.prime()
+    await decider.refresh()
+    assert len(engine.requests) == 1, "nothing came since"
+    async with aclosing(engine.stream([1, 2], Sampling(max_tokens=4))) as deltas:
+        await anext(deltas)
+        await decider.refresh()
+        assert len(engine.requests) == 2, "somebody is being served"
+    await decider.refresh()
+    assert len(engine.requests) == 3 and engine.requests[2][0] == engine.requests[0][0]
 
 
 @each_template

@@ -19,6 +19,11 @@ class Opened(ScriptedEngine):
 
     role = ""
     alone = False
+    blocks: int | None = None
+    given: int | None = None
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
@@ -26,11 +31,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Opened]:
     """The engines in the order in which they were opened."""
     engines: list[Opened] = []
 
-    def open(settings: Settings, checkpoint: Any, role: str, *, alone: bool) -> Opened:
-        if "broken" in checkpoint.source:
+    def open(settings: Settings, checkpoint: Any, role: str, *, alone: bool, blocks: int | None) -> Opened:
+        if "broken" in checkpoint.source or ("full" in checkpoint.source and blocks):
             raise StartError("broken")
         engine = Opened(model=checkpoint.source)
-        engine.role, engine.alone = role, alone
+        engine.role, engine.alone, engine.given = role, alone, blocks
+        engine.blocks = {"chat": 5000, "tool": 900}[role]
         engines.append(engine)
         return engine
 
@@ -56,13 +62,93 @@ def test_one_checkpoint_is_one_engine(tmp_path: Path, opened: list[Opened]) -> N
 
 
 def test_share_engine_0_opens_two(tmp_path: Path, opened: list[Opened]) -> None:
-    """Tool first, then chat, each with its share."""
+    """Tool and chat, each with its share."""
     one = model(tmp_path, "one")
     settings = Settings.load(CHAT_MODEL=one, TOOL_MODEL=one, SHARE_ENGINE=0, YAP_TEXT_DEVICE="cpu")
     engines = vllm.open_engines(settings)
     assert engines.chat is not engines.tool
     assert [(engine.role, engine.alone) for engine in opened] == [("tool", False), ("chat", False)]
     assert list(engines.distinct) == ["chat", "tool"]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CUDA card by name; another name is another card."""
+    name = ["H200"]
+    monkeypatch.setattr(vllm, "_card", lambda: name)
+    return name
+
+
+def both(folder: Path, chat: str = "chat", tool: str = "tool", **variables: Any) -> Settings:
+    """Two models on CUDA, with a state folder in `folder`."""
+    for name in (chat, tool):
+        if not (folder / name).exists():
+            model(folder, name)
+    models = {"CHAT_MODEL": str(folder / chat), "TOOL_MODEL": str(folder / tool)}
+    return Settings.load(YAP_TEXT_STATE_DIR=folder / "state", **({"YAP_TEXT_DEVICE": "cuda"} | models | variables))
+
+
+def test_cuda_measures_once(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
+    """The first start measures each engine's blocks; the next of the same deployment gives them back to it. Whatever
+    decides them makes a start the first one again."""
+    vllm.open_engines(both(tmp_path))
+    assert [(engine.role, engine.given) for engine in opened] == [("tool", None), ("chat", None)]
+    for change in ({}, {"LOG_LEVEL": "error"}):
+        opened.clear()
+        vllm.open_engines(both(tmp_path, **change))
+        assert {engine.role: engine.given for engine in opened} == {"chat": 5000, "tool": 900}
+    for change in ({"CHAT_GPU_FRAC": 0.6}, {"MAX_NUM_SEQS": 64}, {"KV_DTYPE": "fp8"}, {"DEPLOY_MODELS": "chat"}):
+        opened.clear()
+        vllm.open_engines(both(tmp_path, **change))
+        assert {engine.given for engine in opened} == {None}, change
+    vllm.open_engines(both(tmp_path))
+    opened.clear()
+    card[0] = "H100"
+    vllm.open_engines(both(tmp_path))
+    assert {engine.given for engine in opened} == {None}
+    (tmp_path / "chat/model.safetensors").write_bytes(b"new")
+    opened.clear()
+    vllm.open_engines(both(tmp_path))
+    assert {engine.given for engine in opened} == {None}
+
+
+@pytest.mark.parametrize("kept", ["", "[]", "{}", '{"blocks": 1}'])
+def test_a_damaged_note_of_sizes_is_none(tmp_path: Path, opened: list[Opened], card: list[str], kept: str) -> None:
+    """What it would have told is measured again."""
+    vllm.open_engines(both(tmp_path))
+    (note,) = (tmp_path / "state").glob("*.json")
+    note.write_text(kept)
+    opened.clear()
+    vllm.open_engines(both(tmp_path))
+    assert {engine.given for engine in opened} == {None}
+
+
+def test_sizes_that_do_not_fit_are_forgotten(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
+    """The start goes on one engine after the other, and measures again."""
+    vllm.open_engines(both(tmp_path, chat="full"))
+    first = [*opened]
+    vllm.open_engines(both(tmp_path, chat="full"))
+    assert [(engine.role, engine.given) for engine in opened[2:]] == [("tool", 900), ("tool", None), ("chat", None)]
+    assert [engine.closed for engine in opened] == [False, False, True, False, False]
+    assert len(first) == 2
+
+
+def test_an_optional_tool_engine_may_be_lacking(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
+    """Chat serves, and the reason is kept; whether its weights are not there or it does not open, on either device."""
+    (tmp_path / "empty").mkdir()
+    for device in ("cpu", "cuda"):
+        for tool in ("broken", "empty"):
+            given = {"TOOL_OPTIONAL": 1, "YAP_TEXT_DEVICE": device}
+            engines = vllm.open_engines(both(tmp_path, tool=tool, **given))
+            assert engines.tool is None and engines.chat is opened[-1] and not opened[-1].closed
+            assert engines.lacking and tool in engines.lacking + "broken"
+            with pytest.raises(StartError):
+                vllm.open_engines(both(tmp_path, tool=tool, YAP_TEXT_DEVICE=device))
+            with pytest.raises(StartError):
+                vllm.open_engines(both(tmp_path, tool=tool, DEPLOY_MODELS="tool", **given))
+    with pytest.raises(StartError):
+        vllm.open_engines(both(tmp_path, chat="broken", TOOL_OPTIONAL=1))
+    assert opened[-1].role == "tool" and opened[-1].closed
 
 
 @pytest.mark.parametrize("role", ["chat", "tool"])

@@ -16,10 +16,10 @@ from yaptext.dialogue import history
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
 from yaptext.dialogue.session import Session, SessionStore
-from yaptext.dialogue.toolcall import Decider
+from yaptext.dialogue.toolcall import Decider, NoDecider
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engine, Engines, Sampling
-from yaptext.errors import NotDeployed, TextTooLong, UnknownPersona, WireError
+from yaptext.errors import EngineFailed, NotDeployed, TextTooLong, UnknownPersona, WireError
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
 from yaptext.wire.messages import Ack, Models, PersonaFields, SamplingFields, Warmed, WarmHistory, WarmPersona
@@ -29,6 +29,15 @@ _TEMPERATURE = 0.8
 _PRIMED_BATCHES = (1, 2, 3, 6, 12, 16, 24, 32, 40, 48, 65, 80)
 """On CUDA vLLM compiles its seeded sampling kernels at the first batch of each size class, seconds in which every
 stream stands still (3.3 s at 32 sessions, measured on an H200): these batches meet them all before READY."""
+_PRIMED_SAMPLINGS = (
+    (None, _PRIMED_BATCHES),
+    (SamplingFields(temperature=0), (1, 3, 24)),
+    (SamplingFields(top_k=0), (1, 3, 24)),
+    (SamplingFields(top_p=1), (1, 3, 24)),
+    (SamplingFields(top_k=0, top_p=1, min_p=0, repetition_penalty=1), (1, 3, 24)),
+)
+"""What a client may turn off takes other kernels. A turn always has a seed."""
+_REFRESH_S = 30.0
 _REWARM_WITHIN_S, _REWARM_SHARE, _REWARM_PAUSE_S = 600.0, 0.5, 0.02
 """Who spoke that long before a restart may well come back (a cold start takes minutes). The other half of the cache is
 for who comes anew."""
@@ -43,14 +52,15 @@ class Stage:
     sessions: SessionStore
     metrics: Metrics
     prompts: ChatPrompts | None
-    decider: Decider | None
+    decider: Decider | NoDecider | None
 
     @classmethod
     async def open(
         cls, settings: Settings, engines: Engines, tools: ToolSet, sessions: SessionStore | None = None
     ) -> Stage:
         """Learns the models' templates. `sessions` are new ones of the settings unless given."""
-        prompts = decider = None
+        prompts = None
+        decider: Decider | NoDecider | None = None
         if engines.chat is not None:
             prompts = await ChatPrompts.open(engines.chat, settings.chat_prompt_format, Limits.of(settings))
         if engines.tool is not None:
@@ -63,24 +73,35 @@ class Stage:
                 timeout_s=settings.tool_timeout_s,
                 threshold=settings.tool_yes_threshold,
             )
+        elif engines.lacking is not None:
+            decider = NoDecider(tools)
         sessions = SessionStore.of(settings) if sessions is None else sessions
         sessions.start()
         return cls(settings, engines, sessions, Metrics(), prompts, decider)
 
     async def prime(self) -> None:
-        """One throw-away decision and reply, so that the first user finds both engines and the fixed tool
-        prompt warm."""
+        """Throw-away decisions and replies, so that the first user finds both engines, the fixed tool prompt and every
+        kernel warm."""
+        cuda = self.settings.on_cuda
         if self.decider is not None:
-            await self.decider.prime()
+            await self.decider.prime(_PRIMED_BATCHES if cuda else (1,))
         if self.engines.chat is not None and self.prompts is not None:
             prompt = await self.prompts.turn(self.persona(Session(("", ""))), [], "Hello!", self.now())
-            for size in _PRIMED_BATCHES if self.settings.on_cuda else (1,):
-                await asyncio.gather(*(self._prime_chat(self.engines.chat, prompt) for _ in range(size)))
+            for fields, batches in _PRIMED_SAMPLINGS if cuda else ((None, (1,)),):
+                for size in batches:
+                    await asyncio.gather(*(self._prime_chat(self.engines.chat, prompt, fields) for _ in range(size)))
 
-    async def _prime_chat(self, engine: Engine, prompt: list[int]) -> None:
-        async with aclosing(engine.stream(prompt, self.sampling(None, 7, 12))) as deltas:
+    async def _prime_chat(self, engine: Engine, prompt: list[int], fields: SamplingFields | None) -> None:
+        async with aclosing(engine.stream(prompt, self.sampling(fields, 7, 12))) as deltas:
             async for _ in deltas:
                 pass
+
+    async def keep_warm(self) -> None:
+        """Keeps the fixed tool prompt in the cache, for ever."""
+        while self.decider is not None:
+            await asyncio.sleep(_REFRESH_S)
+            with suppress(EngineFailed):  # the next decision, or the watch over the engines, tells
+                await self.decider.refresh()
 
     @property
     def models(self) -> Models:

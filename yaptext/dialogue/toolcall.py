@@ -52,6 +52,7 @@ class Decider:
     ) -> None:
         self._engine, self.tools, self._prompts = engine, tools, prompts
         self._max_out, self._timeout_s, self._threshold = max_out, timeout_s, threshold
+        self._begun = 0
 
     @classmethod
     async def open(
@@ -68,10 +69,20 @@ class Decider:
         prompts = await ToolPrompts.open(engine, history_tokens)
         return cls(engine, tools, prompts, max_out=max_out, timeout_s=timeout_s, threshold=threshold)
 
-    async def prime(self) -> None:
-        """Runs one throw-away decision, so that the fixed prompt and the grammar are warm."""
+    async def prime(self, batches: Sequence[int] = (1,)) -> None:
+        """Runs throw-away decisions, so many at once, so that the fixed prompt, the grammar and the kernels of each
+        batch are warm."""
         prompt = await self._prompts.turn(self.tools, [], "Hello!")
-        await self._ask(_Answer(self.tools), prompt, self.tools.schema)
+        for size in batches:
+            await asyncio.gather(*(self._ask(_Answer(self.tools), prompt, self.tools.schema) for _ in range(size)))
+        self._begun = self._engine.load().begun
+
+    async def refresh(self) -> None:
+        """Computes the fixed prompt again where others were computed since (they may have taken its place in the cache)
+        and nothing runs now."""
+        load = self._engine.load()
+        if load.running == 0 and load.begun != self._begun:
+            await self.prime()
 
     async def decide(self, tools: ToolSet, messages: Sequence[Message], utterance: str) -> Decision:
         """Decides within the hard timeout. A fault is a `no` with its reason."""
@@ -107,6 +118,22 @@ class Decider:
                 answer.take(delta)
                 if answer.calls is not None:
                     return
+
+
+class NoDecider:
+    """Stands in for a tool engine that could not start (`TOOL_OPTIONAL`)."""
+
+    def __init__(self, tools: ToolSet) -> None:
+        self.tools = tools
+
+    async def prime(self, batches: Sequence[int] = ()) -> None:
+        pass
+
+    async def refresh(self) -> None:
+        pass
+
+    async def decide(self, tools: ToolSet, messages: Sequence[Message], utterance: str) -> Decision:
+        return Decision([], 0.0, reason="not_available")
 
 
 class _Answer:

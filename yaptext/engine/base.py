@@ -46,12 +46,14 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What an engine is busy with. `running` counts streams that are open now. As the engine saw it at its last step:
-    `kv_use`, the share of the KV cache in use (0 to 1), and `requests`, those it runs or has waiting."""
+    """What an engine is busy with. `running` counts streams that are open now, `begun` all so far. As the engine saw it
+    at its last step: `kv_use`, the share of the KV cache in use (0 to 1), and `requests`, those it runs or has
+    waiting."""
 
     running: int
     kv_use: float
     requests: int
+    begun: int = 0
 
 
 class Codec(Protocol):
@@ -106,12 +108,14 @@ class Engine(Codec, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """The deployed engines. Both names may stand for one object (a shared engine)."""
+    """The deployed engines. Both names may stand for one object (a shared engine). `lacking` says why a deployed tool
+    engine is not among them (`TOOL_OPTIONAL`)."""
 
     chat: Engine | None
     tool: Engine | None
     awq: bool = False
     demo: bool = False
+    lacking: str | None = None
 
     @property
     def distinct(self) -> dict[str, Engine]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from yaptext.engine import cpu_awq, demo, weights
+from yaptext.engine import cpu_awq, demo, opening, weights
 from yaptext.engine.base import CHAT, Delta, Engines, Load, Role, Sampling
 from yaptext.engine.codec import HubCodec
 from yaptext.errors import EngineDead, EngineFailed, StartError
@@ -34,20 +33,28 @@ class VllmEngine(HubCodec):
             block_size=llm.vllm_config.cache_config.block_size,
         )
         self._llm, self.model, self._gauge = llm, model, gauge
+        self.blocks: int = llm.vllm_config.cache_config.num_gpu_blocks
         self.weights: str = kind
         self.cache_tokens: int = llm.vllm_config.cache_config.kv_cache_size_tokens or 0
-        self._numbers = itertools.count(1)
-        self._running = 0
+        self._running = self._begun = 0
 
     @classmethod
-    def open(cls, settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> VllmEngine:
+    def open(
+        cls,
+        settings: Settings,
+        checkpoint: weights.Checkpoint,
+        role: Role,
+        *,
+        alone: bool,
+        blocks: int | None = None,
+    ) -> VllmEngine:
         """Loads the checkpoint. Raises `StartError` with vLLM's reason."""
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
             gauge = _make_gauge()
-            args = AsyncEngineArgs(**_arguments(settings, checkpoint, role, alone=alone))
+            args = AsyncEngineArgs(**_arguments(settings, checkpoint, role, alone=alone, blocks=blocks))
             llm = AsyncLLM.from_engine_args(args, stat_loggers=[gauge])
         except Exception as error:  # vLLM raises whatever the failing layer raises
             reason = str(error).strip().splitlines()
@@ -63,9 +70,10 @@ class VllmEngine(HubCodec):
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        request_id = f"{priority}-{next(self._numbers)}"
         finished = False
         self._running += 1
+        self._begun += 1
+        request_id = f"{priority}-{self._begun}"
         try:
             outputs = self._llm.generate(
                 TokensPrompt(prompt_token_ids=list(prompt)),
@@ -101,64 +109,113 @@ class VllmEngine(HubCodec):
 
     def load(self) -> Load:
         if not self._running:
-            return Load(0, 0.0, 0)  # its last step is of some time ago
-        return Load(self._running, self._gauge.kv_use, self._gauge.requests)
+            return Load(0, 0.0, 0, self._begun)  # its last step is of some time ago
+        return Load(self._running, self._gauge.kv_use, self._gauge.requests, self._begun)
 
     async def check(self) -> None:
         if self._llm.errored:
             raise EngineDead("The engine died.")
 
     async def aclose(self) -> None:
-        await asyncio.to_thread(self._llm.shutdown, timeout=5)  # it waits for its process
+        await asyncio.to_thread(self.close)  # it waits for its process
+
+    def close(self) -> None:
+        self._llm.shutdown(timeout=5)
         self._llm.shutdown = lambda timeout=None: None  # __del__ calls it again, when the interpreter is half gone
 
 
 def open_engines(settings: Settings) -> Engines:
-    """Opens the deployed engines one after the other (each measures free GPU memory while it opens).
+    """Opens the deployed engines: at once on CPU, and on CUDA where an earlier start has measured how many blocks of KV
+    cache each gets. Else one after the other, since each measures free GPU memory while it opens.
 
     Blocks. Raises `StartError`; what was already open is then closed.
     """
     os.environ.update(_environment(settings))
     is_demo = weights.wants_demo(settings)
     folder = demo.folder(settings.state) if is_demo else None
+    optional = settings.tool_optional and settings.chat_deployed
+    lacking: list[StartError] = []
     chosen: dict[Role, weights.Checkpoint] = {}
-    if settings.tool_deployed:
-        chosen["tool"] = weights.choose(settings, "tool", folder)
+    try:
+        if settings.tool_deployed:
+            chosen["tool"] = weights.choose(settings, "tool", folder)
+    except StartError as error:
+        if not optional:
+            raise
+        lacking.append(error)
     if settings.chat_deployed:
         chosen["chat"] = weights.choose(settings, "chat", folder)
     for role, checkpoint in chosen.items():
         _log.info(
             "weights.chosen", role=role, model=checkpoint.source, weights=checkpoint.kind, reason=checkpoint.reason
         )
-    shared = len(chosen) == 2 and chosen["chat"].source == chosen["tool"].source and settings.share_engine
     if is_demo:
         _log.warning(
             "demo.serving", model=demo.NAME, hint="no model is configured; set CHAT_MODEL and TOOL_MODEL for real use"
         )
-    opened: dict[Role, VllmEngine] = {}
-    try:
-        if shared:
-            opened["chat"] = opened["tool"] = _timed(settings, chosen["chat"], "chat", alone=True)
-        else:
-            for role, checkpoint in chosen.items():
-                opened[role] = _timed(settings, checkpoint, role, alone=len(chosen) == 1)
-    except BaseException:
-        for engine in opened.values():
-            engine._llm.shutdown(timeout=5)
-        raise
+    awq = all(checkpoint.kind == "awq" for checkpoint in chosen.values())
+    shared = len(chosen) == 2 and chosen["chat"].source == chosen["tool"].source and settings.share_engine
+    if shared:
+        del chosen["tool"]
+    opened = _open_all(settings, chosen, lacking if optional else None)
+    if lacking:
+        _log.warning("tool.lacking", error=str(lacking[0]), hint="TOOL_OPTIONAL=1: every decision is no")
     return Engines(
         chat=opened.get("chat"),
-        tool=opened.get("tool"),
-        awq=all(checkpoint.kind == "awq" for checkpoint in chosen.values()),
+        tool=opened.get("chat" if shared else "tool"),
+        awq=awq,
         demo=is_demo,
+        lacking=str(lacking[0])[:200] if lacking else None,
     )
 
 
-def _timed(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> VllmEngine:
+def _open_all(
+    settings: Settings, chosen: dict[Role, weights.Checkpoint], lacking: list[StartError] | None
+) -> dict[Role, VllmEngine]:
+    """`lacking` takes the reason why the tool engine cannot open; None where that ends the start."""
+    begun = time.monotonic()
+    alone = len(chosen) == 1
+
+    def opener(
+        role: Role, blocks: int | None, lacking: list[StartError] | None = None
+    ) -> Callable[[], VllmEngine | None]:
+        def open() -> VllmEngine | None:
+            try:
+                return _timed(settings, chosen[role], role, alone=alone, blocks=blocks)
+            except StartError as error:
+                if lacking is None or role != "tool":
+                    raise
+                lacking.append(error)
+                return None
+
+        return open
+
+    if not settings.on_cuda:  # the size of the KV cache is a setting there
+        opened = opening.at_once({role: opener(role, None, lacking) for role in chosen})
+    else:
+        sizes = opening.Sizes(settings.state / "kv_blocks.json", _measured_for(settings, chosen, alone=alone))
+        opened = {}
+        if known := sizes.recall():
+            try:
+                opened = opening.at_once({role: opener(role, known.get(role)) for role in chosen})
+            except StartError as error:
+                _log.warning("engines.reopening", error=str(error), hint="one by one: sizes of an earlier start failed")
+                sizes.forget()
+        if not opened:
+            opened = opening.in_turn({role: opener(role, None, lacking) for role in chosen})
+            if len(opened) == len(chosen):
+                sizes.remember({role: engine.blocks for role, engine in opened.items()})
+    _log.info("engines.opened", seconds=round(time.monotonic() - begun, 1), roles=list(opened))
+    return opened
+
+
+def _timed(
+    settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool, blocks: int | None
+) -> VllmEngine:
     begun = time.monotonic()
     _log.info("engine.opening", role=role, model=checkpoint.source)
     notify(f"STATUS=Opening the {role} engine: {checkpoint.source}")
-    engine = VllmEngine.open(settings, checkpoint, role, alone=alone)
+    engine = VllmEngine.open(settings, checkpoint, role, alone=alone, blocks=blocks)
     _log.info(
         "engine.opened",
         role=role,
@@ -166,12 +223,32 @@ def _timed(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, al
         seconds=round(time.monotonic() - begun, 1),
         max_model_len=engine.max_model_len,
         block_size=engine.block_size,
+        blocks=engine.blocks,
     )
     return engine
 
 
-def _arguments(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool) -> dict[str, Any]:
-    """AsyncEngineArgs for one role, as plain data."""
+def _measured_for(settings: Settings, chosen: dict[Role, weights.Checkpoint], *, alone: bool) -> dict[str, Any]:
+    """Everything that decides how many blocks an engine gets on a card, as plain data."""
+    engines = {
+        role: _arguments(settings, checkpoint, role, alone=alone)
+        | {"hf_token": None, "version": weights.version(checkpoint)}
+        for role, checkpoint in chosen.items()
+    }
+    return {"engines": engines, "card": _card()}
+
+
+def _card() -> list[Any]:
+    import vllm
+    from vllm.platforms import current_platform
+
+    return [vllm.__version__, current_platform.get_device_name(), current_platform.get_device_total_memory()]
+
+
+def _arguments(
+    settings: Settings, checkpoint: weights.Checkpoint, role: Role, *, alone: bool, blocks: int | None = None
+) -> dict[str, Any]:
+    """AsyncEngineArgs for one role, as plain data. With `blocks` of KV cache, nothing is measured."""
     cuda = settings.on_cuda
     if settings.kv_dtype == "int8_per_token_head" and not cuda:
         raise StartError("KV_DTYPE=int8 gives garbage on CPU: use auto or fp8")
@@ -214,6 +291,9 @@ def _arguments(settings: Settings, checkpoint: weights.Checkpoint, role: Role, *
         arguments["gpu_memory_utilization"] = settings.gpu_fraction(role, alone=alone)
     else:
         arguments["kv_cache_memory_bytes"] = settings.cpu_kv_cache_mb * 2**20
+    if blocks is not None:
+        # The bytes only turn the measuring off: the blocks decide. The fraction is still held against free memory.
+        arguments |= {"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": blocks}
     return arguments
 
 

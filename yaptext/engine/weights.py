@@ -110,6 +110,16 @@ def kind_of(source: str, config: dict[str, Any]) -> Kind:
     return "awq" if "awq" in name else "float"
 
 
+def version(checkpoint: Checkpoint) -> str | None:
+    """Which state of a checkpoint is on this disk: a word over a folder's content, or a hub model's commit."""
+    if shelf.is_folder(checkpoint.source):
+        return shelf.content(Path(checkpoint.source))
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(checkpoint.source, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def read_config(settings: Settings, source: str) -> dict[str, Any]:
     """The config.json of a folder or hub model. Raises `StartError`, and `SettingsError` as `hub_token` does."""
     folder = Path(source)

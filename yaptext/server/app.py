@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import time
 from collections.abc import AsyncIterator, Callable
@@ -116,11 +117,14 @@ def create_app(
                 lifecycle.fail(failure)
                 raise failure from error
             _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
+            gc.collect()
+            gc.freeze()  # what is here now stays: a full collection need not look at it while streams wait
             admission = Admission(settings.max_connections(awq=engines.awq))
             # Without either, SIGHUP means that the terminal is gone.
             reloads = bool(settings.key_file or settings.notify_socket)
             rewarming = lifecycle.while_ready(stage.rewarm(admission.limit))
-            async with lifecycle.watching(engines, settings.watchdog_s, rewarming), keys.reloading(on_hangup=reloads):
+            watching = lifecycle.watching(engines, settings.watchdog_s, stage.keep_warm(), rewarming)
+            async with watching, keys.reloading(on_hangup=reloads):
                 yield {"service": Service(settings, stage, admission, keys, lifecycle, time.time())}
         finally:
             closing = [engine.aclose() for engine in engines.distinct.values()]
@@ -168,11 +172,12 @@ async def readyz(request: Request) -> Response:
 async def status(request: Request) -> Response:
     service: Service = request.state.service
     service.keys.identify(request)
-    engines = service.stage.engines
+    engines, phase = service.stage.engines, service.lifecycle.phase
     loads = {role: (engine, engine.load()) for role, engine in engines.distinct.items()}
     return _json(
         {
-            "status": service.lifecycle.phase,
+            "status": "degraded" if engines.lacking and phase == "ready" else phase,
+            "lacking": engines.lacking,
             "version": __version__,
             "uptime_s": round(time.time() - service.started_at, 1),
             "deploy_models": service.settings.deploy_models,
