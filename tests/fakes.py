@@ -49,6 +49,7 @@ class ScriptedEngine:
     block_size: int = 16
     weights: str = "float"
     cache_tokens: int = 100_000
+    backlog_ms: float = 0.0
     template: Literal["chatml", "tools", "no-system", "none"] = "chatml"
     requests: list[tuple[list[int], Sampling, int]] = field(default_factory=list)
     running: int = 0
@@ -158,7 +159,8 @@ class ScriptedEngine:
         return f"{opening}{told}<|im_start|>assistant\n"
 
     def load(self) -> Load:
-        return Load(self.running, 0.5 if self.running else 0.0, self.running, begun=len(self.requests))
+        load = Load(self.running, 0.5 if self.running else 0.0, self.running, begun=len(self.requests))
+        return replace(load, backlog_ms=self.backlog_ms)
 
     async def check(self) -> None:
         if self.dead:

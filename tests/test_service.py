@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import socket
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,45 @@ async def test_health_needs_no_key_and_status_does() -> None:
         status = by_header.json()
         assert status["connections"] == {"active": 0, "max": 16, "available": 16, "at_capacity": False}
         assert status["engines"]["chat+tool"]["quantization"] == "float" and status["version"]
+
+
+async def test_what_binds_refuses_new_sockets() -> None:
+    """Beyond the usual limit the KV cache at the size of a turn, and at any number a queue of prompts; those that are
+    in go on. /status and /metrics tell the figures."""
+    engine = ScriptedEngine(cache_tokens=20 * 400)
+    variables = {"MAX_CONCURRENT_CONNECTIONS": 100, "MAX_PREFILL_BACKLOG_MS": 500}
+    async with AsyncExitStack() as stack:
+        running = await stack.enter_async_context(service(Engines(engine, engine), **variables))
+        first = await stack.enter_async_context(running.connect())
+        size = running.server.lifespan.state["service"].stage.metrics
+        await turn(first, "hi")
+        assert 100 < size.session_tokens < 2000
+        admitted = 1
+        while True:
+            socket = await stack.enter_async_context(running.connect())
+            with suppress(websockets.ConnectionClosed):
+                await say(socket, "ping")
+            frame = json.loads(await socket.recv())
+            if frame["type"] != "pong":
+                break
+            admitted += 1
+        fitting = max(16, int(8000 / size.session_tokens))
+        assert (frame["error_code"], admitted) == ("server_at_capacity", fitting)
+        assert frame["capacity"] == {
+            "active": fitting, "max": fitting, "available": 0, "at_capacity": True, "limited_by": "kv_cache"
+        }  # fmt: skip
+        check_frames(await turn(first, "and on"))
+        size.session_tokens, engine.backlog_ms = 10.0, 4000.0
+        socket = await stack.enter_async_context(running.connect())
+        frame = json.loads(await socket.recv())
+        assert frame["capacity"]["limited_by"] == "prefill" and 3000 <= frame["retry_after_ms"] <= 5000
+        async with httpx.AsyncClient(base_url=running.http, trust_env=False) as client:
+            status = (await client.get("/status", headers={"X-API-Key": "yap_token"})).json()
+            metrics = (await client.get("/metrics")).text
+        told = status["engines"]["chat+tool"]
+        assert (status["session_tokens"], told["backlog_ms"], told["kv_tokens"]) == (10, 4000, 8000)
+        for line in ("connections_max 100.0", "session_tokens 10.0", 'engine_backlog_ms{engine="chat+tool"} 4000.0'):
+            assert f"yaptext_{line}" in metrics
 
 
 async def test_a_lacking_tool_engine_is_told() -> None:

@@ -50,6 +50,19 @@ def test_a_time_of_zero_is_a_time() -> None:
     assert samples(metrics)["yaptext_ttft_ms_count",] == 1
 
 
+def test_the_size_of_a_session_is_the_mean_of_its_turns() -> None:
+    """Prompt and reply; turns without a prompt say nothing; the last ones count, not all that ever were."""
+    metrics = Metrics()
+    metrics.turn("cancelled", Usage(), Timings())
+    assert metrics.session_tokens == 0
+    for prompt in (1000, 3000):
+        metrics.turn("finished", Usage(prompt_tokens=prompt, completion_tokens=100), Timings())
+    assert metrics.session_tokens == pytest.approx(2100)
+    for _ in range(400):
+        metrics.turn("finished", Usage(prompt_tokens=500), Timings())
+    assert metrics.session_tokens == pytest.approx(500, rel=0.01)
+
+
 def test_gauges_are_refreshed_when_they_are_read() -> None:
     """What is scraped is true at that moment, not at the last event."""
     metrics = Metrics()

@@ -122,7 +122,8 @@ async def test_a_ramp_finds_the_limit() -> None:
     """It counts refusals and the wait that they ask for, and a place given up is given again."""
     result = await measure("ramp", plan={"ramp_max": 50}, MAX_CONCURRENT_CONNECTIONS=4)
     assert result["sessions"] == 50 and result["counts"]["admitted"] == 4 and result["counts"]["refusals"] == 3
-    assert result["errors"] == {"server_at_capacity": 3} and result["figures"]["retry_after_ms"]["p50"] == 2000
+    assert result["errors"] == {"server_at_capacity": 3}
+    assert 1500 <= result["figures"]["retry_after_ms"]["p50"] <= 2500
     assert count(result, "readmitted_ms") == 1 and count(result, "ttft_ms") == 4
 
 
@@ -287,7 +288,7 @@ async def test_a_refusal_carries_its_wait() -> None:
         await first.open()
         with pytest.raises(Full) as refused:
             await second.open()
-        assert (refused.value.code, refused.value.retry_after_ms) == ("server_at_capacity", 2000)
+        assert refused.value.code == "server_at_capacity" and 1500 <= (refused.value.retry_after_ms or 0) <= 2500
         await first.close()
         with pytest.raises(Refused, match="authentication_failed"):
             await Service(at.ws, "wrong", Sampling(8)).conversation().open()

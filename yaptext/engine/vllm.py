@@ -16,6 +16,7 @@ import structlog
 from yaptext.engine import cpu_awq, demo, opening, weights
 from yaptext.engine.base import CHAT, Delta, Engines, Load, Role, Sampling
 from yaptext.engine.codec import HubCodec
+from yaptext.engine.prefill import Prefill
 from yaptext.errors import EngineDead, EngineFailed, StartError
 from yaptext.observe.notify import notify
 from yaptext.settings import Settings
@@ -34,9 +35,11 @@ class VllmEngine(HubCodec):
         )
         self._llm, self.model, self._gauge = llm, model, gauge
         self.blocks: int = llm.vllm_config.cache_config.num_gpu_blocks
+        self.cache_tokens: int = llm.vllm_config.cache_config.kv_cache_size_tokens or 0
         self.weights: str = kind
         self.cache_tokens: int = llm.vllm_config.cache_config.kv_cache_size_tokens or 0
         self._running = self._begun = 0
+        self._prefill = Prefill()
 
     @classmethod
     def open(
@@ -70,7 +73,8 @@ class VllmEngine(HubCodec):
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        finished = False
+        finished, waits = False, True
+        self._prefill.begin(len(prompt))
         self._running += 1
         self._begun += 1
         request_id = f"{priority}-{self._begun}"
@@ -85,6 +89,9 @@ class VllmEngine(HubCodec):
                 async for output in outputs:
                     completion = output.outputs[0]
                     finished = output.finished
+                    if waits:
+                        waits = False
+                        self._prefill.end(len(prompt), output.num_cached_tokens or 0)
                     yield Delta(
                         text=completion.text,
                         tokens=len(completion.token_ids),
@@ -103,14 +110,22 @@ class VllmEngine(HubCodec):
             raise EngineFailed("The engine failed on this request.") from error
         finally:
             self._running -= 1
+            if waits:
+                self._prefill.end(len(prompt))
             if not finished:
                 # generate() aborts by itself, except where it is cancelled before it holds the request.
                 await self._llm.abort(request_id)
 
     def load(self) -> Load:
-        if not self._running:
-            return Load(0, 0.0, 0, self._begun)  # its last step is of some time ago
-        return Load(self._running, self._gauge.kv_use, self._gauge.requests, self._begun)
+        running, seen = self._running, self._gauge
+        return Load(
+            running=running,
+            kv_use=seen.kv_use if running else 0.0,  # with nothing running, its last step is of some time ago
+            requests=seen.requests if running else 0,
+            begun=self._begun,
+            backlog_ms=self._prefill.backlog_ms,
+            prefill_tokens_per_s=self._prefill.tokens_per_s,
+        )
 
     async def check(self) -> None:
         if self._llm.errored:

@@ -11,6 +11,8 @@ from yaptext.wire.messages import Timings, Usage
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MS = (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000, 10_000, 30_000)
 
+_SIZED_TURNS = 64
+
 
 class Metrics:
     def __init__(self) -> None:
@@ -25,6 +27,12 @@ class Metrics:
         self.engine_running = self._gauge("yaptext_engine_streams", "Streams an engine is busy with.", "engine")
         self.engine_requests = self._gauge("yaptext_engine_requests", "Requests an engine itself counts.", "engine")
         self.engine_kv_use = self._gauge("yaptext_engine_kv_use", "Share of the KV cache in use.", "engine")
+        self.engine_backlog_ms = self._gauge("yaptext_engine_backlog_ms", "Milliseconds of waiting prompts.", "engine")
+        self.connections_max = Gauge("yaptext_connections_max", "WebSockets there may be now.", registry=self.registry)
+        self.session_size = Gauge("yaptext_session_tokens", "KV cache tokens of a session.", registry=self.registry)
+        self.session_tokens = 0.0
+        """Prompt and reply of a turn, the mean over recent ones: what a session keeps in the KV cache."""
+        self._sized = 0
         self.tool_ms = self._histogram("yaptext_decision_ms", "Milliseconds of a decision.")
         self.ttft_ms = self._histogram("yaptext_ttft_ms", "Milliseconds from start to the first token.")
         self.total_ms = self._histogram("yaptext_turn_ms", "Milliseconds of a whole turn.")
@@ -32,6 +40,9 @@ class Metrics:
 
     def turn(self, outcome: str, usage: Usage, timings: Timings) -> None:
         self.turns.labels(outcome).inc()
+        if usage.prompt_tokens:
+            self._sized = min(self._sized + 1, _SIZED_TURNS)
+            self.session_tokens += (usage.prompt_tokens + usage.completion_tokens - self.session_tokens) / self._sized
         for histogram, value in (
             (self.tool_ms, timings.tool_ms),
             (self.ttft_ms, timings.ttft_ms),

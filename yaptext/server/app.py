@@ -76,11 +76,14 @@ class Service:
         metrics.connections.set(len(self.admission.connections))
         metrics.sessions.set(len(self.stage.sessions))
         metrics.tasks.set(len(asyncio.all_tasks()))
+        metrics.connections_max.set(self.admission.fitting)
+        metrics.session_size.set(metrics.session_tokens)
         for role, engine in self.stage.engines.distinct.items():
             load = engine.load()
             metrics.engine_running.labels(role).set(load.running)
             metrics.engine_requests.labels(role).set(load.requests)
             metrics.engine_kv_use.labels(role).set(load.kv_use)
+            metrics.engine_backlog_ms.labels(role).set(load.backlog_ms)
 
 
 def open_vllm(settings: Settings) -> Engines:
@@ -119,7 +122,16 @@ def create_app(
             _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
             gc.collect()
             gc.freeze()  # what is here now stays: a full collection need not look at it while streams wait
-            admission = Admission(settings.max_connections(awq=engines.awq))
+            busiest = engines.chat or engines.tool
+            assert busiest is not None
+            admission = Admission(
+                settings.max_connections(awq=engines.awq),
+                floor=settings.usual_connections(awq=engines.awq),
+                max_backlog_ms=settings.max_backlog_ms,
+                load=busiest.load,
+                cache_tokens=busiest.cache_tokens,
+                session_tokens=lambda: stage.metrics.session_tokens,
+            )
             # Without either, SIGHUP means that the terminal is gone.
             reloads = bool(settings.key_file or settings.notify_socket)
             rewarming = lifecycle.while_ready(stage.rewarm(admission.limit))
@@ -184,6 +196,7 @@ async def status(request: Request) -> Response:
             "concurrent_model_call": service.settings.concurrent_model_call,
             "demo": engines.demo,
             "connections": msgspec.to_builtins(service.admission.capacity),
+            "session_tokens": round(service.stage.metrics.session_tokens),
             "sessions": len(service.stage.sessions),
             "models": msgspec.to_builtins(service.stage.models),
             "engines": {
@@ -193,6 +206,9 @@ async def status(request: Request) -> Response:
                     "max_model_len": engine.max_model_len,
                     "running": load.running,
                     "kv_use": round(load.kv_use, 4),
+                    "kv_tokens": engine.cache_tokens,
+                    "backlog_ms": round(load.backlog_ms, 1),
+                    "prefill_tokens_per_s": round(load.prefill_tokens_per_s),
                 }
                 for role, (engine, load) in loads.items()
             },

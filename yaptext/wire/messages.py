@@ -187,6 +187,8 @@ class Capacity(Struct, frozen=True):
     max: int
     available: int
     at_capacity: bool
+    limited_by: Literal["kv_cache", "prefill"] | UnsetType = UNSET
+    """Where it is not the number of connections that is at its limit."""
 
 
 class Error(Struct, frozen=True, omit_defaults=True, tag="error", kw_only=True):
