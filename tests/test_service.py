@@ -460,7 +460,9 @@ async def test_two_engines_for_one_checkpoint(state_folder: Path, monkeypatch: p
     before = set(multiprocessing.active_children())
     with pytest.raises(StartError, match="the chat engine cannot open"):
         vllm.open_engines(Settings.load(**variables | {"CPU_KV_CACHE_MB": 128, "TOOL_MAX_MODEL_LEN": 1024}))
-    assert set(multiprocessing.active_children()) == before
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(10)  # one that was killed, a moment ago
+        assert process.exitcode is not None
     two = vllm.open_engines(Settings.load(**variables))
     assert len(two.distinct) == 2
     async with service(two, CONCURRENT_MODEL_CALL=1) as running:
@@ -471,7 +473,9 @@ async def test_two_engines_for_one_checkpoint(state_folder: Path, monkeypatch: p
         async with httpx.AsyncClient(trust_env=False) as client:
             status = (await client.get(f"{running.http}/status", headers={"X-API-Key": "yap_token"})).json()
         assert set(status["engines"]) == {"chat", "tool"}
-    assert set(multiprocessing.active_children()) == before
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(10)  # one that was killed, a moment ago
+        assert process.exitcode is not None
 
 
 @pytest.mark.engine

@@ -48,8 +48,8 @@ class Delta:
 class Load:
     """What an engine is busy with. `running` counts streams that are open now, `begun` all so far. As the engine saw it
     at its last step: `kv_use`, the share of the KV cache in use (0 to 1), and `requests`, those it runs or has waiting.
-    `backlog_ms` is the time that prompts which wait for their first token take at `prefill_tokens_per_s`, the best speed
-    of late."""
+    `backlog_ms` is the time that prompts which wait for their first token take at `prefill_tokens_per_s`, the best of
+    late."""
 
     running: int
     kv_use: float

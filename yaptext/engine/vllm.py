@@ -37,7 +37,6 @@ class VllmEngine(HubCodec):
         self.blocks: int = llm.vllm_config.cache_config.num_gpu_blocks
         self.cache_tokens: int = llm.vllm_config.cache_config.kv_cache_size_tokens or 0
         self.weights: str = kind
-        self.cache_tokens: int = llm.vllm_config.cache_config.kv_cache_size_tokens or 0
         self._running = self._begun = 0
         self._prefill = Prefill()
 

@@ -18,8 +18,8 @@ from yaptext.wire.messages import Capacity
 if TYPE_CHECKING:
     from yaptext.server.connection import Connection
 
-_RETRY_AFTER_MS = 2000
-"""While no connection has ended yet."""
+_RETRY_AFTER_MS, _FEW = 2000, 8
+"""While too few connections have ended to tell how often that happens."""
 _RETRY_BOUNDS_MS, _JITTER = (250, 30_000), 0.25
 
 
@@ -34,7 +34,7 @@ class Admission:
         *,
         floor: int = 1,
         max_backlog_ms: float = 0,
-        load: Callable[[], Load] = lambda: Load(0, 0.0),
+        load: Callable[[], Load] = lambda: Load(0, 0.0, 0),
         cache_tokens: int = 0,
         session_tokens: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -84,7 +84,7 @@ class Admission:
         """Until the backlog is worked off, or as long as it takes on average until a connection ends."""
         if capacity.limited_by == "prefill":
             wait_ms = self._load().backlog_ms
-        elif len(self._ended) > 1:
+        elif len(self._ended) > _FEW:
             wait_ms = 1000 * (self._clock() - self._ended[0]) / (len(self._ended) - 1)
         else:
             wait_ms = _RETRY_AFTER_MS
