@@ -87,6 +87,7 @@ async def test_cancelling_the_reader_aborts_the_stream(engine: Engine) -> None:
         results = await asyncio.gather(*readers, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError | list) for result in results)
         await freed(engine)
+        assert engine.load().backlog_ms == 0, "who left without a token does not wait"
     assert len(await read(engine, prompt, Sampling(max_tokens=2))) > 0
 
 

@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     hf_awq_commit_msg_tool: str | None = _env("HF_AWQ_COMMIT_MSG_TOOL", None, "Commit message of the tool upload (quantizer).")  # fmt: skip
 
     # --- operation
-    state_dir: Path | None = _env("YAP_TEXT_STATE_DIR", None, "Where converted and quantized models are kept. Default: `STATE_DIRECTORY` under systemd, else `~/.local/state/yap-text`.")  # fmt: skip
+    state_dir: Path | None = _env("YAP_TEXT_STATE_DIR", None, "Where converted and quantized models are kept, and what lets later starts on CUDA open both engines at once: the size of each KV cache. Default: `STATE_DIRECTORY` under systemd, else `~/.local/state/yap-text`.")  # fmt: skip
     log_level: Literal["debug", "info", "warning", "error"] = _env("LOG_LEVEL", "info", "Least level that is logged.")  # fmt: skip
     log_format: Literal["auto", "json", "console"] = _env("LOG_FORMAT", "auto", "`auto` is JSON, and a readable form where stderr is a terminal.")  # fmt: skip
 
