@@ -230,18 +230,17 @@ class TestServed:
         found = await Soak(served.ready().replace("http", "ws") + "/ws", KEY, served.process.pid, 8).run(30, 1.0)
         assert found["wrong"] == [] and found["turns"]["gone"] > 3, report(found)
 
-    def test_no_secret_reaches_an_engine_process(self, served: Served) -> None:
-        """Not by its environment and not by an argument; the hub client has its token from a file all the same."""
+    def test_no_secret_is_seen_of_any_process(self, served: Served) -> None:
+        """Neither in its environment nor as an argument; the engine's hub client has its token from a file."""
         served.ready()
         own = served.process.pid
         children = [
             int(pid) for task in Path(f"/proc/{own}/task").iterdir() for pid in (task / "children").read_text().split()
         ]
         assert children, "the engine is a process of its own"
-        for pid in children:
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
-            for seen in (environment, Path(f"/proc/{pid}/cmdline").read_bytes()):
-                assert KEY.encode() not in seen and b"hf_test" not in seen
+        for pid in (own, *children):
+            for seen in (Path(f"/proc/{pid}/environ").read_bytes(), Path(f"/proc/{pid}/cmdline").read_bytes()):
+                assert seen and KEY.encode() not in seen and b"hf_test" not in seen
         token_files = {
             Path(line.removeprefix(b"HF_TOKEN_PATH=").decode()).read_text()
             for pid in children
@@ -249,7 +248,6 @@ class TestServed:
             if line.startswith(b"HF_TOKEN_PATH=")
         }
         assert token_files == {"hf_test"}
-        assert KEY.encode() not in Path(f"/proc/{own}/cmdline").read_bytes()
 
     def test_sigterm_drains_and_exits_with_zero(self, served: Served) -> None:
         """The open socket hears going_away with 1012; the journal tells of the drain; nothing is left."""

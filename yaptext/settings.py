@@ -6,6 +6,8 @@ are resolved by the properties at the end.
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -295,8 +297,15 @@ class _Credentials(_MovedNames):
 
 
 def forget_secrets() -> None:
-    """Takes keys and tokens out of the environment, which every process inherits that is started from here on."""
-    for name in (*SECRETS, "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
+    """Takes keys and tokens out of the environment, which processes inherit that are started from here on, and out of
+    what /proc/PID/environ shows: the memory that this process was started with, of which a forked one has a copy."""
+    entries = ctypes.POINTER(ctypes.c_void_p).in_dll(ctypes.CDLL(None), "environ")
+    names = (*SECRETS, "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+    for place in itertools.takewhile(bool, map(entries.__getitem__, itertools.count())):
+        variable, _, value = ctypes.string_at(place).partition(b"=")
+        if os.fsdecode(variable) in names:
+            ctypes.memset(place + len(variable) + 1, 0, len(value))
+    for name in names:
         os.environ.pop(name, None)
 
 
