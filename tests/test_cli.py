@@ -230,8 +230,8 @@ class TestServed:
         found = await Soak(served.ready().replace("http", "ws") + "/ws", KEY, served.process.pid, 8).run(30, 1.0)
         assert found["wrong"] == [] and found["turns"]["gone"] > 3, report(found)
 
-    def test_no_secret_is_seen_of_any_process(self, served: Served) -> None:
-        """Neither in its environment nor as an argument; the engine's hub client has its token from a file."""
+    def test_no_secret_reaches_an_engine_process(self, served: Served) -> None:
+        """Nor is one seen of the service's: in no environment, in no argument. The hub client has its token from a file."""
         served.ready()
         own = served.process.pid
         children = [

@@ -184,9 +184,12 @@ def test_a_named_key_is_its_name(way: str, file: Path) -> None:
 
 
 def test_only_so_many_keys_of_a_request_are_tried() -> None:
-    """A request is one guess, whatever its length."""
+    """And each of them counts as a guess."""
     assert passes(Keys("k"), connection(b"api_key=wrong&" * 7 + b"api_key=k"))
     assert not passes(Keys("k"), connection(b"api_key=wrong&" * 8 + b"api_key=k"))
+    keys = Keys("k", failures_per_minute=9)
+    found = [refusal(keys, connection(query)) for query in (b"api_key=wrong&" * 8, b"ticket=wrong", b"api_key=wrong")]
+    assert found == [AuthenticationFailed, AuthenticationFailed, RateLimited]
 
 
 def test_a_key_in_the_address_does_not_count_where_headers_are_asked_for() -> None:

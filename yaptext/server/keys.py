@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 _MOST_TRIED = 8
-"""Keys that one request may give: a guess is counted by request."""
+"""Keys that one request may give, and as many tickets."""
 _RETRY_AFTER_MS = 2000
 
 Act = Literal["turns", "messages", "cancels", "tickets"]
@@ -114,13 +114,13 @@ class Keys:
         shares the address (of a NAT, a proxy) is not locked out. The own key may be a word: it is not looked at.
         """
         headers, queries = _keys_in_headers(connection), _query(connection)
-        tickets = queries.get("ticket", []) if connection.scope["type"] == "websocket" else []
-        for ticket in tickets[:_MOST_TRIED]:
+        tickets = queries.get("ticket", [])[:_MOST_TRIED] if connection.scope["type"] == "websocket" else []
+        for ticket in tickets:
             found = self._accounts.get(self._tickets.redeem(ticket.encode("latin-1")) or b"")
             if found is not None:
                 return found
-        given = headers + (queries.get("api_key", []) if in_query else [])
-        tried = [self._accounts.get(hash_of(key.encode("latin-1", "replace"))) for key in given[:_MOST_TRIED]]
+        given = (headers + (queries.get("api_key", []) if in_query else []))[:_MOST_TRIED]
+        tried = [self._accounts.get(hash_of(key.encode("latin-1", "replace"))) for key in given]
         account = next(filter(None, tried), None)
         address = connection.client.host if connection.client else ""
         wait_s = self._throttle.wait_s(address) if given or tickets else 0
@@ -128,7 +128,7 @@ class Keys:
             return account
         if wait_s:
             raise RateLimited("Too many failed attempts from this address.", retry_after_ms=_ms(wait_s))
-        if given or tickets:
+        for _ in given + tickets:
             self._throttle.failed(address)
         raise AuthenticationFailed
 
