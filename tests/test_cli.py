@@ -231,7 +231,7 @@ class TestServed:
         assert found["wrong"] == [] and found["turns"]["gone"] > 3, report(found)
 
     def test_no_secret_reaches_an_engine_process(self, served: Served) -> None:
-        """Nor is one seen of the service's: in no environment, in no argument. The hub client has its token from a file."""
+        """Nor is one seen of the service, as environment or argument. The hub client has its token from a file."""
         served.ready()
         own = served.process.pid
         children = [

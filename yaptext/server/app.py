@@ -244,7 +244,7 @@ async def converse(websocket: WebSocket) -> None:
         if service.lifecycle.draining:
             raise going_away()
         connection = Connection(websocket, service.stage, account)
-        with service.admission.slot(connection), account.slot(connection):
+        with account.slot(connection), service.admission.slot(connection):
             await websocket.accept()
             ending = await connection.serve()
         _log.info("connection.closed", key=account.name, code=ending.code, reason=ending.reason)
