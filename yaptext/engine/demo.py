@@ -34,6 +34,7 @@ def folder(state: Path) -> Path:
             if not (target / "config.json").exists():
                 _convert(source, target)
     except OSError as error:
+        shutil.rmtree(_partial(target), ignore_errors=True)
         raise StartError(f"cannot write the demo model to {target}: {error}") from error
     return target
 
@@ -52,16 +53,21 @@ def _source() -> tuple[Path, str]:
     return Path(str(wheel.locate_file(name))), wheel.version
 
 
+def _partial(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
 def _convert(source: Path, target: Path) -> None:
     # Heavy imports happen here, once in the life of a state folder.
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     begun = time.monotonic()
-    partial = target.with_name(target.name + ".partial")
+    partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
 
     def say(step: int, what: str) -> None:
@@ -77,7 +83,10 @@ def _convert(source: Path, target: Path) -> None:
         dtype=torch.bfloat16,
     )
     say(3, "writing bfloat16 weights")
-    model.save_pretrained(partial)
+    try:
+        model.save_pretrained(partial)
+    except SafetensorError as error:  # for example of a full disk
+        raise OSError(str(error)) from error
     tokenizer.save_pretrained(partial)
     config = json.loads((partial / "config.json").read_text())
     config.pop("quantization_config", None)

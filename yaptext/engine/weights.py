@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import structlog
 
 from yaptext.engine import shelf
 from yaptext.engine.base import Role
 from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings import Settings
 
+_log = structlog.get_logger(__name__)
+_HUB_TIMEOUT_S = 5
 Kind = Literal["float", "fp8", "awq", "gptq", "other"]
 
 
@@ -142,6 +147,28 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise StartError(f"the config.json of {source} is not an object")
     return config
+
+
+def leave_hub_if_down(settings: Settings) -> None:
+    """Where a hub model is wanted and the hub does not answer, this process and its engines take what is in the cache,
+    without the minute of retries that the hub client spends on each file."""
+    named = (settings.awq_chat_model or settings.chat_model, settings.awq_tool_model or settings.tool_model)
+    if not any(source and not shelf.is_folder(source) and source[0] not in "./~" for source in named):
+        return
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        status = get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S).status_code
+        if status < 500:
+            return
+        failure = f"status {status}"
+    except Exception as error:  # dozens of types, as below
+        failure = type(error).__name__
+    _log.warning("hub.down", hub=constants.ENDPOINT, failure=failure, hint="models come from the cache")
+    constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def hub_token(settings: Settings) -> str | None:
