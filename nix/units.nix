@@ -40,8 +40,8 @@ let
     "RemoveIPC=yes"
     "SystemCallArchitectures=native"
     "UMask=0077"
-    # No prompt, reply or key in a core file.
-    "LimitCORE=0"
+    # No prompt, reply or key in a core file. Not 0, which is no limit for one that is piped to a program (core(5)).
+    "LimitCORE=1"
   ];
 
   # The program in a unit: its settings, its secrets, its folders and what it may do, the same for serving and for

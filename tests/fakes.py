@@ -57,6 +57,7 @@ class ScriptedEngine:
     aborted: int = 0
     dead: bool = False
     closed: bool = False
+    hurried: bool = False
 
     def __post_init__(self) -> None:
         self._ids: dict[str, int] = {}
@@ -166,8 +167,8 @@ class ScriptedEngine:
         if self.dead:
             raise EngineDead("The engine died.")
 
-    async def aclose(self) -> None:
-        self.closed = True
+    async def aclose(self, *, at_once: bool = False) -> None:
+        self.closed, self.hurried = True, at_once
 
 
 class Gate:

@@ -36,7 +36,7 @@ class Borrowed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    async def aclose(self) -> None:
+    async def aclose(self, *, at_once: bool = False) -> None:
         pass
 
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import sys
 import textwrap
 import warnings
@@ -118,7 +119,11 @@ def _start_logs(settings: Settings) -> None:
     on_journal = settings.journal_stream is not None and _is_journal(settings.journal_stream)
     try:
         logs.configure(
-            level=settings.log_level, format=settings.log_format, journald=on_journal, file=settings.log_file
+            level=settings.log_level,
+            format=settings.log_format,
+            journald=on_journal,
+            file=settings.log_file,
+            text=settings.log_text,
         )
     except OSError as error:
         raise SettingsError(f"YAP_TEXT_LOG_FILE={str(settings.log_file)!r} cannot be written: {error}") from None
@@ -135,6 +140,10 @@ def _start_logs(settings: Settings) -> None:
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.load()
+    # No prompt, reply or key in a core file, the engines' included. One byte is less than a file may be, and for a core
+    # that is piped to a program the one limit that counts (core(5)).
+    least = 1 if resource.getrlimit(resource.RLIMIT_CORE)[1] else 0
+    resource.setrlimit(resource.RLIMIT_CORE, (least, least))
     _start_logs(settings)
     forget_secrets()
     from yaptext.server.app import create_app

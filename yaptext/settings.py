@@ -128,7 +128,7 @@ class Settings(BaseSettings):
     state_dir: Path | None = _env("YAP_TEXT_STATE_DIR", None, "Where converted and quantized models are kept, and what lets later starts on CUDA open both engines at once: the size of each KV cache. Default: `STATE_DIRECTORY` under systemd, else `~/.local/state/yap-text`.")  # fmt: skip
     log_level: Literal["debug", "info", "warning", "error"] = _env("LOG_LEVEL", "info", "Least level that is logged.")  # fmt: skip
     log_format: Literal["auto", "json", "console"] = _env("LOG_FORMAT", "auto", "`auto` is JSON, and a readable form where stderr is a terminal.")  # fmt: skip
-
+    log_text: bool = _env("LOG_TEXT", False, "1 logs what was said: utterance, decision and reply of each turn, and the words of exceptions.")  # fmt: skip
     log_file: Path | None = _env("YAP_TEXT_LOG_FILE", None, "Also writes the log to this file, and opens it anew when it was rotated away.")  # fmt: skip
 
     # --- set by systemd, not by people

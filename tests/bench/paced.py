@@ -89,6 +89,6 @@ class PacedEngine(ScriptedEngine):
                 stream.waiting.append(due)
                 stream.news.set()
 
-    async def aclose(self) -> None:
+    async def aclose(self, *, at_once: bool = False) -> None:
         if self._pacemaker is not None:
             self._pacemaker.cancel()

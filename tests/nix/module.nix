@@ -127,8 +127,8 @@ in
           "${pkgs.logrotate}/bin/logrotate"
         ]
         [
-          "LimitCORE=0\n\n[Install]\nWantedBy=multi-user.target\nAlso"
-          "LimitCORE=0\nX-StopIfChanged=false\nLoadCredential=SESSION_STORE_KEY:/run/secrets/session-key\n\n[Install]\nWantedBy=multi-user.target\nAlso"
+          "LimitCORE=1\n\n[Install]\nWantedBy=multi-user.target\nAlso"
+          "LimitCORE=1\nX-StopIfChanged=false\nLoadCredential=SESSION_STORE_KEY:/run/secrets/session-key\n\n[Install]\nWantedBy=multi-user.target\nAlso"
         ]
       ]
     ) committed;

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import structlog
 
-from yaptext.observe import logs
+from yaptext.observe import discretion, logs
 
 SECRET = "hunter2"
 NOISY = ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "asyncio", "vllm")
@@ -55,8 +55,9 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stderr]:
     """A stderr of the test's own; afterwards logging is as it was."""
     loggers = [logging.getLogger(), *map(logging.getLogger, NOISY)]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY"):
+    for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY", discretion.WORDS):
         monkeypatch.setenv(name, "")
+    monkeypatch.setattr(discretion, "_serving", False)
     yield Stderr()
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()

@@ -141,7 +141,10 @@ def test_a_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
-    [({"style": "gloomy"}, "Unknown persona_style 'gloomy'"), ({"persona_text": "x" * 2000}, "persona_text is 2")],
+    [
+        ({"style": "gloomy"}, "Unknown persona_style; known are chill,"),
+        ({"persona_text": "x" * 2000}, "persona_text is 2"),
+    ],
 )
 def test_a_persona_that_the_service_would_refuse_is_named(tmp_path: Path, fields: dict[str, str], reason: str) -> None:
     """By its line: it is found when the samples are laid out."""

@@ -120,7 +120,7 @@ from yaptext.server.lifecycle import Lifecycle, Server
 from yaptext.settings import Settings
 
 class Slow(ScriptedEngine):
-    async def aclose(self):
+    async def aclose(self, *, at_once=False):
         print("closing", self.model, flush=True)
         await asyncio.to_thread(time.sleep, 60)
 

@@ -38,7 +38,7 @@ def style(name: str) -> Style:
     """Raises `BadMessage` with the list of known styles."""
     known = styles()
     if name not in known:
-        raise BadMessage(f"Unknown persona_style {name[:64]!r}; known are {', '.join(known)} - at $.persona_style")
+        raise BadMessage(f"Unknown persona_style; known are {', '.join(known)} - at $.persona_style")
     return known[name]
 
 

@@ -22,6 +22,8 @@ _REFUSED_WORDS = {"pattern", "patternProperties", "format"}
 _ONE_SCHEMA = {"items", "additionalProperties", "not", "contains", "propertyNames"}
 _NAMED_SCHEMAS = {"properties", "$defs", "definitions"}
 _LISTED_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems"}
+_REFERENCE = re.compile(r"#(/(\$defs|definitions|properties)/[^/]+|/items)*")
+"""A `$ref` to what `_check_schema` looks at. Any other the grammar's library quotes on stderr."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _calls_decoder = msgspec.json.Decoder(list[Call])
@@ -126,6 +128,9 @@ def _check_schema(schema: Any, where: str) -> None:
             raise BadMessage(f"schemas are nested deeper than {MAX_SCHEMA_DEPTH} - at {where}")
         for word in _REFUSED_WORDS & part.keys():
             raise BadMessage(f"{word!r} is not possible in a tool's schema - at {where}")
+        reference = part.get("$ref", "#")
+        if not isinstance(reference, str) or not _REFERENCE.fullmatch(reference):
+            raise BadMessage(f"'$ref' must point to one of the schema's own $defs, as #/$defs/NAME - at {where}")
         required = part.get("required", [])
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             raise BadMessage(f"'required' must be a list of str - at {where}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
+import msgspec
 import structlog
 from msgspec import UNSET, UnsetType
 
@@ -96,6 +97,13 @@ class Turn:
         self._held: list[Delta] | None = None
         self._finish_reason: str | None = None
         self._utterance = start.user_utterance
+        self._decision: Decision | None = None
+        self._failure: WireError | None = None
+
+    def fail(self, error: WireError) -> None:
+        """Asks the turn to end with this error in the place of its `done`."""
+        self._failure = error
+        self.cancel()
 
     def cancel(self, heard_chars: int | None = None) -> None:
         """Asks the turn to end with `done cancelled`. At most the first call counts."""
@@ -201,6 +209,7 @@ class Turn:
 
     def _release(self, decision: Decision) -> None:
         """Sends the decision, then the chat text that waited for it: one step, nothing comes between."""
+        self._decision = decision
         self._usage.tool_prompt_tokens = decision.prompt_tokens
         self._usage.tool_cached_tokens = decision.cached_tokens
         self._timings.tool_ms = round(decision.tool_ms, 2)
@@ -267,6 +276,9 @@ class Turn:
 
     def _end_cancelled(self) -> str:
         assert self._cancelled_at is not None
+        if self._failure is not None:
+            self._send(error_frame(self._failure, turn=self.number))
+            return self._failure.code
         heard = self._sink.retract()
         self._timings.total_ms = self._since_received()
         cancel_ms = round((time.perf_counter() - self._cancelled_at) * 1000, 3)
@@ -313,9 +325,15 @@ class Turn:
             tool_cached_tokens=self._usage.tool_cached_tokens,
             queue_ms=self._timings.queue_ms,
             tool_ms=self._timings.tool_ms,
+            tool_reason=self._decision.reason if self._decision else None,
             ttft_ms=self._timings.ttft_ms,
             total_ms=self._timings.total_ms,
         )
+        if self._stage.settings.log_text:
+            reply, decision = "".join(self._text), self._decision
+            calls = None if decision is None else msgspec.to_builtins(decision.calls)
+            session, said = self._session.session_id, self._utterance
+            _log.info("turn.text", session_id=session, turn=self.number, utterance=said, decision=calls, reply=reply)
 
     def _mark_queue(self) -> None:
         if self._timings.queue_ms is None:

@@ -104,14 +104,15 @@ class VllmEngine(HubCodec):
             raise EngineDead("The engine died.") from error
         except VLLMClientError as error:
             finished = True
-            raise EngineFailed(f"The engine refused the request: {error}") from error
+            # Without its words: they quote the request.
+            raise EngineFailed(f"The engine refused the request ({getattr(error, 'parameter', None)}).") from error
         except EngineGenerateError as error:
             raise EngineFailed("The engine failed on this request.") from error
         finally:
             self._running -= 1
             if waits:
                 self._prefill.end(len(prompt))
-            if not finished:
+            if not finished and not self._llm.errored:
                 # generate() aborts by itself, except where it is cancelled before it holds the request.
                 await self._llm.abort(request_id)
 
@@ -130,11 +131,11 @@ class VllmEngine(HubCodec):
         if self._llm.errored:
             raise EngineDead("The engine died.")
 
-    async def aclose(self) -> None:
-        await asyncio.to_thread(self.close)  # it waits for its process
+    async def aclose(self, *, at_once: bool = False) -> None:
+        await asyncio.to_thread(self.close, 0 if at_once else 5)  # it waits for its process
 
-    def close(self) -> None:
-        self._llm.shutdown(timeout=5)
+    def close(self, within_s: float = 5) -> None:
+        self._llm.shutdown(timeout=within_s)
         self._llm.shutdown = lambda timeout=None: None  # __del__ calls it again, when the interpreter is half gone
 
 
@@ -145,6 +146,7 @@ def open_engines(settings: Settings) -> Engines:
     Blocks. Raises `StartError`; what was already open is then closed.
     """
     os.environ.update(_environment(settings))
+    weights.leave_hub_if_down(settings)
     is_demo = weights.wants_demo(settings)
     folder = demo.folder(settings.state) if is_demo else None
     optional = settings.tool_optional and settings.chat_deployed

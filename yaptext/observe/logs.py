@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import re
 import sys
@@ -14,10 +13,15 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
 
+from yaptext.observe import discretion
+from yaptext.observe.sinks import ToFile, ToStderr
+
 _FORMAT, _PRIORITY = "YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY"
 """How the process that configures logs tells its engine processes what it chose."""
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _KEY_IN_URL = re.compile(r"((?:api(?:_|%5f)key|ticket)=)(?:\\u[0-9a-f]{4}|[^&\s\"'\\])+", re.IGNORECASE)
+_NOISY = ["asyncio", "httpcore", "httpcore2", "httpx", "httpx2", "matplotlib"]
+_NOISY += ["uvicorn", "uvicorn.access", "uvicorn.error"]
 
 
 def redact(_: Any, __: str, line: str) -> str:
@@ -42,7 +46,7 @@ def formatter() -> logging.Formatter:
 
 
 def _formatter(format: str) -> logging.Formatter:
-    chain: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    chain: list[Any] = [discretion.hold_back, structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if format == "console":
         plain = structlog.dev.plain_traceback
         chain += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain), redact]
@@ -65,33 +69,35 @@ class _WithPriority(logging.Formatter):
         return f"<{priority}>{self._inner.format(record)}"
 
 
-def configure(*, level: str, format: str, journald: bool, file: Path | None = None) -> None:
+def configure(*, level: str, format: str, journald: bool, file: Path | None = None, text: bool = False) -> None:
     """Sends all logging of this process and its children through `formatter`. `format` is auto, json or
     console; auto is console where stderr is a terminal. `file` gets the JSON lines of this process as well, and
-    is opened anew when a rotation has moved it. Raises `OSError` where it cannot be written."""
+    is opened anew when a rotation has moved it. With `text` nothing is held back. Raises `OSError` where the file
+    cannot be written."""
     if format == "auto":
         format = "console" if sys.stderr.isatty() else "json"
     os.environ[_FORMAT] = format
-    os.environ.pop(_PRIORITY, None)
-    if journald:
-        os.environ[_PRIORITY] = "1"
+    os.environ[_PRIORITY] = "1" if journald else ""
+    os.environ[discretion.WORDS] = "1" if text else ""
     structlog.configure(
         processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = ToStderr(sys.stderr)
     handler.setFormatter(formatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     if file is not None:
-        to_file = logging.handlers.WatchedFileHandler(file, encoding="utf-8")
+        to_file = ToFile(file)
         to_file.setFormatter(_formatter("json"))
         root.addHandler(to_file)
     root.setLevel(level.upper())
-    for noisy in ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "httpx2", "asyncio", "matplotlib"):
+    for noisy in _NOISY:
         logger = logging.getLogger(noisy)
         logger.handlers.clear()
         logger.propagate = True
         logger.setLevel(logging.WARNING)
+    if text:
+        structlog.get_logger(__name__).warning("text.logged", hint="LOG_TEXT=1: what users say stands in this log")

@@ -135,11 +135,12 @@ def create_app(
             # Without either, SIGHUP means that the terminal is gone.
             reloads = bool(settings.key_file or settings.notify_socket)
             rewarming = lifecycle.while_ready(stage.rewarm(admission.limit))
-            watching = lifecycle.watching(engines, settings.watchdog_s, stage.keep_warm(), rewarming)
+            watching = lifecycle.watching(engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming)
             async with watching, keys.reloading(on_hangup=reloads):
-                yield {"service": Service(settings, stage, admission, keys, lifecycle, time.time())}
+                yield {"service": Service(settings, stage, admission, keys, lifecycle, time.monotonic())}
         finally:
-            closing = [engine.aclose() for engine in engines.distinct.values()]
+            at_once = lifecycle.phase == "dead"
+            closing = [engine.aclose(at_once=at_once) for engine in engines.distinct.values()]
             await asyncio.gather(asyncio.to_thread(sessions.close), *closing)
 
     return Starlette(
@@ -191,7 +192,7 @@ async def status(request: Request) -> Response:
             "status": "degraded" if engines.lacking and phase == "ready" else phase,
             "lacking": engines.lacking,
             "version": __version__,
-            "uptime_s": round(time.time() - service.started_at, 1),
+            "uptime_s": round(time.monotonic() - service.started_at, 1),
             "deploy_models": service.settings.deploy_models,
             "concurrent_model_call": service.settings.concurrent_model_call,
             "demo": engines.demo,

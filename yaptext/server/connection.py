@@ -83,6 +83,11 @@ class Connection:
         """Ends the connection with an error frame and its close code. The first reason counts."""
         self._end(Ending(error.close_code, error.code, error_frame(error)))
 
+    def fail(self, error: WireError) -> None:
+        """The turn that runs or waits ends with this error."""
+        if self._turn is not None:
+            self._turn.fail(error)
+
     async def serve(self) -> Ending:
         """Runs until the client leaves or `end` is called; then every turn is over and the socket closed."""
         async with asyncio.TaskGroup() as group:

@@ -23,6 +23,7 @@ from websockets.protocol import State
 
 from yaptext.engine.base import DECIDE, Engines, Sampling
 from yaptext.errors import EngineDead, EngineFailed, GoingAway, YapError
+from yaptext.observe import discretion
 from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
 from yaptext.server.outbox import WRITE_NOW
@@ -63,11 +64,15 @@ class Lifecycle:
 
     @asynccontextmanager
     async def watching(
-        self, engines: Engines, watchdog_s: float | None = None, *more: Coroutine[None, None, None]
+        self,
+        engines: Engines,
+        admission: Admission,
+        watchdog_s: float | None = None,
+        *more: Coroutine[None, None, None],
     ) -> AsyncIterator[None]:
-        """While the block runs, a dead engine ends the process, and the supervisor's watchdog (`watchdog_s`)
-        is fed as long as every engine answers. `more` runs beside these."""
-        watches = [self._watch(engines), *more]
+        """While the block runs, a dead engine ends every turn and the process, and the supervisor's watchdog
+        (`watchdog_s`) is fed as long as every engine answers. `more` runs beside these."""
+        watches = [self._watch(engines, admission), *more]
         if watchdog_s:
             watches.append(self._feed(engines, watchdog_s / 2))
         tasks = [asyncio.create_task(self._guard(watch)) for watch in watches]
@@ -111,7 +116,7 @@ class Lifecycle:
                 notify("WATCHDOG=1")
             await asyncio.sleep(every_s)
 
-    async def _watch(self, engines: Engines) -> None:
+    async def _watch(self, engines: Engines, admission: Admission) -> None:
         while True:
             for role, engine in engines.distinct.items():
                 try:
@@ -120,6 +125,10 @@ class Lifecycle:
                     _log.critical("engine.died", engine=role, model=engine.model, error=error.message)
                     self.phase = "dead"
                     notify(f"STATUS=The {role} engine died.")
+                    for connection in list(admission.connections):
+                        connection.fail(error)
+                        connection.end(going_away())
+                    await _all_left(admission, 1)
                     self.exit_requested.set()
                     return
             await asyncio.sleep(_WATCH_S)
@@ -145,11 +154,15 @@ class Lifecycle:
             for connection in leaving:
                 connection.end(going_away())
                 await asyncio.sleep(min(_CLOSE_EVERY_S, _CLOSES_WITHIN_S / len(leaving)))
-            deadline = time.monotonic() + _LEAVE_S
-            while admission.connections and time.monotonic() < deadline:  # noqa: ASYNC110  # of many connections
-                await asyncio.sleep(0.02)
+            await _all_left(admission, _LEAVE_S)
             _log.info("drain.finished", turns_cut=len(busy))
         self.exit_requested.set()
+
+
+async def _all_left(admission: Admission, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while admission.connections and time.monotonic() < deadline:  # noqa: ASYNC110  # of many connections
+        await asyncio.sleep(0.02)
 
 
 def _silence_uvicorn() -> None:
@@ -244,6 +257,7 @@ class Server(uvicorn.Server):
             return
         host, self.bound_port = self.servers[0].sockets[0].getsockname()[:2]
         self.lifecycle.phase = "ready"
+        discretion.serving()
         notify("READY=1", f"STATUS=Serving on {host}:{self.bound_port}.")
         if self._stop_signal is not None:  # it came during an import that swallows every exception
             self.begin_drain()

@@ -6,6 +6,7 @@ In `Start` and `SetPersona` an absent field (`UNSET`) keeps the session's value,
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -211,8 +212,8 @@ def decode(frame: str | bytes) -> ClientMessage:
         message: ClientMessage = _decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         reason, at, field = str(error).replace("`", "").rpartition(" - at ")
-        # Short: the reason can quote what the client sent.
-        raise BadMessage((reason or field)[:200] + (at + field[:100] if at else "")) from None
+        reason = re.sub(r" '.*'", "", reason or field, flags=re.DOTALL)  # what the client sent
+        raise BadMessage(reason[:200] + (at + field[:100] if at else "")) from None
     return message
 
 

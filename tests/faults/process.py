@@ -1,0 +1,142 @@
+"""`yap-text serve` as its own process, on an engine that fails as an utterance tells it to. Run, it is that process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+Frame = dict[str, Any]
+
+
+class Process:
+    """The process and what it wrote: `output` is stderr and stdout, whoever wrote there."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], file: Path, key: str) -> None:
+        self.popen, self._file, self._key = popen, file, key
+        self.http = ""
+
+    @property
+    def output(self) -> str:
+        return self._file.read_text(encoding="utf-8", errors="replace")
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        parsed = [json.loads(line) for line in self.output.splitlines() if line.startswith("{")]
+        return [event for event in parsed if event["event"] == name]
+
+    def wait_ready(self) -> None:
+        for _ in range(1800):
+            assert self.popen.poll() is None, self.output[-3000:]
+            for line in self.output.splitlines():
+                if "server.ready" in line and (found := re.search(r"http://[\d.]+:\d+", line)):
+                    self.http = found[0]
+                    return
+            time.sleep(0.1)
+        raise AssertionError("not ready in three minutes")
+
+    def connect(self, **options: Any) -> ClientConnection:
+        headers = {"X-API-Key": self._key}
+        return connect(f"ws{self.http[4:]}/ws", additional_headers=headers, proxy=None, legacy=True, **options)
+
+
+@contextmanager
+def serving(file: Path, command: Sequence[str], key: str, **variables: str) -> Iterator[Process]:
+    environment = os.environ | {"PORT": "0", "YAP_TEXT_API_KEY": key, "LOG_FORMAT": "json"} | variables
+    tests = Path(__file__).parents[1]
+    paths = [environment.get("PYTHONPATH", ""), str(tests), str(tests.parent)]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    with file.open("wb") as output:
+        popen = subprocess.Popen(
+            [sys.executable, *command], env=environment, cwd=file.parent, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        yield Process(popen, file, key)
+    finally:
+        popen.kill()
+        popen.wait()
+
+
+def say(socket: ClientConnection, type: str, **fields: Any) -> None:
+    socket.send(json.dumps({"type": type, **fields}))
+
+
+def until(socket: ClientConnection, *types: str) -> list[Frame]:
+    """Frames up to and with the first of one of the types."""
+    frames: list[Frame] = []
+    while not frames or frames[-1]["type"] not in types:
+        frames.append(json.loads(socket.recv(timeout=120)))
+    return frames
+
+
+def turn(socket: ClientConnection, utterance: str, **fields: Any) -> list[Frame]:
+    say(socket, "start", **{"session_id": "s", "user_utterance": utterance} | fields)
+    return until(socket, "done", "error")
+
+
+def _main() -> int:
+    from fakes import Script, ScriptedEngine
+
+    from yaptext.cli import run
+    from yaptext.engine.base import CHAT, Delta, Engines, Sampling
+    from yaptext.errors import EngineDead, EngineFailed
+    from yaptext.observe import sinks
+
+    decision = [os.environ.get("DECISION", "[]")]
+
+    class Obedient(ScriptedEngine):
+        """Fails in the way that the prompt names, and has the whole prompt in the words of the failure."""
+
+        async def stream(
+            self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
+        ) -> AsyncGenerator[Delta, None]:
+            said = self.decode(prompt)
+            last = said.rpartition("<|im_start|>user")[2]
+            if sampling.json_schema is None or "DECIDE" in last:
+                if "CRASH" in last:
+                    try:
+                        raise KeyError(said)
+                    except KeyError as error:
+                        raise ExceptionGroup(said, [ValueError(said)]) from error
+                if "FAIL" in last:
+                    raise EngineFailed("The engine failed on this request.")
+                if "ASYNCIO" in last:
+                    task = asyncio.create_task(self._crash(said))
+                    await asyncio.wait([task])
+                    del task
+                    gc.collect()
+                if "MISLOG" in last:
+                    logging.getLogger("vllm.engine").error("%d", said)
+                    logging.getLogger("vllm.logging_utils.dump_input").error("Dumping scheduler output: %s", said)
+                if "DIE" in last:
+                    self.dead = True
+                    raise EngineDead("The engine died.") from ValueError(said)
+            self.decision = Script(decision if '"note"' in (sampling.json_schema or "") else ["[]"])
+            async for delta in super().stream(prompt, sampling, priority=priority):
+                yield delta
+
+        async def _crash(self, said: str) -> None:
+            raise ValueError(said)
+
+    engine = Obedient(chat=Script(os.environ.get("REPLY", "Hello there.").split()))
+    sinks._FILE_PAUSE_S = 0.5
+    vllm: Any = ModuleType("yaptext.engine.vllm")
+    vllm.open_engines = lambda _: Engines(engine, engine)
+    sys.modules["yaptext.engine.vllm"] = vllm
+    return run(["serve"])
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

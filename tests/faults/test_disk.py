@@ -1,0 +1,116 @@
+"""Folders that are full or cannot be written, as real file systems of a few pages (needs root)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from faults.process import serving, turn
+
+Mount = Callable[..., Path]
+ENGINE = (str(Path(__file__).with_name("process.py")),)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    mounted: list[Path] = []
+
+    def mount(name: str, options: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            pytest.skip(f"cannot mount a tmpfs: {ended.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    ballast = folder / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1000))
+    return ballast
+
+
+@pytest.mark.subprocess
+def test_a_full_log_file_costs_its_lines_and_nothing_else(tmp_path: Path, mount: Mount) -> None:
+    """Turns go on, stderr has every line and says that the file has not; with room again the file goes on, too, and no
+    line of it is half a line."""
+    disk = mount("logs", "size=64k")
+    with serving(tmp_path / "output", ENGINE, "key", YAP_TEXT_LOG_FILE=str(disk / "log")) as process:
+        process.wait_ready()
+        with process.connect() as socket:
+            turn(socket, "before")
+            ballast = fill(disk)
+            for _ in range(50):
+                assert turn(socket, "while")[-1]["type"] == "done"
+            assert len(process.events("log.file_failed")) in (1, 2)
+            ballast.unlink()
+            while len(process.events("log.file_again")) < len(process.events("log.file_failed")):
+                turn(socket, "after")
+    lines = process.output.splitlines()
+    assert [line for line in lines if not line.startswith("{")] == [], "no traceback"
+    failed, lost = process.events("log.file_failed")[0], sum(e["lines_lost"] for e in process.events("log.file_again"))
+    assert failed["level"] == "error" and "No space left on device" in failed["error"]
+    kept = [json.loads(line) for line in (disk / "log").read_text().splitlines()]
+    assert len(process.events("turn.finished")) > 51
+    assert 0 < lost == len(lines) - len(kept)
+
+
+@pytest.mark.subprocess
+def test_a_log_folder_that_goes_away_is_told_once(tmp_path: Path) -> None:
+    """As a rotation gone wrong leaves it; the service goes on."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    with serving(tmp_path / "output", ENGINE, "key", YAP_TEXT_LOG_FILE=str(folder / "log")) as process:
+        process.wait_ready()
+        with process.connect() as socket:
+            folder.rename(tmp_path / "away")
+            assert all(turn(socket, "hi")[-1]["type"] == "done" for _ in range(3))
+            folder.mkdir()
+            while not process.events("log.file_again"):
+                turn(socket, "hi")
+    assert len(process.events("log.file_failed")) == len(process.events("log.file_again")) == 1
+    assert "Traceback" not in process.output
+
+
+@pytest.mark.subprocess
+def test_a_full_stderr_ends_no_turn(tmp_path: Path, mount: Mount) -> None:
+    """Where the log itself goes to a full disk there is nobody to tell, and nothing to stop for."""
+    disk = mount("logs", "size=64k")
+    with serving(disk / "output", ENGINE, "key") as process:
+        process.wait_ready()
+        with process.connect() as socket:
+            fill(disk)
+            assert all(turn(socket, "hi")[-1]["type"] == "done" for _ in range(100))
+    assert "Traceback" not in process.output
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("options", "reason"), [("size=20m", "No space left"), ("ro", "Read-only file system")])
+def test_a_state_folder_that_takes_no_model_is_one_line(mount: Mount, options: str, reason: str) -> None:
+    """The start ends with status 1, for which systemd tries again; nothing half-made is left."""
+    state = mount("state", options)
+    ended = subprocess.run(
+        [sys.executable, "-m", "yaptext", "serve"],
+        env=os.environ | {"YAP_TEXT_STATE_DIR": str(state), "LOG_LEVEL": "error", "YAP_TEXT_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1 and "cannot write the demo model" in ended.stderr, ended.stderr
+    assert reason in ended.stderr
+    assert list(state.rglob("*.safetensors")) == []

@@ -1,0 +1,69 @@
+"""What is held back from the log: the words in which libraries quote what people say."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import sys
+from typing import Any
+
+from structlog.typing import EventDict
+
+WORDS = "YAPTEXT_LOG_WORDS"
+"""Set in the environment of this process and its engines where nothing is held back."""
+_serving = False
+_SAFE = (OSError, MemoryError)
+_SAFE_NAMES = {"OutOfMemoryError", "AcceleratorError", "EngineDeadError"}
+"""Exceptions of torch and vLLM whose words are about the machine."""
+
+
+def serving() -> None:
+    """From now on what fails may be a conversation. Engine processes are always as careful, but at their start."""
+    global _serving  # noqa: PLW0603  # logging is one to a process, too
+    _serving = True
+
+
+def _held_back(record: logging.LogRecord) -> bool:
+    if os.environ.get(WORDS):
+        return False
+    is_engine = multiprocessing.parent_process() is not None
+    return _serving or (is_engine and "failed to start" not in str(record.msg))
+
+
+def _wordless(error: BaseException) -> BaseException:
+    """The same exception to look at, its causes included, without its words."""
+    words = str(error) if isinstance(error, _SAFE) or type(error).__name__ in _SAFE_NAMES else "(held back: LOG_TEXT=0)"
+    if isinstance(error, BaseExceptionGroup):
+        bare: BaseException = BaseExceptionGroup(words, [_wordless(each) for each in error.exceptions])
+    else:
+        named = type(type(error).__name__, (Exception,), {"__module__": type(error).__module__})
+        bare = named(words)
+    bare.__traceback__ = error.__traceback__
+    bare.__cause__ = error.__cause__ and _wordless(error.__cause__)
+    if error.__context__ is not error.__cause__:
+        bare.__context__ = error.__context__ and _wordless(error.__context__)
+    bare.__suppress_context__ = error.__suppress_context__
+    return bare
+
+
+def hold_back(_: Any, __: str, event: EventDict) -> EventDict:
+    """Takes out of an event what people may have said."""
+    if _held_back(event["_record"]):
+        if event["_record"].name == "asyncio":  # then comes the repr of a task, or of a callback's arguments
+            event["event"] = re.split(r"[\n<]", event["event"])[0]
+        if told := event.get("exc_info"):
+            error = told if isinstance(told, BaseException) else sys.exc_info()[1] if told is True else told[1]
+            if error is not None:
+                bare = _wordless(error)
+                event["exc_info"] = (type(bare), bare, bare.__traceback__)
+    return event
+
+
+def is_wanted(record: logging.LogRecord) -> bool:
+    """False for what is of conversations alone: the requests of a step that failed, stop strings and tools included.
+    And for the traceback with which uvicorn tells that a client sent what is not UTF-8."""
+    if record.msg == "Invalid UTF-8 sequence received from client.":
+        return False
+    return record.name != "vllm.logging_utils.dump_input" or not _held_back(record)

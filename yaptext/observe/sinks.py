@@ -1,0 +1,89 @@
+"""Where log lines go: stderr and a file, either of which may be full or gone."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from yaptext.observe.discretion import is_wanted
+
+_log = structlog.get_logger(__name__)
+_FILE_PAUSE_S = 10.0
+"""How long a file that cannot be written is left alone: at the brink of a full disk every other line would fit."""
+
+
+class ToStderr(logging.StreamHandler[Any]):
+    """The handler of this process and, through `vllm_logging.json`, of the engines'."""
+
+    def __init__(self, stream: Any = None) -> None:
+        super().__init__(stream)
+        self.addFilter(is_wanted)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """One line, where the usual one is a traceback with all arguments. A stderr that takes nothing hears none."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            _log.error("log.failed", of=record.name, error=type(error).__name__)
+
+
+class ToFile(logging.Handler):
+    """The log file, a write a line, opened anew when a rotation has moved it. While it cannot be written stderr alone
+    has the log, and tells once; lost lines are counted, not kept. Raises `OSError` where it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.addFilter(is_wanted)
+        self._path, self._lost, self._retry_at = path, 0, 0.0
+        self._file: io.FileIO | None = io.FileIO(path, "a")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if time.monotonic() < self._retry_at:
+            self._lost += 1
+            return
+        try:
+            line = f"{self.format(record)}\n".encode(errors="replace")
+        except Exception:
+            return  # stderr has said so
+        try:
+            self._write(line)
+        except OSError as error:
+            first, self._lost = not self._lost, self._lost + 1
+            self._retry_at = time.monotonic() + _FILE_PAUSE_S
+            if first:
+                _log.error("log.file_failed", file=str(self._path), error=str(error))
+        else:
+            lost, self._lost = self._lost, 0
+            if lost:
+                _log.warning("log.file_again", file=str(self._path), lines_lost=lost)
+
+    def _write(self, line: bytes) -> None:
+        if self._file is None or not self._is_in_place(self._file):
+            self.close_file()
+            self._file = io.FileIO(self._path, "a")
+        written = self._file.write(line)
+        if written < len(line):  # the disk is full: no half a line
+            self._file.truncate(os.fstat(self._file.fileno()).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _is_in_place(self, file: io.FileIO) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        self.close_file()
+        super().close()
