@@ -255,10 +255,14 @@ def _measured_for(settings: Settings, chosen: dict[Role, weights.Checkpoint], *,
 
 
 def _card() -> list[Any]:
-    import vllm
-    from vllm.platforms import current_platform
+    """vLLM's version, the card's name and its bytes. Raises `StartError` where there is no card."""
+    try:
+        import vllm
+        from vllm.platforms import current_platform
 
-    return [vllm.__version__, current_platform.get_device_name(), current_platform.get_device_total_memory()]
+        return [vllm.__version__, current_platform.get_device_name(), current_platform.get_device_total_memory()]
+    except Exception as error:  # the driver's, or none at all
+        raise StartError(f"no CUDA card answers: {str(error) or type(error).__name__}") from error
 
 
 def _arguments(
