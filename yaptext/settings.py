@@ -46,7 +46,8 @@ class Settings(BaseSettings):
     allowed_origins: str | None = _env("ALLOWED_ORIGINS", None, "Web origins whose pages may open a WebSocket, separated by commas: `https://app.example.com`. Default: any. Clients that send no `Origin` are not meant.")  # fmt: skip
     host: str = _env("HOST", "127.0.0.1", "Address to listen on.")
     port: int = _env("PORT", 8000, "Port to listen on; 0 takes a free one and logs it.", ge=0, le=65535)
-    max_concurrent_connections: int | None = _env("MAX_CONCURRENT_CONNECTIONS", None, "WebSockets at once. Default by deployment: tool 32, chat 24, both 16; with AWQ weights 64, 40, 26. Above that, no more than whose turns, at their measured size, fit in the KV cache together.", ge=1, le=100_000)  # fmt: skip
+    max_concurrent_connections: int | None = _env("MAX_CONCURRENT_CONNECTIONS", None, "WebSockets at once. Default by deployment: tool 32, chat 24, both 16; with AWQ weights 64, 40, 26.", ge=1, le=100_000)  # fmt: skip
+    kv_overcommit: float = _env("KV_OVERCOMMIT", 1.0, "Where more WebSockets are allowed than by default: how many for each whose turns, at their measured size, have room in the KV cache; 0 allows any number.", ge=0)  # fmt: skip
     max_prefill_backlog_ms: float | None = _env("MAX_PREFILL_BACKLOG_MS", None, "New sockets are refused while the prompts that wait for their first token take longer than this to compute; 0 never refuses for it. Default: 2000 on CUDA, 30000 on CPU.", ge=0)  # fmt: skip
     idle_timeout_s: float = _env("IDLE_TIMEOUT_S", 600.0, "A socket on which no frame arrives for this long is closed with 4000; 0 never closes.", ge=0)  # fmt: skip
     max_frame_bytes: int = _env("MAX_FRAME_BYTES", 1_048_576, "Largest frame a client may send; a larger one closes the socket with 1009.", ge=1024)  # fmt: skip

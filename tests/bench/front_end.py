@@ -62,7 +62,9 @@ def serve(kind: str, rate: float, slots: int) -> None:
     from yaptext.settings import Settings
 
     logs.configure(level="warning", format="json", journald=False)
-    settings = Settings.load(DEPLOY_MODELS="chat", PORT=0, MAX_CONCURRENT_CONNECTIONS=100_000, MAX_SESSIONS=100_000)
+    settings = Settings.load(
+        DEPLOY_MODELS="chat", PORT=0, MAX_CONCURRENT_CONNECTIONS=100_000, MAX_SESSIONS=100_000, KV_OVERCOMMIT=0
+    )
     lifecycle = Lifecycle()
     if kind == "service":
         app: Any = create_app(settings, open_engines=lambda _: Engines(chat=engine, tool=None), lifecycle=lifecycle)

@@ -244,7 +244,12 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
 
     service_port, openai_port = free_port(), free_port()
     serve = [sys.executable, "-m", "yaptext", "serve"]
-    limits = {"DEPLOY_MODELS": "chat", "PORT": str(service_port), "MAX_CONCURRENT_CONNECTIONS": str(users + 1)}
+    limits = {
+        "DEPLOY_MODELS": "chat",
+        "PORT": str(service_port),
+        "MAX_CONCURRENT_CONNECTIONS": str(users + 1),
+        "KV_OVERCOMMIT": "0",
+    }
     peer = [
         sys.executable,
         "-m",

@@ -196,6 +196,8 @@ def serving_demo(sockets: int) -> Iterator[tuple[str, int]]:
         "YAP_TEXT_API_KEY": KEY,
         "LOG_FORMAT": "json",
         "MAX_CONCURRENT_CONNECTIONS": str(sockets + 1),
+        "KV_OVERCOMMIT": "0",
+        "MAX_PREFILL_BACKLOG_MS": "0",
         "MAX_SESSIONS": str(sockets * 3 // 4),  # so that some are forgotten all the time
     }
     with tempfile.NamedTemporaryFile() as log:

@@ -35,7 +35,7 @@ class Admission:
         floor: int = 1,
         max_backlog_ms: float = 0,
         load: Callable[[], Load] = lambda: Load(0, 0.0, 0),
-        cache_tokens: int = 0,
+        cache_tokens: float = 0,
         session_tokens: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

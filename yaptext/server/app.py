@@ -129,7 +129,7 @@ def create_app(
                 floor=settings.usual_connections(awq=engines.awq),
                 max_backlog_ms=settings.max_backlog_ms,
                 load=busiest.load,
-                cache_tokens=busiest.cache_tokens,
+                cache_tokens=settings.kv_overcommit * busiest.cache_tokens,
                 session_tokens=lambda: stage.metrics.session_tokens,
             )
             # Without either, SIGHUP means that the terminal is gone.
