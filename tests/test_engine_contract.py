@@ -67,11 +67,12 @@ async def test_a_stream_counts_its_tokens_and_ends_with_a_reason(engine: Engine)
 
 
 async def test_closing_a_stream_aborts_it(engine: Engine) -> None:
-    """After `aclose` nothing runs on, and the engine serves the next request."""
+    """Which the engine itself counts, too. After `aclose` nothing runs on, and the engine serves the next request."""
     prompt = await prompt_of(engine)
     async with aclosing(engine.stream(prompt, Sampling(max_tokens=400))) as deltas:
-        await anext(deltas)
-        assert engine.load().running == 1
+        for _ in range(3):
+            await anext(deltas)
+        assert (engine.load().running, engine.load().requests) == (1, 1)
     assert engine.load().running == 0
     assert len(await read(engine, prompt, Sampling(max_tokens=2))) > 0
 

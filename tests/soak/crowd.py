@@ -34,7 +34,7 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "be
 from front_end import ServerProcess
 from soak.flat import judge
 
-from yaptext.tools.bench.conversation import Conversation
+from yaptext.tools.bench.conversation import Conversation, Full
 from yaptext.tools.bench.http import Getter
 from yaptext.tools.bench.plan import Sampling
 from yaptext.tools.bench.prompts import UTTERANCES, Prompts
@@ -65,10 +65,19 @@ GROWTH = {
     "kv_use": (0.1, 0.1),
 }
 """What each may grow by: a share, or an amount where that is more."""
-LEFT = ("connections", "tasks", "service_files", "engine_files", "streams", "orphans", "kv_use")
-"""What is the same before and after, with one user speaking alone. Orphans are requests that nobody reads."""
-ENDS = ("done", "cancelled", "gone")
-"""How turns may end."""
+LEFT = {
+    "connections": 0,
+    "streams": 0,
+    "orphans": 0,
+    "tasks": 2,
+    "service_files": 2,
+    "engine_files": 2,
+    "kv_use": 0.02,
+}
+"""What is as it was when the crowd is gone and one user speaks alone, and by how much it may be more. Orphans are
+requests of an engine that nobody reads."""
+ENDS = ("done", "cancelled", "gone", "refused")
+"""How turns, and attempts to connect, may end."""
 _SAMPLE = re.compile(r"^yaptext_(\w+)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
@@ -100,8 +109,8 @@ class Soak:
             for name, (share, floor) in GROWTH.items()
         }
         wrong = [f"{name} has grown" for name, seen in verdicts.items() if not seen.flat]
-        left = {name: (before[name], after[name]) for name in LEFT if after[name] > before[name]}
-        wrong += [f"{name}: {first:g} before, {last:g} after" for name, (first, last) in left.items()]
+        left = [name for name, more in LEFT.items() if after[name] > before[name] + more]
+        wrong += [f"{name}: {before[name]:g} before, {after[name]:g} after" for name in left]
         wrong += [f"{self._turns[end]} times {end}" for end in self._turns - Counter() if end not in ENDS]
         return {
             "wrong": wrong,
@@ -127,6 +136,9 @@ class Soak:
                     if end not in ("done", "cancelled"):
                         break
                 await conversation.close()
+            except Full as full:
+                self._turns["refused"] += 1
+                await asyncio.sleep((full.retry_after_ms or 1000) / 1000)
             except (Refused, TimeoutError) as error:
                 self._turns[str(error) or "timeout"] += 1
                 await asyncio.sleep(1)
@@ -144,6 +156,8 @@ class Soak:
         if way == 1:
             cut, turn = turn, await conversation.begin(chosen.choice(UTTERANCES))
             await cut.over.wait()
+            if cut.error:
+                return cut.error
         elif way == 2:
             conversation.cancel()
         elif way == 3:
