@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     max_concurrent_connections: int | None = _env("MAX_CONCURRENT_CONNECTIONS", None, "WebSockets at once. Default by deployment: tool 32, chat 24, both 16; with AWQ weights 64, 40, 26.", ge=1, le=100_000)  # fmt: skip
     kv_overcommit: float = _env("KV_OVERCOMMIT", 1.0, "Where more WebSockets are allowed than by default: how many for each whose turns, at their measured size, have room in the KV cache; 0 allows any number.", ge=0)  # fmt: skip
     max_prefill_backlog_ms: float | None = _env("MAX_PREFILL_BACKLOG_MS", None, "New sockets are refused while the prompts that wait for their first token take longer than this to compute; 0 never refuses for it. Default: 2000 on CUDA, 30000 on CPU.", ge=0)  # fmt: skip
+    max_pending_handshakes: int = _env("MAX_PENDING_HANDSHAKES", 512, "TCP connections at once that hold no slot: not yet known, plain HTTP, or sent away. Over it the one that waits longest is cut off.", ge=1)  # fmt: skip
+    handshake_timeout_s: float = _env("HANDSHAKE_TIMEOUT_S", 10.0, "How long such a connection may stay without becoming a WebSocket; every HTTP response gives it that time anew.", gt=0)  # fmt: skip
+    ping_interval_s: float = _env("PING_INTERVAL_S", 20.0, "The service pings each WebSocket this often; a client that does not answer within the same time has gone, and its slot is free.", gt=0)  # fmt: skip
     idle_timeout_s: float = _env("IDLE_TIMEOUT_S", 600.0, "A socket on which no frame arrives for this long is closed with 4000; 0 never closes.", ge=0)  # fmt: skip
     max_frame_bytes: int = _env("MAX_FRAME_BYTES", 1_048_576, "Largest frame a client may send; a larger one closes the socket with 1009.", ge=1024)  # fmt: skip
     send_queue_bytes: int = _env("SEND_QUEUE_BYTES", 262_144, "Bytes that may wait for a slow client before it is closed with 4001.", ge=65_536)  # fmt: skip

@@ -42,6 +42,7 @@ from yaptext.server.admission import Admission
 from yaptext.server.connection import Connection
 from yaptext.server.keys import Keys
 from yaptext.server.lifecycle import Lifecycle, going_away
+from yaptext.server.lobby import Lobby, fitting
 from yaptext.server.tickets import TTL_S
 from yaptext.settings import LOOPBACK, Settings
 from yaptext.wire import asyncapi
@@ -59,6 +60,7 @@ class Service:
     settings: Settings
     stage: Stage
     admission: Admission
+    lobby: Lobby
     keys: Keys
     lifecycle: Lifecycle
     started_at: float
@@ -132,12 +134,13 @@ def create_app(
                 cache_tokens=settings.kv_overcommit * busiest.cache_tokens,
                 session_tokens=lambda: stage.metrics.session_tokens,
             )
+            lobby = Lobby(fitting(settings.max_pending_handshakes, admission.limit), settings.handshake_timeout_s)
             # Without either, SIGHUP means that the terminal is gone.
             reloads = bool(settings.key_file or settings.notify_socket)
             rewarming = lifecycle.while_ready(stage.rewarm(admission.limit))
             watching = lifecycle.watching(engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming)
             async with watching, keys.reloading(on_hangup=reloads):
-                yield {"service": Service(settings, stage, admission, keys, lifecycle, time.monotonic())}
+                yield {"service": Service(settings, stage, admission, lobby, keys, lifecycle, time.monotonic())}
         finally:
             at_once = lifecycle.phase == "dead"
             closing = [engine.aclose(at_once=at_once) for engine in engines.distinct.values()]

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 import uvicorn
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.protocol import State
 
 from yaptext.engine.base import DECIDE, Engines, Sampling
@@ -26,6 +25,7 @@ from yaptext.errors import EngineDead, EngineFailed, GoingAway, YapError
 from yaptext.observe import discretion
 from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
+from yaptext.server.lobby import HttpProtocol, WebSocketProtocol
 from yaptext.server.outbox import WRITE_NOW
 from yaptext.settings import Settings
 
@@ -174,7 +174,7 @@ def going_away() -> GoingAway:
     return GoingAway("The server is restarting.", retry_after_ms=random.randint(*_RETRY_AFTER_MS))
 
 
-class Protocol(WebSocketsSansIOProtocol):
+class Protocol(WebSocketProtocol):
     """uvicorn's WebSocket protocol, except that a close need not wait for a client that does not read, and that a
     text frame is written as it is, and by whom has it, without a task in between (`outbox.WRITE_NOW`): there are no
     extensions and no fragments that a library would have to think of."""
@@ -222,7 +222,10 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=HttpProtocol,
                 ws=Protocol,
+                ws_ping_interval=settings.ping_interval_s,
+                ws_ping_timeout=settings.ping_interval_s,
                 ws_max_size=settings.max_frame_bytes,
                 ws_per_message_deflate=False,  # costs memory a socket, gains nothing on token frames
                 log_config=None,

@@ -1,0 +1,93 @@
+"""The service as its own process, as in production (uvloop, JSON log on stderr), on an engine that forgets what it
+was asked. `/inside` tells what a leak would make grow. Settings come from the environment.
+
+    PYTHONPATH=tests python tests/fuzz/served.py PORT_FD     writes the port there when it serves
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fakes import Script, ScriptedEngine
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from yaptext.engine.base import CHAT, Engines, Sampling
+from yaptext.observe import logs
+from yaptext.server.app import create_app
+from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.settings import Settings
+
+
+async def _step() -> None:
+    await asyncio.sleep(0)
+
+
+class Forgetful(ScriptedEngine):
+    """A token a character, and no memory. An utterance that begins with `flood` is answered at length."""
+
+    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return list(map(ord, text))
+
+    async def clip(self, text: str, max_tokens: int, *, keep: Any) -> str:
+        return "" if max_tokens <= 0 else text[:max_tokens] if keep == "start" else text[-max_tokens:]
+
+    def _use_cache(self, prompt: list[int]) -> int:
+        return 0
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT) -> Any:
+        self.requests.clear()
+        if sampling.json_schema is None:
+            said = "".join(map(chr, prompt[-4000:]))
+            flood = "flood" in said.rpartition("user\n")[2]
+            self.chat = Script(("x" * 4000,) * 4000 if flood else ("Hello", " there", "."), pace=_step)
+        return super().stream(prompt, sampling, priority=priority)
+
+
+async def inside(request: Request) -> Response:
+    """Tasks, files, memory, sessions and connections, now."""
+    service = request.state.service
+    gc.collect()
+    return JSONResponse(
+        {
+            "tasks": len(asyncio.all_tasks()),
+            "files": len(os.listdir("/proc/self/fd")),
+            "rss_mb": _memory_mb("VmRSS:"),
+            "peak_mb": _memory_mb("VmHWM:"),
+            "sessions": len(service.stage.sessions),
+            "connections": len(service.admission.connections),
+            "running": service.stage.engines.chat.running,
+        }
+    )
+
+
+def _memory_mb(name: str) -> float:
+    return int(Path("/proc/self/status").read_text().partition(name)[2].split()[0]) / 1024
+
+
+class Told(Server):
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets=sockets)
+        with os.fdopen(int(sys.argv[1]), "w") as pipe:
+            pipe.write(f"{self.bound_port}\n")
+
+
+def main() -> None:
+    logs.configure(level="info", format="json", journald=False)
+    settings = Settings.load(PORT=0)
+    lifecycle = Lifecycle()
+    engine = Forgetful(max_model_len=32_768)
+    app = create_app(settings, open_engines=lambda _: Engines(chat=engine, tool=engine), lifecycle=lifecycle)
+    app.routes.append(Route("/inside", inside))
+    Told(app, settings, lifecycle).run()
+
+
+if __name__ == "__main__":
+    main()
