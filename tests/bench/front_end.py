@@ -63,7 +63,7 @@ def serve(kind: str, rate: float, slots: int) -> None:
 
     logs.configure(level="warning", format="json", journald=False)
     settings = Settings.load(
-        DEPLOY_MODELS="chat", PORT=0, MAX_CONCURRENT_CONNECTIONS=100_000, MAX_SESSIONS=100_000, KV_OVERCOMMIT=0
+        DEPLOY_MODELS="chat", PORT=0, MAX_CONCURRENT_CONNECTIONS=2_000, MAX_SESSIONS=100_000, KV_OVERCOMMIT=0
     )
     lifecycle = Lifecycle()
     if kind == "service":
