@@ -114,7 +114,7 @@ def _settings_help() -> str:
 
 def _start_logs(settings: Settings) -> None:
     """Logs, the supervisor's socket, and a line for each old name that is in use."""
-    from yaptext.observe import logs, notify
+    from yaptext.observe import discretion, logs, notify
 
     on_journal = settings.journal_stream is not None and _is_journal(settings.journal_stream)
     try:
@@ -127,6 +127,7 @@ def _start_logs(settings: Settings) -> None:
         )
     except OSError as error:
         raise SettingsError(f"YAP_TEXT_LOG_FILE={str(settings.log_file)!r} cannot be written: {error}") from None
+    discretion.catch_crashes()
     notify.connect(settings.notify_socket)
     logging.captureWarnings(True)
     for kind in (FutureWarning, DeprecationWarning):  # of torch, vLLM and autoawq, about their own next versions

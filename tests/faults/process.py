@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,20 @@ def serving(file: Path, command: Sequence[str], key: str, **variables: str) -> I
         popen.wait()
 
 
+@contextmanager
+def tmpfs(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own. Raises `OSError` where mounting is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise OSError(f"cannot mount a tmpfs: {ended.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 def say(socket: ClientConnection, type: str, **fields: Any) -> None:
     socket.send(json.dumps({"type": type, **fields}))
 
@@ -117,6 +132,8 @@ def _main() -> int:
                     await asyncio.wait([task])
                     del task
                     gc.collect()
+                if "THREAD" in last:
+                    await asyncio.to_thread(self._forget, said)
                 if "MISLOG" in last:
                     logging.getLogger("vllm.engine").error("%d", said)
                     logging.getLogger("vllm.logging_utils.dump_input").error("Dumping scheduler output: %s", said)
@@ -126,6 +143,19 @@ def _main() -> int:
             self.decision = Script(decision if '"note"' in (sampling.json_schema or "") else ["[]"])
             async for delta in super().stream(prompt, sampling, priority=priority):
                 yield delta
+
+        def _forget(self, said: str) -> None:
+            class Broken:
+                def __del__(self) -> None:
+                    raise ValueError(said)
+
+            def crash() -> None:
+                raise RuntimeError(said)
+
+            Broken()
+            thread = threading.Thread(target=crash)
+            thread.start()
+            thread.join()
 
         async def _crash(self, said: str) -> None:
             raise ValueError(said)

@@ -7,33 +7,27 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from faults.process import serving, turn
+from faults.process import serving, tmpfs, turn
 
-Mount = Callable[..., Path]
+Mount = Callable[[str, str], Path]
 ENGINE = (str(Path(__file__).with_name("process.py")),)
 
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
-    mounted: list[Path] = []
+    with ExitStack() as stack:
 
-    def mount(name: str, options: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            pytest.skip(f"cannot mount a tmpfs: {ended.stderr.strip()}")
-        mounted.append(folder)
-        return folder
+        def mount(name: str, options: str) -> Path:
+            try:
+                return stack.enter_context(tmpfs(tmp_path / name, options))
+            except OSError as error:
+                pytest.skip(str(error))
 
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        yield mount
 
 
 def fill(folder: Path) -> Path:
@@ -60,6 +54,8 @@ def test_a_full_log_file_costs_its_lines_and_nothing_else(tmp_path: Path, mount:
             ballast.unlink()
             while len(process.events("log.file_again")) < len(process.events("log.file_failed")):
                 turn(socket, "after")
+        process.popen.terminate()
+        process.popen.wait(20)
     lines = process.output.splitlines()
     assert [line for line in lines if not line.startswith("{")] == [], "no traceback"
     failed, lost = process.events("log.file_failed")[0], sum(e["lines_lost"] for e in process.events("log.file_again"))

@@ -150,8 +150,8 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
 
 
 def leave_hub_if_down(settings: Settings) -> None:
-    """Where a hub model is wanted and the hub does not answer, this process and its engines take what is in the cache,
-    without the minute of retries that the hub client spends on each file."""
+    """Where a hub model is wanted and the hub does not answer, this process and its engines take what is in the cache.
+    Else the client would ask again for 23 s a file, and longer where the connection hangs."""
     named = (settings.awq_chat_model or settings.chat_model, settings.awq_tool_model or settings.tool_model)
     if not any(source and not shelf.is_folder(source) and source[0] not in "./~" for source in named):
         return

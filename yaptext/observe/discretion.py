@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
+import traceback
 from typing import Any
 
 from structlog.typing import EventDict
@@ -25,11 +27,14 @@ def serving() -> None:
     _serving = True
 
 
+def is_engine() -> bool:
+    return multiprocessing.parent_process() is not None
+
+
 def _held_back(record: logging.LogRecord) -> bool:
     if os.environ.get(WORDS):
         return False
-    is_engine = multiprocessing.parent_process() is not None
-    return _serving or (is_engine and "failed to start" not in str(record.msg))
+    return _serving or (is_engine() and "failed to start" not in str(record.msg))
 
 
 def _wordless(error: BaseException) -> BaseException:
@@ -59,6 +64,19 @@ def hold_back(_: Any, __: str, event: EventDict) -> EventDict:
                 bare = _wordless(error)
                 event["exc_info"] = (type(bare), bare, bare.__traceback__)
     return event
+
+
+def catch_crashes() -> None:
+    """Sends to the log what Python would print, words and all, of exceptions that nobody caught."""
+    log = logging.getLogger("vllm" if is_engine() else "yaptext")  # the one that has a handler there
+
+    def hook(told: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
+        log.error("thread.crashed", exc_info=told.exc_value)
+
+    sys.excepthook = lambda *told: log.critical("process.crashed", exc_info=told)
+    sys.unraisablehook = threading.excepthook = hook
+    if is_engine():  # multiprocessing prints what a process ended with
+        traceback.print_exc = lambda *_, **__: log.error("process.crashed", exc_info=True)
 
 
 def is_wanted(record: logging.LogRecord) -> bool:

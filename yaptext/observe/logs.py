@@ -41,6 +41,8 @@ _SHARED: list[Processor] = [
 
 def formatter() -> logging.Formatter:
     """The formatter every handler uses; engine processes find it through `vllm_logging.json`."""
+    if discretion.is_engine():
+        discretion.catch_crashes()
     inner = _formatter(os.environ.get(_FORMAT, "json"))
     return _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
 
