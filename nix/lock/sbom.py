@@ -60,21 +60,19 @@ def bill(env: str, folder: Path) -> str:
     wheels = parse(text).wheels
     if absent := [w for w in wheels if w.name not in installed or installed[w.name].version != w.version]:
         raise SystemExit(f"sbom: {folder} does not hold {absent[0].name} {absent[0].version}; `make venv` installs it")
+    whole = Component(
+        type=ComponentType.APPLICATION,
+        name=project["name"],
+        version=project["version"],
+        bom_ref=project["name"],
+        licenses=[LicenseFactory().make_from_string(project["license"])],
+    )
     bom = Bom(
         serial_number=uuid.uuid5(uuid.NAMESPACE_OID, text + project["version"]),
         components=[component(wheel, installed[wheel.name]) for wheel in wheels],
-        metadata=BomMetaData(
-            component=Component(
-                type=ComponentType.APPLICATION,
-                name=project["name"],
-                version=project["version"],
-                bom_ref=project["name"],
-                licenses=[LicenseFactory().make_from_string(project["license"])],
-            )
-        ),
+        metadata=BomMetaData(component=whole),
     )
-    assert bom.metadata.component is not None
-    bom.register_dependency(bom.metadata.component, bom.components)
+    bom.register_dependency(whole, bom.components)
     content = json.loads(make_outputter(bom, OutputFormat.JSON, SCHEMA).output_as_string())
     del content["metadata"]["timestamp"]
     written = json.dumps(content, indent=2, sort_keys=True)
