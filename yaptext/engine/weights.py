@@ -153,14 +153,15 @@ def leave_hub_if_down(settings: Settings) -> None:
     """Where a hub model is wanted and the hub does not answer, this process and its engines take what is in the cache.
     Else the client would ask again for 23 s a file, and longer where the connection hangs."""
     named = (settings.awq_chat_model or settings.chat_model, settings.awq_tool_model or settings.tool_model)
-    if not any(source and not shelf.is_folder(source) and source[0] not in "./~" for source in named):
+    ids = [source for source in named if source and not shelf.is_folder(source) and source[0] not in "./~"]
+    if not ids:
         return
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return
     try:
-        status = get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S).status_code
+        status = get_session().get(f"{constants.ENDPOINT}/api/models/{ids[0]}", timeout=_HUB_TIMEOUT_S).status_code
         if status < 500:
             return
         failure = f"status {status}"
