@@ -4,18 +4,17 @@ clock that jumps, and an engine that dies with people's words in its hands. In t
 from __future__ import annotations
 
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Frame, check_frames
 from faults.plant import Plant
-from faults.process import Process, say, serving, tmpfs, turn, until
+from faults.process import Process, say, serving, turn, until
 from faults.test_privacy import KEY, TEXTS, answers
 
 pytestmark = [pytest.mark.engine, pytest.mark.subprocess, pytest.mark.timeout(600)]
@@ -29,38 +28,29 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
 
 @pytest.fixture(scope="module")
 def served(plant: Plant, state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """The demo model as a hub model that is in the cache, no hub, KV memory for 1,400 tokens, and, where mounting is
-    allowed, state and cache folders that cannot be written."""
+    """The demo model as a hub model that is in the cache, no hub, and KV memory for 1,400 tokens."""
     from yaptext.engine import demo
 
-    folder = tmp_path_factory.mktemp("served")
-    home = folder / "home"
-    with ExitStack() as stack:
-        with suppress(OSError):
-            stack.enter_context(tmpfs(home, "size=1m"))
-        repository = home / "hub" / "models--acme--yap"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
-        (repository / "snapshots").mkdir()
-        (repository / "snapshots" / ("0" * 40)).symlink_to(demo.folder(state_folder), target_is_directory=True)
-        subprocess.run(["mount", "-o", "remount,ro", home], capture_output=True, check=False)
-        variables = plant.environment | {
-            "HF_HOME": str(home),
-            "HF_ENDPOINT": "http://127.0.0.1:9",
-            "VLLM_CACHE_ROOT": str(home / "vllm"),
-            "XDG_CACHE_HOME": str(home),
-            "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
-            "YAP_TEXT_STATE_DIR": str(home),
-            "CHAT_MODEL": "acme/yap",
-            "TOOL_MODEL": "acme/yap",
-            "YAP_TEXT_DEVICE": "cpu",
-            "CHAT_TEMPERATURE": "0",
-            "CPU_KV_CACHE_MB": "64",
-            "CHAT_MAX_MODEL_LEN": "1024",
-            "LOG_LEVEL": "debug",
-            "VLLM_LOGGING_LEVEL": "DEBUG",
-        }
-        process = stack.enter_context(serving(folder / "output", ("-m", "yaptext", "serve"), KEY, **variables))
+    home = tmp_path_factory.mktemp("home")
+    repository = home / "hub" / "models--acme--yap"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / ("0" * 40)).symlink_to(demo.folder(state_folder), target_is_directory=True)
+    variables = plant.environment | {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "YAP_TEXT_STATE_DIR": str(home),
+        "CHAT_MODEL": "acme/yap",
+        "TOOL_MODEL": "acme/yap",
+        "YAP_TEXT_DEVICE": "cpu",
+        "CHAT_TEMPERATURE": "0",
+        "CPU_KV_CACHE_MB": "64",
+        "CHAT_MAX_MODEL_LEN": "1024",
+        "LOG_LEVEL": "debug",
+        "VLLM_LOGGING_LEVEL": "DEBUG",
+    }
+    with serving(home / "output", ("-m", "yaptext", "serve"), KEY, **variables) as process:
         process.wait_ready()
         yield process
 
