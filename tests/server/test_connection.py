@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Frame, MemorySocket, check_frames, talking
 from fakes import Gate, Script, ScriptedEngine
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yaptext.errors import EngineDead, EngineFailed
@@ -51,6 +51,7 @@ async def settle() -> None:
 # --- rules 1 to 9
 
 
+@settings(deadline=None)  # the machine has other work
 @given(
     chat=st.lists(st.integers(0, 6), max_size=6),
     decision=st.lists(st.integers(0, 12), min_size=1, max_size=3),
@@ -309,6 +310,7 @@ async def test_rule_7_a_chat_failure_is_one_error_and_the_socket_lives_on(error:
         check_frames(socket.frames)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=12))
 def test_rule_8_final_is_the_joined_tokens_and_usage_counts_model_tokens(pieces: list[str]) -> None:
     """Deltas without text (half a character) count as tokens and appear in no frame."""
