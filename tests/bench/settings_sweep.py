@@ -1,0 +1,435 @@
+"""Engine settings by measurement: the service, started with each, under the same load.
+
+    python tests/bench/settings_sweep.py measure --out FOLDER [--only 'NAME;...'] [--tokenizer FOLDER]
+    python tests/bench/settings_sweep.py render --out FOLDER [--figures FOLDER]
+
+`measure` writes FOLDER/NAME.json step by step and prints a table of each start; one that fails is told, and the next
+comes. `render` makes tables (Markdown) and plots (SVG) of what lies there. The models have the shapes of 12B
+Mistral-Nemo and 1.5B Qwen2 with weights of chance, and decisions are held to `[]`; `--demo` tries it all with the
+embedded model.
+
+A start is what needs one (weights, kernels, graphs); its steps are what can change meanwhile (`sweep_service.py`).
+FOLDER/stop ends the whole after the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sweep_service
+import sweep_shapes
+from sweep_figures import engine_steps, freed, render, rows, way
+
+from yaptext.engine import demo
+from yaptext.settings import Settings
+from yaptext.tools.bench import scenarios
+from yaptext.tools.bench.campaign import Campaign
+from yaptext.tools.bench.plan import Plan, Sampling
+from yaptext.tools.bench.run import Guest, Run
+from yaptext.tools.bench.service import Service
+from yaptext.tools.bench.text import table
+
+PORT = 8100
+READY_LIMIT_S = 420.0
+RUN_LIMIT_S = 100.0
+ANSWER_LIMIT_S = 5.0
+ROOT = Path(__file__).parents[2]
+
+# --- the load
+
+
+def _plan(scenario: str, sessions: int = 32, turns: int = 4, **more: Any) -> Plan:
+    """Replies as clients get them that ask for nothing: with the service's own sampling."""
+    more = {"persona_tokens": 1000, "history_tokens": 2000, "sampling": Sampling(64, greedy=False)} | more
+    return Plan((scenario,), (sessions,), turns, 1, turn_timeout_s=20.0, **more)
+
+
+RUNS = {
+    "at once": _plan("warm"),
+    "spread": _plan("warm", turns=3, spread_s=2.0),
+    "greedy": _plan("warm", sampling=Sampling(64)),
+    "eight": _plan("warm", 8),
+    "one": _plan("warm", 1, turns=6),
+    "loading": _plan("loading", turns=3),
+    "cancel": _plan("barge-in", turns=8),
+    "idle": _plan("idle", 8, turns=2, gap_s=10.0),
+}
+
+
+async def loading(run: Run) -> None:
+    """Every fourth user brings a story the server never saw with each turn (part `cold`); the prefixes of the others
+    are warm, and what they notice of that is the figure."""
+
+    async def listen(guest: Guest) -> None:
+        for number in run.numbers():
+            await run.say(guest, number, again=True)
+
+    async def come(guest: Guest) -> None:
+        for number in run.numbers():
+            run.meet(guest, variant=number + 1)
+            await run.say(guest, number, part="cold")
+
+    async def warmed(guest: Guest) -> None:
+        run.meet(guest)
+        await run.warm(guest)
+
+    async def talk(guest: Guest) -> None:
+        await (listen(guest) if guest.user % 4 else come(guest))
+
+    async with run.crowd() as crowd:
+        await run.each([guest for guest in crowd if guest.user % 4], warmed)
+        await run.each(crowd, talk)
+
+
+scenarios.SCENARIOS["loading"] = loading
+
+# --- the settings
+
+
+@dataclass(frozen=True)
+class Step:
+    """`knobs` by process (chat, tool, front), as `sweep_service.py` knows them; what is not named is as started."""
+
+    name: str
+    runs: tuple[str, ...]
+    knobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Start:
+    """`arguments` are the engines' (both, chat, tool). `mps` starts NVIDIA's Multi-Process Service, and is what the
+    chat engine's process has in its environment for it."""
+
+    steps: tuple[Step, ...]
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    environ: dict[str, str] = field(default_factory=dict)
+    awq: bool = False
+    mps: dict[str, str] | None = None
+
+
+def _step(name: str, *runs: str, chat: int = 2048, tool: int = 2048, cpus: bool = False, **front: Any) -> Step:
+    """`chat` and `tool` are the tokens that a step of those engines may compute."""
+    knobs: dict[str, dict[str, Any]] = {"chat": {"tokens": chat}, "tool": {"tokens": tool}, "front": front}
+    if cpus:
+        for number, values in enumerate(knobs.values()):
+            values["cpus"] = list(range(4 * number, 4 * number + 4))
+    return Step(name, runs, knobs)
+
+
+def _start(*steps: Step, both: dict[str, Any] | None = None, **more: Any) -> Start:
+    """All compiled for 8,192 tokens a step, so that they find each other's graphs; steps lower that. Sessions are new
+    to the service in the first step alone: it has yet to tokenize what they bring."""
+    arguments = {"both": {"max_num_batched_tokens": 8192} | (both or {})}
+    arguments |= {role: more.pop(role, {}) for role in ("chat", "tool")}
+    return Start((_step("first turns", "at once"), *steps), arguments, **more)
+
+
+SIZES = (256, 512, 1024, 4096, 8192)
+MIDDLE, SMALL = ("at once", "spread", "loading"), {"chat": 512, "tool": 8192}
+STARTS = {
+    "fp8": _start(
+        _step("2048/2048", "at once", "greedy", "spread", "eight", "one", "loading", "cancel"),
+        *(_step(f"{size}/2048", "at once", "loading", chat=size) for size in SIZES),
+        *(_step(f"2048/{size}", "at once", tool=size) for size in SIZES),
+        _step("512/8192", "at once", "spread", "loading", "cancel", **SMALL),
+        _step("4 CPUs for each process", "at once", "spread", cpus=True),
+        _step("garbage frozen", "at once", gc="frozen"),
+        _step("concurrent", "at once", "spread", concurrent=True),
+        _step("threshold", "at once", threshold=0.5),
+        _step("idle", "idle"),
+    ),
+    "fp8 again": _start(_step("2048/2048", "one")),
+    "mps": _start(
+        _step("2048/2048", *MIDDLE, "eight", "one", "cancel"),
+        _step("512/8192", *MIDDLE, **SMALL),
+        _step("1024/8192", "at once", "loading", chat=1024, tool=8192),
+        _step("concurrent", "at once", "spread", concurrent=True),
+        mps={"CUDA_MPS_CLIENT_PRIORITY": "1"},
+    ),
+    "mps without priority": _start(_step("2048/2048", *MIDDLE), _step("512/8192", *MIDDLE, **SMALL), mps={}),
+    "mps, chat on 80 %": _start(
+        _step("2048/2048", *MIDDLE),
+        _step("512/8192", *MIDDLE, **SMALL),
+        mps={"CUDA_MPS_CLIENT_PRIORITY": "1", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "80"},
+    ),
+    "no async scheduling": _start(_step("2048/2048", *MIDDLE), both={"async_scheduling": False}),
+    "FLASHINFER": _start(_step("2048/2048", *MIDDLE), chat={"attention_backend": "FLASHINFER"}),
+    "fp8 KV": _start(_step("2048/2048", *MIDDLE), chat={"kv_cache_dtype": "fp8"}),
+    "AWQ": _start(_step("2048/2048", *MIDDLE, "one"), awq=True),
+    "AWQ, fp8 KV": _start(
+        _step("2048/2048", *MIDDLE, "one"), awq=True, chat={"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
+    ),
+    "64 sequences": _start(_step("2048/2048", "at once"), both={"max_num_seqs": 64}),
+    "demo": Start((_step("as it is", "at once", "loading", "cancel", chat=8192, tool=8192, concurrent=True),)),
+}
+"""A step's name is the tokens that chat and tool may compute at once, where nothing else is said."""
+
+# --- the service
+
+
+class Control:
+    """The file that the processes follow, and what they write when it changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = 0
+
+    async def turn(self, knobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Applies knobs; returns what each process noted since the last call."""
+        self._number += 1
+        new = self._folder / "control.new"
+        new.write_text(json.dumps({"number": self._number} | knobs))
+        new.rename(self._folder / "control.json")
+        until = time.monotonic() + ANSWER_LIMIT_S
+        found: dict[str, Any] = {}
+        while len(found) < 3 and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+            for role in ("front", "chat", "tool"):
+                file = self._folder / f"{role}-{self._number}.json"
+                if role not in found and file.exists():
+                    found[role] = json.loads(file.read_text())
+                    file.unlink()
+        return found
+
+
+class Process:
+    """The service of one start, with a log of its own."""
+
+    def __init__(self, start: Start, name: str, out: Path, tokenizer: Path, small: bool) -> None:
+        self._start = start
+        self.folder = out / "run"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob("*.json"):
+            old.unlink()
+        self.log = out / f"{name}.log".replace(" ", "-")
+        environ = {
+            "HOST": "127.0.0.1",
+            "PORT": str(PORT),
+            "LOG_FORMAT": "json",
+            "MAX_CONCURRENT_CONNECTIONS": "128",
+            "MAX_FRAME_BYTES": "4000000",
+            sweep_service.FOLDER: str(self.folder),
+            sweep_service.ARGUMENTS: json.dumps(start.arguments),
+        }
+        made = {role: sweep_shapes.make(out / "models", role, tokenizer, awq=start.awq) for role in ("chat", "tool")}
+        environ |= {"CHAT_MODEL": str(made["chat"]), "TOOL_MODEL": str(made["tool"]), "HF_HUB_OFFLINE": "1"}
+        environ |= {sweep_service.CHAT: str(made["chat"])} | ({} if small else {sweep_service.DUMMY: "1"})
+        if start.mps is not None:
+            environ |= self._mps_folders | {sweep_service.MPS_CHAT: json.dumps(start.mps)}
+        self._environ = os.environ | environ | start.environ
+        self._process: subprocess.Popen[bytes] | None = None
+        self._plugin()
+
+    @property
+    def _mps_folders(self) -> dict[str, str]:
+        return {f"CUDA_MPS_{kind}_DIRECTORY": str(self.folder / kind.lower()) for kind in ("PIPE", "LOG")}
+
+    def _plugin(self) -> None:
+        """An installed package, as far as vLLM can see."""
+        info = self.folder / "settings_sweep-0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: settings-sweep\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[vllm.general_plugins]\nsweep = sweep_service:register\n")
+        paths = [str(self.folder), str(Path(__file__).parent), str(ROOT), self._environ.get("PYTHONPATH", "")]
+        self._environ["PYTHONPATH"] = ":".join(filter(None, paths))
+
+    def open(self) -> dict[str, Any]:
+        """Raises `RuntimeError` where it does not come up; else what the start took, in seconds."""
+        if self._start.mps is not None:
+            for folder in self._mps_folders.values():
+                Path(folder).mkdir(exist_ok=True)
+            subprocess.run(["nvidia-cuda-mps-control", "-d"], env=self._environ, check=True, timeout=20)
+        begun = time.monotonic()
+        command = [sys.executable, sweep_service.__file__, "serve"]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(command, env=self._environ, stdout=log, stderr=log, start_new_session=True)
+        while not any(line.get("event") == "server.ready" for line in self.lines()):
+            if not self.is_alive or time.monotonic() - begun > READY_LIMIT_S:
+                words = "\n".join(self.log.read_text(errors="replace").splitlines()[-8:])[-3000:]
+                raise RuntimeError(f"not ready after {time.monotonic() - begun:.0f} s:\n{words}")
+            time.sleep(0.2)
+        took = {"ready": round(time.monotonic() - begun, 1)}
+        for line in self.lines():
+            if line.get("event") in ("engine.opened", "engines.warm"):
+                took[line.get("role", "warm")] = line["seconds"]
+        return took
+
+    def lines(self, offset: int = 0) -> list[dict[str, Any]]:
+        with self.log.open(errors="replace") as log:
+            log.seek(offset)
+            return [json.loads(line) for line in log if line.startswith("{") and line.endswith("}\n")]
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(25)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its own session: whatever it left
+            self._process.wait()
+        if self._start.mps is not None:
+            subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", env=self._environ, timeout=20, check=False)
+        time.sleep(1.0)
+
+
+# --- the measurement
+
+
+class _Silent:
+    def begin(self, *_: object) -> None: ...
+    def tick(self, *_: object) -> None: ...
+    def end(self, *_: object) -> None: ...
+
+
+async def _bench(plan: Plan, nonce: str) -> dict[str, Any]:
+    """The result of one run. The warm stories are the same in all steps of a start, and are warmed once."""
+    service = Service(f"ws://127.0.0.1:{PORT}/ws", "yap_token", plan.sampling)
+    campaign = Campaign(plan, [service], _Silent())
+    if plan.scenarios == ("warm",):
+        campaign._nonce = nonce
+    try:
+        async with asyncio.timeout(RUN_LIMIT_S):
+            await campaign.measure()
+    except Exception as error:  # the other steps are worth having
+        return {"failed": f"{type(error).__name__}: {error}"}
+    [result] = campaign.report()["results"]
+    for figure in result["figures"].values():
+        figure.pop("curve", None)
+        figure.pop("rounds", None)
+    return result
+
+
+async def _steps(start: Start, process: Process, found: dict[str, Any], keep: Any, small: bool) -> None:
+    control = Control(process.folder)
+    nonce = f"{time.time_ns() // 1_000_000:x}"
+    for step in start.steps:
+        if (process.folder.parent / "stop").exists():
+            return
+        await control.turn(step.knobs)
+        noted: dict[str, Any] = {"name": step.name, "knobs": step.knobs, "runs": {}}
+        found["steps"].append(noted)
+        for name in step.runs:
+            plan = RUNS[name]
+            if small:
+                plan = Plan(
+                    plan.scenarios,
+                    (4,),
+                    2,
+                    1,
+                    sampling=Sampling(8, greedy=False),
+                    spread_s=plan.spread_s,
+                    gap_s=1.0,
+                    persona_tokens=50,
+                    history_tokens=100,
+                )
+            begun, offset = time.monotonic(), process.log.stat().st_size
+            clocks = _clocks() if name == "idle" else None
+            result = await _bench(plan, nonce)
+            notes = await control.turn(step.knobs)
+            noted["runs"][name] = {
+                "client": result,
+                "seconds": round(time.monotonic() - begun, 1),
+                "way": way(notes),
+                "freed": freed(notes),
+                "engines": {role: engine_steps(notes.get(role, {}).get("steps", [])) for role in ("chat", "tool")},
+                "warnings": [line for line in process.lines(offset) if line.get("level") in ("warning", "error")][:5],
+            }
+            if clocks is not None:
+                clocks.terminate()
+                noted["runs"][name]["clocks_mhz"] = clocks.communicate()[0].decode().split()
+            keep()
+            if result.get("failed") and not process.is_alive:
+                raise RuntimeError("the service died")
+
+
+def _clocks() -> subprocess.Popen[bytes] | None:
+    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "-lms", "250"]
+    try:
+        return subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except FileNotFoundError:
+        return None
+
+
+def _card() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.used,clocks.sm", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=False, capture_output=True, text=True, timeout=20).stdout.strip()
+    except FileNotFoundError:
+        return "no NVIDIA card"
+
+
+def measure(names: Sequence[str], out: Path, tokenizer: Path, small: bool) -> None:
+    import uvloop
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (out / "stop").exists():
+            return
+        start = STARTS[name]
+        found: dict[str, Any] = {"name": name, "start": asdict(start), "steps": []}
+        file = out / f"{name}.json".replace(" ", "-")
+
+        def keep(found: dict[str, Any] = found, file: Path = file) -> None:
+            file.with_suffix(".new").write_text(json.dumps(found, indent=1))
+            file.with_suffix(".new").rename(file)
+
+        begun = time.monotonic()
+        process = Process(start, name, out, tokenizer, small)
+        try:
+            found["seconds"] = process.open()
+            found["card"] = _card()
+            print(f"{name}: {found['seconds']}, {found['card']}", flush=True)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_steps(start, process, found, keep, small))
+        except Exception as error:
+            found["failed"] = f"{type(error).__name__}: {error}"
+            print(f"{name}: {found['failed']}", flush=True)
+        finally:
+            process.close()
+            keep()
+        print(table(rows([found])), f"{time.monotonic() - begun:.0f} s", sep="\n", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("measure", "render"))
+    parser.add_argument("--out", type=Path, required=True)
+    every = ";".join(name for name in STARTS if name != "demo")
+    parser.add_argument("--only", default=every, metavar="NAME;...", help=every)
+    parser.add_argument("--tokenizer", type=Path, help="a folder with one (default: the embedded model's)")
+    parser.add_argument("--figures", type=Path, default=Path(__file__).parent / "figures")
+    parser.add_argument("--demo", action="store_true")
+    parsed = parser.parse_args()
+    if parsed.action == "render":
+        print(render([json.loads(file.read_text()) for file in sorted(parsed.out.glob("*.json"))], parsed.figures))
+        return
+    tokenizer = parsed.tokenizer
+    if tokenizer is None:
+        tokenizer = demo.folder(Settings.load().state)
+    if parsed.demo:
+        (parsed.out / "models").mkdir(parents=True, exist_ok=True)
+        for role in ("chat", "tool"):  # two folders of one model: two engines
+            with contextlib.suppress(FileExistsError):
+                (parsed.out / "models" / role).symlink_to(tokenizer)
+    names = ["demo"] if parsed.demo else parsed.only.split(";")
+    measure(names, parsed.out.resolve(), tokenizer, parsed.demo)
+
+
+if __name__ == "__main__":
+    main()

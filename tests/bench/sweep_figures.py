@@ -1,0 +1,217 @@
+"""What `settings_sweep.py` measured, as summaries, tables and plots."""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from yaptext.tools.bench.figures import summary
+from yaptext.tools.bench.text import number
+
+_SIZES = (1, 8, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
+
+COLUMNS = (
+    ("decision p50", "at once", "decision_ms.p50"),
+    ("p95", "at once", "decision_ms.p95"),
+    ("first token p50", "at once", "ttft_ms.p50"),
+    ("p99", "at once", "ttft_ms.p99"),
+    ("between p50", "at once", "inter_token_ms.p50"),
+    ("p99", "at once", "inter_token_ms.p99"),
+    ("spread: decision p50", "spread", "decision_ms.p50"),
+    ("p95", "spread", "decision_ms.p95"),
+    ("first token p50", "spread", "ttft_ms.p50"),
+    ("p99", "spread", "ttft_ms.p99"),
+    ("between p99", "spread", "inter_token_ms.p99"),
+    ("loading: between p99", "loading", "inter_token_ms.p99"),
+    ("first token p50", "loading", "ttft_ms.p50"),
+    ("p99", "loading", "ttft_ms.p99"),
+    ("cold first token p50", "loading", "cold_ttft_ms.p50"),
+)
+"""Title, run, figure: what stands in the table of a start, in milliseconds."""
+
+
+def _summary(values: Iterable[float]) -> dict[str, Any] | None:
+    values = list(values)
+    if not values:
+        return None
+    found = summary(values)
+    found.pop("curve")
+    return found
+
+
+def engine_steps(steps: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """How long an engine's steps took, by how many tokens they computed. A step begins when it is scheduled, or when
+    the one before it has ended."""
+    by_size: defaultdict[int, list[float]] = defaultdict(list)
+    last = 0.0
+    for begun, ended, tokens, _ in steps:
+        by_size[_SIZES[min(bisect.bisect_left(_SIZES, tokens), len(_SIZES) - 1)]].append(
+            (ended - max(begun, last)) * 1000
+        )
+        last = ended
+    return {f"<={size}": _summary(by_size[size]) for size in sorted(by_size)}
+
+
+def freed(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """From the abort of a chat stream in the service until its KV blocks are free: milliseconds, and engine steps that
+    began meanwhile."""
+    chat = notes.get("chat", {})
+    ended = {_plain(request): at for request, at in chat.get("freed", []) if request.startswith("1-")}
+    begins = sorted(step[0] for step in chat.get("steps", []))
+    took, steps = [], []
+    for request, asked in notes.get("front", {}).get("aborts", []):
+        if not isinstance(request, str):
+            continue
+        at = ended.get(request) or ended.get(_plain(request))
+        if at is not None and at >= asked:
+            took.append((at - asked) * 1000)
+            steps.append(bisect.bisect(begins, at) - bisect.bisect(begins, asked))
+    return {"ms": _summary(took), "steps": _summary(map(float, steps))}
+
+
+def way(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the time of turns goes, in milliseconds from point to point: the frame there, an engine asked, the request
+    there, its first step begun and ended, the decision out or the first text there, and that passed on. `late` is from
+    the later of decision and text until the text was passed on."""
+    hops: defaultdict[str, list[float]] = defaultdict(list)
+    engines = {}
+    for role in ("tool", "chat"):
+        noted = notes.get(role, {})
+        first = {_plain(request): (begun, ended) for request, begun, ended in noted.get("first", [])}
+        engines[role] = {
+            _plain(request): (at, *first.get(_plain(request), ())) for request, at in noted.get("added", [])
+        }
+    for turn in notes.get("front", {}).get("turns", []):
+        last = turn["received"]
+        for role, outcome in (("tool", "decided"), ("chat", "text")):
+            request, asked = turn.get(role, (None, None))
+            points = (asked, *engines[role].get(request, ()), turn.get(outcome))
+            if len(points) != 5 or None in points:
+                break
+            names = ("asked", "there", "step begun", "step ended", outcome)
+            for name, at in zip(names, points, strict=True):
+                hops[f"{role} {name}"].append((at - last) * 1000)
+                last = at
+            if outcome == "decided":
+                hops["tool in all"].append((last - turn["received"]) * 1000)
+        if "passed" in turn and "decided" in turn and "text" in turn:
+            hops["late"].append((turn["passed"] - max(turn["decided"], turn["text"])) * 1000)
+    return {name: _summary(values) for name, values in hops.items()}
+
+
+def _plain(request: str) -> str:
+    """vLLM puts chance behind a request's id."""
+    return request.rsplit("-", 1)[0]
+
+
+def figure(run: Mapping[str, Any] | None, name: str) -> float | None:
+    """A figure of a run by its address, `ttft_ms.p95`."""
+    which, _, statistic = name.partition(".")
+    found = (run or {}).get("client", {}).get("figures", {}).get(which)
+    return None if found is None else found.get(statistic or "value")
+
+
+def rows(starts: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """One row a step, with the heading first."""
+    found: list[tuple[str, ...]] = [("", *(title for title, _, _ in COLUMNS))]
+    for start in starts:
+        for step in start["steps"]:
+            values = [figure(step["runs"].get(run), name) for _, run, name in COLUMNS]
+            cells = ("" if value is None else number(value) for value in values)
+            found.append((f"{start['name']}, {step['name']}", *cells))
+    return found
+
+
+def render(starts: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """Writes the plots into the folder; returns the tables as Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (head, *body) = rows(starts)
+    lines = [head, ("---",) * len(head), *body]
+    _plot_tokens(starts, folder / "batched-tokens.svg")
+    _plot_starts(starts, folder / "settings.svg")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _new(width: float, height: float) -> Any:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "settings"  # the same data give the same file
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(drawn: Any, file: Path) -> None:
+    drawn.savefig(file, metadata={"Date": None})
+
+
+def _plot_tokens(starts: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """What the tokens of an engine step cost and gain."""
+    steps = {step["name"]: step for start in starts if start["name"] == "fp8" for step in start["steps"]}
+    sizes = (256, 512, 1024, 2048, 4096, 8192)
+    drawn = _new(9, 3.6)
+    for place, (title, names, curves) in enumerate(
+        (
+            (
+                "chat engine",
+                [f"{size}/2048" for size in sizes],
+                (
+                    ("others' stutter while prefixes load, p99", "loading", "inter_token_ms.p99"),
+                    ("their first token, p50", "loading", "ttft_ms.p50"),
+                    ("first token of 3,000 cold tokens, p50", "loading", "cold_ttft_ms.p50"),
+                    ("first token, 32 at once, p99", "at once", "ttft_ms.p99"),
+                ),
+            ),
+            (
+                "tool engine",
+                [f"2048/{size}" for size in sizes],
+                (
+                    ("decision, 32 at once, p50", "at once", "decision_ms.p50"),
+                    ("decision, 32 at once, p95", "at once", "decision_ms.p95"),
+                    ("first token, 32 at once, p99", "at once", "ttft_ms.p99"),
+                ),
+            ),
+        ),
+        1,
+    ):
+        axes = drawn.add_subplot(
+            1, 2, place, title=title, xscale="log", yscale="log", xlabel="tokens a step", ylabel="ms"
+        )
+        for label, run, name in curves:
+            values = [figure(steps.get(step, {}).get("runs", {}).get(run), name) for step in names]
+            known = [(size, value) for size, value in zip(sizes, values, strict=True) if value is not None]
+            axes.plot([size for size, _ in known], [value for _, value in known], "o-", label=label)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_yticks([10, 20, 50, 100, 200, 500, 1000], [10, 20, 50, 100, 200, 500, 1000])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    _save(drawn, file)
+
+
+def _plot_starts(starts: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Decision and first token by setting, p50 to the last percentile."""
+    found = []
+    for start in starts:
+        for step in start["steps"]:
+            run = step["runs"].get("spread")
+            values = [
+                figure(run, name) for name in ("decision_ms.p50", "decision_ms.p95", "ttft_ms.p50", "ttft_ms.p99")
+            ]
+            if None not in values:
+                found.append((f"{start['name']}, {step['name']}", values))
+    drawn = _new(9, 0.8 + 0.28 * max(1, len(found)))
+    axes = drawn.add_subplot(xlabel="ms, 32 sessions spread over 2 s: p50 to p95 (decision), p50 to p99 (first token)")
+    for place, (_, (decision, decision_95, first, first_99)) in enumerate(found):
+        axes.plot([decision, decision_95], [-place + 0.12] * 2, "o-", color="C0")
+        axes.plot([first, first_99], [-place - 0.12] * 2, "o-", color="C1")
+    axes.set_yticks([-place for place in range(len(found))], [label for label, _ in found], fontsize=8)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.plot([], [], "o-", color="C0", label="decision")
+    axes.plot([], [], "o-", color="C1", label="first token")
+    axes.legend(fontsize=8)
+    _save(drawn, file)

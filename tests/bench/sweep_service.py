@@ -1,0 +1,269 @@
+"""The service as `settings_sweep.py` starts it, and the vLLM plugin that goes with it into the engine processes.
+
+Both follow a file, `control.json`: what can change in a running engine changes there, so that a row of the table need
+not cost a start. What was noted since the last change is then written to `ROLE-NUMBER.json`, by the machine's monotonic
+clock.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER, ARGUMENTS, DUMMY, CHAT, MPS_CHAT = (
+    "SWEEP_FOLDER",
+    "SWEEP_ARGUMENTS",
+    "SWEEP_DUMMY",
+    "SWEEP_CHAT",
+    "SWEEP_MPS_CHAT",
+)
+_EVERY_S = 0.05
+_NO_CALL = '{"type":"array","maxItems":0}'
+
+
+def _follow(role: str, apply: Callable[[dict[str, Any]], None], notes: dict[str, list[Any]]) -> None:
+    """From a thread: the control's part for this role is applied, and what `notes` hold is written and forgotten."""
+    folder = Path(os.environ[FOLDER])
+
+    def watch() -> None:
+        seen = 0
+        while True:
+            time.sleep(_EVERY_S)
+            try:
+                changed = (folder / "control.json").stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+            if changed == seen:
+                continue
+            seen = changed
+            control = json.loads((folder / "control.json").read_text())
+            knobs = control.get(role, {})
+            apply(knobs)
+            cpus = knobs.get("cpus") or range(os.cpu_count() or 1)
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), cpus)
+            written = {name: list(values) for name, values in notes.items()}
+            for values in notes.values():
+                values.clear()
+            file = folder / f"{role}-{control['number']}"
+            file.write_text(json.dumps(written))
+            file.rename(file.with_suffix(".json"))
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# --- in the engine processes
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes."""
+    if FOLDER not in os.environ:
+        return
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.executor.abstract import Executor
+
+    if Scheduler.schedule.__name__ != "schedule":
+        return  # vLLM loads plugins more than once
+    init, executor_init = Scheduler.__init__, Executor.__init__
+    add, schedule, update, finish = (
+        Scheduler.add_request,
+        Scheduler.schedule,
+        Scheduler.update_from_output,
+        Scheduler.finish_requests,
+    )
+
+    def prepared(self: Any, vllm_config: Any) -> None:
+        """Before this process meets the card: under MPS the chat engine may be told to stand back."""
+        if _role(vllm_config) == "chat":
+            os.environ.update(json.loads(os.environ.get(MPS_CHAT, "{}")))
+        executor_init(self, vllm_config)
+
+    def opened(self: Any, *args: Any, **named: Any) -> None:
+        init(self, *args, **named)
+        self.sweep_notes = {"steps": [], "freed": [], "added": [], "first": []}
+        self.sweep_begun, self.sweep_knobs = {}, None
+        own = {"tokens": self.max_num_scheduled_tokens, "seqs": self.max_num_running_reqs}
+
+        def apply(knobs: dict[str, Any]) -> None:
+            self.sweep_knobs = own | knobs
+
+        _follow(_role(self.vllm_config), apply, self.sweep_notes)
+
+    def added(self: Any, request: Any) -> None:
+        self.sweep_notes["added"].append((request.request_id, time.monotonic()))
+        add(self, request)
+
+    def scheduled(self: Any, *args: Any, **named: Any) -> Any:
+        if self.sweep_knobs is not None:  # between two steps: the scheduler checks itself against them
+            knobs, self.sweep_knobs = self.sweep_knobs, None
+            self.max_num_scheduled_tokens, self.max_num_running_reqs = knobs["tokens"], knobs["seqs"]
+        begun = time.monotonic()
+        output = schedule(self, *args, **named)
+        if output.total_num_scheduled_tokens:
+            self.sweep_begun[id(output)] = begun
+        return output
+
+    def updated(self: Any, output: Any, *args: Any, **named: Any) -> Any:
+        if (begun := self.sweep_begun.pop(id(output), None)) is not None:
+            tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
+            now = time.monotonic()
+            self.sweep_notes["steps"].append((begun, now, tokens, requests))
+            for request in output.scheduled_new_reqs:
+                self.sweep_notes["first"].append((request.req_id, begun, now))
+        return update(self, output, *args, **named)
+
+    def finished(self: Any, *args: Any, **named: Any) -> Any:
+        ended = finish(self, *args, **named)
+        now = time.monotonic()
+        self.sweep_notes["freed"].extend((request.request_id, now) for request in ended)
+        return ended
+
+    scheduled.__name__ = "sweep"
+    Executor.__init__ = prepared
+    Scheduler.__init__, Scheduler.add_request, Scheduler.schedule = opened, added, scheduled
+    Scheduler.update_from_output, Scheduler.finish_requests = updated, finished
+
+
+def _role(vllm_config: Any) -> str:
+    return "chat" if vllm_config.model_config.model == os.environ[CHAT] else "tool"
+
+
+# --- in the service's own process
+
+_turn: contextvars.ContextVar[Any] = contextvars.ContextVar("turn")
+
+
+def _prepare() -> None:
+    from yaptext.dialogue import stage, toolset, turn
+    from yaptext.engine import vllm
+
+    if os.environ.get(DUMMY):
+        _hold_decisions(toolset.ToolSet)
+    arguments = vllm._arguments
+    more = json.loads(os.environ.get(ARGUMENTS, "{}"))
+    dummy = {"load_format": "dummy"} if os.environ.get(DUMMY) else {}
+
+    def with_more(settings: Any, checkpoint: Any, role: str, *args: Any, **named: Any) -> dict[str, Any]:
+        own = arguments(settings, checkpoint, role, *args, **named)
+        return own | dummy | more.get("both", {}) | more.get(role, {})
+
+    vllm._arguments = with_more
+    environment = vllm._environment
+
+    def with_log(settings: Any) -> dict[str, str]:
+        """vLLM tells which kernels it chose, and what a start takes."""
+        own = environment(settings)
+        config = json.loads(Path(own["VLLM_LOGGING_CONFIG_PATH"]).read_text())
+        config["loggers"]["vllm"]["level"] = "INFO"
+        path = Path(os.environ[FOLDER], "vllm_logging.json")
+        path.write_text(json.dumps(config))
+        return own | {"VLLM_LOGGING_CONFIG_PATH": str(path)}
+
+    vllm._environment = with_log
+    notes: dict[str, list[Any]] = {"aborts": [], "turns": []}
+    _note_aborts(notes["aborts"])
+    _note_turns(turn.Turn, vllm.VllmEngine, notes["turns"])
+    open_stage = stage.Stage.open.__func__  # type: ignore[attr-defined]
+
+    async def opened(cls: Any, settings: Any, engines: Any, tools: Any) -> Any:
+        found = await open_stage(cls, settings, engines, tools)
+        concurrent = settings.concurrent_model_call
+
+        def apply(knobs: dict[str, Any]) -> None:
+            settings.__dict__["concurrent_model_call"] = knobs.get("concurrent", concurrent)
+            found.decider._threshold = knobs.get("threshold")
+            gc.unfreeze()
+            gc.enable()
+            if knobs.get("gc") == "frozen":
+                gc.collect()
+                gc.freeze()
+            elif knobs.get("gc") == "off":
+                gc.disable()
+
+        _follow("front", apply, notes)
+        return found
+
+    stage.Stage.open = classmethod(opened)
+
+
+def _hold_decisions(tools: Any) -> None:
+    """Every decision is `[]`: weights of chance have no opinion, and would write calls of any length."""
+    init = tools.__init__
+
+    def held(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.schema = _NO_CALL
+
+    tools.__init__ = held
+
+
+def _note_aborts(aborts: list[Any]) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    abort = AsyncLLM.abort
+
+    async def noted(self: Any, request_id: Any, *args: Any, **named: Any) -> None:
+        aborts.append((request_id, time.monotonic()))
+        await abort(self, request_id, *args, **named)
+
+    AsyncLLM.abort = noted
+
+
+def _note_turns(turns: Any, engine: Any, notes: list[Any]) -> None:
+    """The points of a turn's way: the frame there, each engine asked (and under which id), the decision out, the chat
+    engine's first text, and that passed on."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    answer, release, pass_on = turns._answer, turns._release, turns._pass_on
+    stream, generate = engine.stream, AsyncLLM.generate
+
+    async def answered(self: Any) -> None:
+        _turn.set(self)
+        self.sweep = {"received": self.received_at}
+        try:
+            await answer(self)
+        finally:
+            notes.append(self.sweep)
+
+    def generated(self: Any, prompt: Any, params: Any, request_id: str, **named: Any) -> Any:
+        if (speaker := _turn.get(None)) is not None:
+            speaker.sweep["tool" if request_id.startswith("0-") else "chat"] = (request_id, time.monotonic())
+        return generate(self, prompt, params, request_id, **named)
+
+    def released(self: Any, decision: Any) -> None:
+        self.sweep["decided"] = time.monotonic()
+        release(self, decision)
+
+    def passed(self: Any, delta: Any) -> None:
+        pass_on(self, delta)
+        if "passed" not in self.sweep and delta.text:
+            self.sweep["passed"] = time.monotonic()
+
+    async def streamed(self: Any, prompt: Any, sampling: Any, *, priority: int = 1) -> Any:
+        speaker = _turn.get(None) if priority == 1 else None
+        deltas = stream(self, prompt, sampling, priority=priority)
+        try:
+            async for delta in deltas:
+                if speaker is not None and delta.text:
+                    speaker.sweep["text"], speaker = time.monotonic(), None
+                yield delta
+        finally:
+            await deltas.aclose()
+
+    turns._answer, turns._release, turns._pass_on = answered, released, passed
+    engine.stream, AsyncLLM.generate = streamed, generated
+
+
+if __name__ == "__main__":
+    _prepare()
+    from yaptext.cli import run
+
+    sys.exit(run(sys.argv[1:]))
