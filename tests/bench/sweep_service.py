@@ -173,8 +173,8 @@ def _prepare() -> None:
     _note_turns(turn.Turn, vllm.VllmEngine, notes["turns"])
     open_stage = stage.Stage.open.__func__  # type: ignore[attr-defined]
 
-    async def opened(cls: Any, settings: Any, engines: Any, tools: Any) -> Any:
-        found = await open_stage(cls, settings, engines, tools)
+    async def opened(cls: Any, settings: Any, *args: Any, **named: Any) -> Any:
+        found = await open_stage(cls, settings, *args, **named)
         concurrent = settings.concurrent_model_call
 
         def apply(knobs: dict[str, Any]) -> None:
