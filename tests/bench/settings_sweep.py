@@ -9,7 +9,8 @@ Mistral-Nemo and 1.5B Qwen2 with weights of chance, and decisions are held to `[
 embedded model.
 
 A start is what needs one (weights, kernels, graphs); its steps are what can change meanwhile (`sweep_service.py`).
-FOLDER/stop ends the whole after the step.
+FOLDER/stop ends the whole after the step, FOLDER/hold lets it wait before the first. Where py-spy is installed, the step
+`profiled` leaves what each process did.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +63,7 @@ RUNS = {
     "spread": _plan("warm", turns=3, spread_s=2.0),
     "greedy": _plan("warm", sampling=Sampling(64)),
     "eight": _plan("warm", 8),
-    "one": _plan("warm", 1, turns=6),
+    "one": _plan("warm", 1, turns=8),
     "loading": _plan("loading", turns=3),
     "cancel": _plan("barge-in", turns=8),
     "idle": _plan("idle", 8, turns=2, gap_s=10.0),
@@ -138,17 +140,23 @@ def _start(*steps: Step, both: dict[str, Any] | None = None, **more: Any) -> Sta
 
 SIZES = (256, 512, 1024, 4096, 8192)
 MIDDLE, SMALL = ("at once", "spread", "loading"), {"chat": 512, "tool": 8192}
+WHOLE = ("at once", "spread", "eight", "one", "loading", "cancel")
+FULL = {"compilation_config": {"cudagraph_mode": "FULL"}}
 STARTS = {
-    "fp8": _start(
-        _step("2048/2048", "at once", "greedy", "spread", "eight", "one", "loading", "cancel"),
+    "fp8": _start(_step("2048/2048", *WHOLE), _step("profiled", "one", "eight")),
+    "batched tokens": _start(
         *(_step(f"{size}/2048", "at once", "loading", chat=size) for size in SIZES),
         *(_step(f"2048/{size}", "at once", tool=size) for size in SIZES),
-        _step("512/8192", "at once", "spread", "loading", "cancel", **SMALL),
+        both=FULL,
+    ),
+    "in place": _start(
         _step("4 CPUs for each process", "at once", "spread", cpus=True),
         _step("garbage frozen", "at once", gc="frozen"),
         _step("concurrent", "at once", "spread", concurrent=True),
         _step("threshold", "at once", threshold=0.5),
+        _step("greedy", "greedy"),
         _step("idle", "idle"),
+        both=FULL,
     ),
     "fp8 again": _start(_step("2048/2048", "one")),
     "mps": _start(
@@ -170,6 +178,15 @@ STARTS = {
     "AWQ": _start(_step("2048/2048", *MIDDLE, "one"), awq=True),
     "AWQ, fp8 KV": _start(
         _step("2048/2048", *MIDDLE, "one"), awq=True, chat={"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
+    ),
+    "whole graphs": _start(
+        _step("2048/2048", *WHOLE), _step("512/8192", *MIDDLE, **SMALL), _step("profiled", "one", "eight"), both=FULL
+    ),
+    "whole graphs, mps": _start(
+        _step("2048/2048", *WHOLE),
+        _step("512/8192", *MIDDLE, **SMALL),
+        both=FULL,
+        mps={"CUDA_MPS_CLIENT_PRIORITY": "1"},
     ),
     "64 sequences": _start(_step("2048/2048", "at once"), both={"max_num_seqs": 64}),
     "demo": Start((_step("as it is", "at once", "loading", "cancel", chat=8192, tool=8192, concurrent=True),)),
@@ -271,6 +288,18 @@ class Process:
             log.seek(offset)
             return [json.loads(line) for line in log if line.startswith("{") and line.endswith("}\n")]
 
+    def spied(self, name: str) -> list[subprocess.Popen[bytes]]:
+        """Samplers of the service and its engines, that end by themselves; none without py-spy."""
+        if self._process is None or (command := shutil.which("py-spy")) is None:
+            return []
+        family = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        found = []
+        for pid in (str(self._process.pid), *family):
+            file = self.log.with_name(f"spy-{name}-{pid}".replace(" ", "-"))
+            options = ["record", "--nonblocking", "-d", "4", "-r", "500", "-t", "-f", "raw", "-o", str(file), "-p", pid]
+            found.append(subprocess.Popen([command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return found
+
     @property
     def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -340,6 +369,7 @@ async def _steps(start: Start, process: Process, found: dict[str, Any], keep: An
                 )
             begun, offset = time.monotonic(), process.log.stat().st_size
             clocks = _clocks() if name == "idle" else None
+            spies = process.spied(f"{found['name']}-{name}") if step.name == "profiled" else []
             result = await _bench(plan, nonce)
             notes = await control.turn(step.knobs)
             noted["runs"][name] = {
@@ -350,6 +380,8 @@ async def _steps(start: Start, process: Process, found: dict[str, Any], keep: An
                 "engines": {role: engine_steps(notes.get(role, {}).get("steps", [])) for role in ("chat", "tool")},
                 "warnings": [line for line in process.lines(offset) if line.get("level") in ("warning", "error")][:5],
             }
+            for spy in spies:
+                await asyncio.to_thread(spy.wait, 20)
             if clocks is not None:
                 clocks.terminate()
                 noted["runs"][name]["clocks_mhz"] = clocks.communicate()[0].decode().split()
@@ -393,6 +425,8 @@ def measure(names: Sequence[str], out: Path, tokenizer: Path, small: bool) -> No
         process = Process(start, name, out, tokenizer, small)
         try:
             found["seconds"] = process.open()
+            while (out / "hold").exists():
+                time.sleep(0.2)
             found["card"] = _card()
             print(f"{name}: {found['seconds']}, {found['card']}", flush=True)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

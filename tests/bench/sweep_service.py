@@ -18,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FOLDER, ARGUMENTS, DUMMY, CHAT, MPS_CHAT = (
+FOLDER, ARGUMENTS, DUMMY, CHAT, MPS_CHAT, BLOCKS = (
     "SWEEP_FOLDER",
     "SWEEP_ARGUMENTS",
     "SWEEP_DUMMY",
     "SWEEP_CHAT",
     "SWEEP_MPS_CHAT",
+    "SWEEP_BLOCKS",
 )
 _EVERY_S = 0.05
 _NO_CALL = '{"type":"array","maxItems":0}'
@@ -143,7 +144,7 @@ _turn: contextvars.ContextVar[Any] = contextvars.ContextVar("turn")
 
 def _prepare() -> None:
     from yaptext.dialogue import stage, toolset, turn
-    from yaptext.engine import vllm
+    from yaptext.engine import opening, vllm
 
     if os.environ.get(DUMMY):
         _hold_decisions(toolset.ToolSet)
@@ -168,6 +169,8 @@ def _prepare() -> None:
         return own | {"VLLM_LOGGING_CONFIG_PATH": str(path)}
 
     vllm._environment = with_log
+    if sizes := json.loads(os.environ.get(BLOCKS, "{}")):
+        opening.Sizes.recall = lambda self: sizes  # type: ignore[method-assign,assignment]
     notes: dict[str, list[Any]] = {"aborts": [], "turns": []}
     _note_aborts(notes["aborts"])
     _note_turns(turn.Turn, vllm.VllmEngine, notes["turns"])
