@@ -9,8 +9,8 @@ Mistral-Nemo and 1.5B Qwen2 with weights of chance, and decisions are held to `[
 embedded model.
 
 A start is what needs one (weights, kernels, graphs); its steps are what can change meanwhile (`sweep_service.py`).
-FOLDER/stop ends the whole after the step, FOLDER/hold lets it wait before the first. Where py-spy is installed, the step
-`profiled` leaves what each process did.
+FOLDER/stop ends the whole after the step, FOLDER/hold lets it wait before the first. Where py-spy is installed, the
+step `profiled` leaves what each process did.
 """
 
 from __future__ import annotations
@@ -121,9 +121,12 @@ class Start:
     mps: dict[str, str] | None = None
 
 
-def _step(name: str, *runs: str, chat: int = 2048, tool: int = 2048, cpus: bool = False, **front: Any) -> Step:
-    """`chat` and `tool` are the tokens that a step of those engines may compute."""
-    knobs: dict[str, dict[str, Any]] = {"chat": {"tokens": chat}, "tool": {"tokens": tool}, "front": front}
+def _step(
+    name: str, *runs: str, chat: int = 2048, tool: int = 2048, long: int = 0, cpus: bool = False, **front: Any
+) -> Step:
+    """`chat` and `tool` are the tokens that a step of those engines may compute, `long` those of one chat prompt."""
+    chat_knobs = {"tokens": chat, "long": long}
+    knobs: dict[str, dict[str, Any]] = {"chat": chat_knobs, "tool": {"tokens": tool}, "front": front}
     if cpus:
         for number, values in enumerate(knobs.values()):
             values["cpus"] = list(range(4 * number, 4 * number + 4))
@@ -144,19 +147,18 @@ WHOLE = ("at once", "spread", "eight", "one", "loading", "cancel")
 FULL = {"compilation_config": {"cudagraph_mode": "FULL"}}
 STARTS = {
     "fp8": _start(_step("2048/2048", *WHOLE), _step("profiled", "one", "eight")),
-    "batched tokens": _start(
-        *(_step(f"{size}/2048", "at once", "loading", chat=size) for size in SIZES),
-        *(_step(f"2048/{size}", "at once", tool=size) for size in SIZES),
-        both=FULL,
-    ),
     "in place": _start(
-        _step("4 CPUs for each process", "at once", "spread", cpus=True),
-        _step("garbage frozen", "at once", gc="frozen"),
-        _step("concurrent", "at once", "spread", concurrent=True),
-        _step("threshold", "at once", threshold=0.5),
-        _step("greedy", "greedy"),
-        _step("idle", "idle"),
+        *(_step(f"{size}/2048", "at once", "loading", chat=size) for size in (256, 1024, 8192)),
+        *(_step(f"2048/{size}", "at once", tool=size) for size in (512, 8192)),
+        _step("1024/8192", "spread", "loading", chat=1024, tool=8192),
+        _step("1024/8192, a prompt 256", "loading", chat=1024, tool=8192, long=256),
+        _step("concurrent", "at once", "spread", chat=1024, tool=8192, concurrent=True),
+        _step("4 CPUs for each process", "spread", chat=1024, tool=8192, cpus=True),
+        _step("garbage frozen", "at once", chat=1024, tool=8192, gc="frozen"),
+        _step("threshold", "spread", chat=1024, tool=8192, threshold=0.5),
+        _step("idle", "idle", chat=1024, tool=8192),
         both=FULL,
+        mps={"CUDA_MPS_CLIENT_PRIORITY": "1"},
     ),
     "fp8 again": _start(_step("2048/2048", "one")),
     "mps": _start(
@@ -174,8 +176,8 @@ STARTS = {
     ),
     "no async scheduling": _start(_step("2048/2048", *MIDDLE), both={"async_scheduling": False}),
     "FLASHINFER": _start(_step("2048/2048", *MIDDLE), chat={"attention_backend": "FLASHINFER"}),
-    "fp8 KV": _start(_step("2048/2048", *MIDDLE), chat={"kv_cache_dtype": "fp8"}),
-    "AWQ": _start(_step("2048/2048", *MIDDLE, "one"), awq=True),
+    "fp8 KV": _start(_step("2048/2048", "at once", "spread", "one"), chat={"kv_cache_dtype": "fp8"}, both=FULL),
+    "AWQ": _start(_step("2048/2048", "at once", "spread", "one"), awq=True, both=FULL),
     "AWQ, fp8 KV": _start(
         _step("2048/2048", *MIDDLE, "one"), awq=True, chat={"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
     ),
@@ -236,6 +238,7 @@ class Process:
             "PORT": str(PORT),
             "LOG_FORMAT": "json",
             "MAX_CONCURRENT_CONNECTIONS": "128",
+            "MAX_PREFILL_BACKLOG_MS": "0",
             "MAX_FRAME_BYTES": "4000000",
             sweep_service.FOLDER: str(self.folder),
             sweep_service.ARGUMENTS: json.dumps(start.arguments),

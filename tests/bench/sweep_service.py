@@ -91,7 +91,7 @@ def register() -> None:
         init(self, *args, **named)
         self.sweep_notes = {"steps": [], "freed": [], "added": [], "first": []}
         self.sweep_begun, self.sweep_knobs = {}, None
-        own = {"tokens": self.max_num_scheduled_tokens, "seqs": self.max_num_running_reqs}
+        own = {"tokens": self.max_num_scheduled_tokens, "seqs": self.max_num_running_reqs, "long": 0}
 
         def apply(knobs: dict[str, Any]) -> None:
             self.sweep_knobs = own | knobs
@@ -106,6 +106,7 @@ def register() -> None:
         if self.sweep_knobs is not None:  # between two steps: the scheduler checks itself against them
             knobs, self.sweep_knobs = self.sweep_knobs, None
             self.max_num_scheduled_tokens, self.max_num_running_reqs = knobs["tokens"], knobs["seqs"]
+            self.scheduler_config.long_prefill_token_threshold = knobs["long"]
         begun = time.monotonic()
         output = schedule(self, *args, **named)
         if output.total_num_scheduled_tokens:
