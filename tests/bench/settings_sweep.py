@@ -144,9 +144,14 @@ def _start(*steps: Step, both: dict[str, Any] | None = None, **more: Any) -> Sta
 SIZES = (256, 512, 1024, 4096, 8192)
 MIDDLE, SMALL = ("at once", "spread", "loading"), {"chat": 512, "tool": 8192}
 WHOLE = ("at once", "spread", "eight", "one", "loading", "cancel")
-FULL = {"compilation_config": {"cudagraph_mode": "FULL"}}
+VLLM_GRAPHS = {"CUDA_GRAPHS": "auto"}
+CHAT_STANDS_BACK = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
 STARTS = {
-    "fp8": _start(_step("2048/2048", *WHOLE), _step("profiled", "one", "eight")),
+    "fp8": _start(_step("2048/2048", *WHOLE), _step("profiled", "one", "eight"), environ=VLLM_GRAPHS),
+    "whole graphs": _start(
+        _step("2048/2048", *WHOLE), _step("512/8192", *MIDDLE, **SMALL), _step("profiled", "one", "eight")
+    ),
+    "whole graphs, mps": _start(_step("2048/2048", *WHOLE), _step("512/8192", *MIDDLE, **SMALL), mps=CHAT_STANDS_BACK),
     "in place": _start(
         *(_step(f"{size}/2048", "at once", "loading", chat=size) for size in (256, 1024, 8192)),
         *(_step(f"2048/{size}", "at once", tool=size) for size in (512, 8192)),
@@ -154,42 +159,19 @@ STARTS = {
         _step("1024/8192, a prompt 256", "loading", chat=1024, tool=8192, long=256),
         _step("concurrent", "at once", "spread", chat=1024, tool=8192, concurrent=True),
         _step("4 CPUs for each process", "spread", chat=1024, tool=8192, cpus=True),
-        _step("garbage frozen", "at once", chat=1024, tool=8192, gc="frozen"),
         _step("threshold", "spread", chat=1024, tool=8192, threshold=0.5),
         _step("idle", "idle", chat=1024, tool=8192),
-        both=FULL,
-        mps={"CUDA_MPS_CLIENT_PRIORITY": "1"},
+        _step("garbage not frozen", "spread", chat=1024, tool=8192, thawed=True),
+        mps=CHAT_STANDS_BACK,
     ),
-    "fp8 again": _start(_step("2048/2048", "one")),
-    "mps": _start(
-        _step("2048/2048", *MIDDLE, "eight", "one", "cancel"),
-        _step("512/8192", *MIDDLE, **SMALL),
-        _step("1024/8192", "at once", "loading", chat=1024, tool=8192),
-        _step("concurrent", "at once", "spread", concurrent=True),
-        mps={"CUDA_MPS_CLIENT_PRIORITY": "1"},
-    ),
-    "mps without priority": _start(_step("2048/2048", *MIDDLE), _step("512/8192", *MIDDLE, **SMALL), mps={}),
-    "mps, chat on 80 %": _start(
-        _step("2048/2048", *MIDDLE),
-        _step("512/8192", *MIDDLE, **SMALL),
-        mps={"CUDA_MPS_CLIENT_PRIORITY": "1", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "80"},
-    ),
-    "no async scheduling": _start(_step("2048/2048", *MIDDLE), both={"async_scheduling": False}),
-    "FLASHINFER": _start(_step("2048/2048", *MIDDLE), chat={"attention_backend": "FLASHINFER"}),
-    "fp8 KV": _start(_step("2048/2048", "at once", "spread", "one"), chat={"kv_cache_dtype": "fp8"}, both=FULL),
-    "AWQ": _start(_step("2048/2048", "at once", "spread", "one"), awq=True, both=FULL),
+    "no async scheduling": _start(_step("2048/2048", *MIDDLE), both={"async_scheduling": False}, environ=VLLM_GRAPHS),
+    "AWQ": _start(_step("2048/2048", "at once", "spread", "one"), awq=True),
+    "fp8 KV": _start(_step("2048/2048", "at once", "spread", "one"), chat={"kv_cache_dtype": "fp8"}),
     "AWQ, fp8 KV": _start(
-        _step("2048/2048", *MIDDLE, "one"), awq=True, chat={"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
+        _step("2048/2048", "at once", "spread", "one"), awq=True, chat={"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
     ),
-    "whole graphs": _start(
-        _step("2048/2048", *WHOLE), _step("512/8192", *MIDDLE, **SMALL), _step("profiled", "one", "eight"), both=FULL
-    ),
-    "whole graphs, mps": _start(
-        _step("2048/2048", *WHOLE),
-        _step("512/8192", *MIDDLE, **SMALL),
-        both=FULL,
-        mps={"CUDA_MPS_CLIENT_PRIORITY": "1"},
-    ),
+    "FLASHINFER": _start(_step("2048/2048", *MIDDLE), chat={"attention_backend": "FLASHINFER"}),
+    "mps without priority": _start(_step("512/8192", *MIDDLE, **SMALL), mps={}),
     "64 sequences": _start(_step("2048/2048", "at once"), both={"max_num_seqs": 64}),
     "demo": Start((_step("as it is", "at once", "loading", "cancel", chat=8192, tool=8192, concurrent=True),)),
 }

@@ -14,23 +14,19 @@ from yaptext.tools.bench.text import number
 _SIZES = (1, 8, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 
 COLUMNS = (
-    ("decision p50", "at once", "decision_ms.p50"),
-    ("p95", "at once", "decision_ms.p95"),
-    ("first token p50", "at once", "ttft_ms.p50"),
-    ("p99", "at once", "ttft_ms.p99"),
-    ("between p50", "at once", "inter_token_ms.p50"),
-    ("p99", "at once", "inter_token_ms.p99"),
-    ("spread: decision p50", "spread", "decision_ms.p50"),
-    ("p95", "spread", "decision_ms.p95"),
-    ("first token p50", "spread", "ttft_ms.p50"),
-    ("p99", "spread", "ttft_ms.p99"),
-    ("between p99", "spread", "inter_token_ms.p99"),
-    ("loading: between p99", "loading", "inter_token_ms.p99"),
-    ("first token p50", "loading", "ttft_ms.p50"),
-    ("p99", "loading", "ttft_ms.p99"),
-    ("cold first token p50", "loading", "cold_ttft_ms.p50"),
+    ("one: decision", "one", "decision_ms", ("p50", "p95")),
+    ("first token", "one", "ttft_ms", ("p50", "p99")),
+    ("spread: decision", "spread", "decision_ms", ("p50", "p95")),
+    ("first token", "spread", "ttft_ms", ("p50", "p99")),
+    ("between", "spread", "inter_token_ms", ("p50", "p99")),
+    ("at once: decision", "at once", "decision_ms", ("p50", "p95")),
+    ("first token", "at once", "ttft_ms", ("p50", "p99")),
+    ("loading: between", "loading", "inter_token_ms", ("p50", "p99")),
+    ("first token", "loading", "ttft_ms", ("p50", "p99")),
+    ("cold first token", "loading", "cold_ttft_ms", ("p50", "p95")),
+    ("cancelled", "cancel", "cancel_to_silence_ms", ("p50", "p99")),
 )
-"""Title, run, figure: what stands in the table of a start, in milliseconds."""
+"""Title, run, figure, statistics: what stands in the table, in milliseconds."""
 
 
 def _summary(values: Iterable[float]) -> dict[str, Any] | None:
@@ -107,21 +103,24 @@ def _plain(request: str) -> str:
     return request.rsplit("-", 1)[0]
 
 
-def figure(run: Mapping[str, Any] | None, name: str) -> float | None:
-    """A figure of a run by its address, `ttft_ms.p95`."""
-    which, _, statistic = name.partition(".")
-    found = (run or {}).get("client", {}).get("figures", {}).get(which)
-    return None if found is None else found.get(statistic or "value")
+def figure(run: Mapping[str, Any] | None, name: str, statistic: str) -> float | None:
+    found = (run or {}).get("client", {}).get("figures", {}).get(name)
+    return None if found is None else found.get(statistic)
 
 
 def rows(starts: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """One row a step, with the heading first."""
-    found: list[tuple[str, ...]] = [("", *(title for title, _, _ in COLUMNS))]
+    found: list[tuple[str, ...]] = [("", *(f"{title} {' / '.join(statistics)}" for title, _, _, statistics in COLUMNS))]
     for start in starts:
         for step in start["steps"]:
-            values = [figure(step["runs"].get(run), name) for _, run, name in COLUMNS]
-            cells = ("" if value is None else number(value) for value in values)
-            found.append((f"{start['name']}, {step['name']}", *cells))
+            cells = []
+            for _, run, name, statistics in COLUMNS:
+                values = [figure(step["runs"].get(run), name, statistic) for statistic in statistics]
+                cells.append(
+                    "" if None in values else " / ".join(number(value) for value in values if value is not None)
+                )
+            if any(cells):
+                found.append((f"{start['name']}, {step['name']}", *cells))
     return found
 
 
@@ -148,70 +147,65 @@ def _save(drawn: Any, file: Path) -> None:
 
 
 def _plot_tokens(starts: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """What the tokens of an engine step cost and gain."""
-    steps = {step["name"]: step for start in starts if start["name"] == "fp8" for step in start["steps"]}
-    sizes = (256, 512, 1024, 2048, 4096, 8192)
+    """What the tokens of an engine step cost and gain, of the starts with MPS."""
+    runs: dict[tuple[str, str], Any] = {}
+    for start in starts:
+        for step in start["steps"] if start["start"]["mps"] is not None else ():
+            runs |= {(step["name"], run): noted for run, noted in step["runs"].items()}
+
+    def curve(names: Mapping[int, Sequence[str]], run: str, name: str, statistic: str) -> list[tuple[int, float]]:
+        found = [
+            (size, figure(runs.get((step, run)), name, statistic)) for size, steps in names.items() for step in steps
+        ]
+        return [(size, value) for size, value in found if value is not None]
+
+    sizes = (256, 512, 1024, 2048, 8192)
+    chat = {size: [f"{size}/2048"] + [f"{size}/8192"] * (size == 512) for size in sizes}
+    tool = {size: [f"2048/{size}"] for size in sizes}
     drawn = _new(9, 3.6)
-    for place, (title, names, curves) in enumerate(
-        (
-            (
-                "chat engine",
-                [f"{size}/2048" for size in sizes],
-                (
-                    ("others' stutter while prefixes load, p99", "loading", "inter_token_ms.p99"),
-                    ("their first token, p50", "loading", "ttft_ms.p50"),
-                    ("first token of 3,000 cold tokens, p50", "loading", "cold_ttft_ms.p50"),
-                    ("first token, 32 at once, p99", "at once", "ttft_ms.p99"),
-                ),
-            ),
-            (
-                "tool engine",
-                [f"2048/{size}" for size in sizes],
-                (
-                    ("decision, 32 at once, p50", "at once", "decision_ms.p50"),
-                    ("decision, 32 at once, p95", "at once", "decision_ms.p95"),
-                    ("first token, 32 at once, p99", "at once", "ttft_ms.p99"),
-                ),
-            ),
-        ),
-        1,
-    ):
-        axes = drawn.add_subplot(
-            1, 2, place, title=title, xscale="log", yscale="log", xlabel="tokens a step", ylabel="ms"
-        )
-        for label, run, name in curves:
-            values = [figure(steps.get(step, {}).get("runs", {}).get(run), name) for step in names]
-            known = [(size, value) for size, value in zip(sizes, values, strict=True) if value is not None]
-            axes.plot([size for size, _ in known], [value for _, value in known], "o-", label=label)
+    left, right = (
+        drawn.add_subplot(1, 2, place, title=title) for place, title in ((1, "chat engine"), (2, "tool engine"))
+    )
+    left.plot(*_xy(curve(chat, "loading", "inter_token_ms", "p99")), "o-", label="stutter while prefixes load, p99")
+    left.plot(*_xy(curve(chat, "loading", "ttft_ms", "p50")), "o-", label="first token of the others, p50")
+    left.plot(*_xy(curve(chat, "loading", "ttft_ms", "p99")), "o-", label="the same, p99")
+    left.plot(*_xy(curve(chat, "loading", "cold_ttft_ms", "p50")), "o-", label="first token of 3,000 cold, p50")
+    right.plot(*_xy(curve(tool, "at once", "decision_ms", "p50")), "o-", label="32 decisions at once, p50")
+    right.plot(*_xy(curve(tool, "at once", "decision_ms", "p95")), "o-", label="the same, p95")
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="tokens a step", ylabel="ms")
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_yticks([10, 20, 50, 100, 200, 500, 1000], [10, 20, 50, 100, 200, 500, 1000])
+        ticks = [20, 50, 100, 200, 500, 1000]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     _save(drawn, file)
 
 
+def _xy(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
 def _plot_starts(starts: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Decision and first token by setting, p50 to the last percentile."""
+    """Decision and first token by setting, from p50 to the last percentile."""
     found = []
     for start in starts:
         for step in start["steps"]:
             run = step["runs"].get("spread")
-            values = [
-                figure(run, name) for name in ("decision_ms.p50", "decision_ms.p95", "ttft_ms.p50", "ttft_ms.p99")
-            ]
-            if None not in values:
-                found.append((f"{start['name']}, {step['name']}", values))
-    drawn = _new(9, 0.8 + 0.28 * max(1, len(found)))
-    axes = drawn.add_subplot(xlabel="ms, 32 sessions spread over 2 s: p50 to p95 (decision), p50 to p99 (first token)")
-    for place, (_, (decision, decision_95, first, first_99)) in enumerate(found):
-        axes.plot([decision, decision_95], [-place + 0.12] * 2, "o-", color="C0")
-        axes.plot([first, first_99], [-place - 0.12] * 2, "o-", color="C1")
-    axes.set_yticks([-place for place in range(len(found))], [label for label, _ in found], fontsize=8)
-    axes.set_xlim(left=0)
+            decision = [figure(run, "decision_ms", statistic) for statistic in ("p50", "p95")]
+            first = [figure(run, "ttft_ms", statistic) for statistic in ("p50", "p99")]
+            if None not in (*decision, *first):
+                found.append((f"{start['name']}, {step['name']}", decision, first))
+    drawn = _new(9, 1.0 + 0.3 * max(1, len(found)))
+    axes = drawn.add_subplot(xlabel="ms, 32 sessions spread over 2 s", xscale="log")
+    for place, (_, decision, first) in enumerate(found):
+        axes.plot(decision, [-place + 0.12] * 2, "o-", color="C0", label="" if place else "decision, p50 to p95")
+        axes.plot(first, [-place - 0.12] * 2, "o-", color="C1", label="" if place else "first token, p50 to p99")
+    axes.set_yticks([-place for place in range(len(found))], [label for label, *_ in found], fontsize=8)
+    ticks = [15, 20, 30, 40, 50, 80, 100, 200, 500]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.plot([], [], "o-", color="C0", label="decision")
-    axes.plot([], [], "o-", color="C1", label="first token")
     axes.legend(fontsize=8)
     _save(drawn, file)

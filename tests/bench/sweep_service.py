@@ -184,13 +184,8 @@ def _prepare() -> None:
         def apply(knobs: dict[str, Any]) -> None:
             settings.__dict__["concurrent_model_call"] = knobs.get("concurrent", concurrent)
             found.decider._threshold = knobs.get("threshold")
-            gc.unfreeze()
-            gc.enable()
-            if knobs.get("gc") == "frozen":
-                gc.collect()
-                gc.freeze()
-            elif knobs.get("gc") == "off":
-                gc.disable()
+            if knobs.get("thawed"):  # as if the service had not frozen what its start made
+                gc.unfreeze()
 
         _follow("front", apply, notes)
         return found

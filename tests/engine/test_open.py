@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fakes import ScriptedEngine
@@ -172,6 +172,27 @@ def test_the_arguments_follow_the_device(tmp_path: Path) -> None:
         assert arguments["enable_chunked_prefill"] is chunked
         assert (arguments["max_num_batched_tokens"] >= 4096) is not chunked
         assert arguments.get("gpu_memory_utilization") == (0.9 if chunked else None)
+
+
+def test_a_step_on_cuda_is_small_for_chat_and_one_graph(tmp_path: Path) -> None:
+    """512 tokens for chat and 2,048 for tool, unless one setting says so for both, or one for each."""
+    from yaptext.engine.weights import choose
+
+    def arguments(role: Literal["chat", "tool"], **variables: Any) -> dict[str, Any]:
+        settings = both(tmp_path, **variables)
+        return vllm._arguments(settings, choose(settings, role), role, alone=False)
+
+    def tokens(**variables: Any) -> tuple[int, int]:
+        found = [arguments(role, **variables)["max_num_batched_tokens"] for role in ("chat", "tool")]
+        return found[0], found[1]
+
+    assert tokens() == (512, 2048)
+    assert tokens(MAX_NUM_BATCHED_TOKENS=1024) == (1024, 1024)
+    assert tokens(MAX_NUM_BATCHED_TOKENS=1024, CHAT_MAX_NUM_BATCHED_TOKENS=256) == (256, 1024)
+    assert tokens(TOOL_MAX_NUM_BATCHED_TOKENS=4096) == (512, 4096)
+    assert arguments("chat")["compilation_config"] == {"cudagraph_mode": "FULL"}
+    for other in ({"CUDA_GRAPHS": "auto"}, {"ENFORCE_EAGER": 1}, {"YAP_TEXT_DEVICE": "cpu"}):
+        assert "compilation_config" not in arguments("chat", **other)
 
 
 def test_int8_kv_is_refused_on_cpu(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def _arguments(
         raise StartError("KV_DTYPE=int8 gives garbage on CPU: use auto or fp8")
     wanted = settings.chat_max_model_len if role == "chat" else settings.tool_max_model_len
     context = min(wanted or (8192 if role == "chat" else 4096), checkpoint.context)
-    batched = settings.max_num_batched_tokens or 2048
+    batched = settings.batched_tokens(role)
     arguments: dict[str, Any] = {
         "model": checkpoint.source,
         "tokenizer_mode": "hf",
@@ -308,6 +308,10 @@ def _arguments(
     if settings.attention_backend != "auto":
         arguments["attention_backend"] = settings.attention_backend
     if cuda:
+        if settings.cuda_graphs == "full" and not settings.enforce_eager:
+            # vLLM's own choice launches a prompt layer by layer, which takes longer than computing a short one; it goes
+            # back to that where the attention kernels do not allow this one.
+            arguments["compilation_config"] = {"cudagraph_mode": "FULL"}
         arguments["gpu_memory_utilization"] = settings.gpu_fraction(role, alone=alone)
     else:
         arguments["kv_cache_memory_bytes"] = settings.cpu_kv_cache_mb * 2**20
