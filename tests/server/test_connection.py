@@ -605,6 +605,33 @@ async def test_warming_makes_a_true_prefix_of_the_next_turn() -> None:
         assert done["usage"]["cached_tokens"] >= both["prefix_tokens"] > persona["prefix_tokens"]
 
 
+async def test_a_warmed_history_is_tokenized_once_and_its_text_is_not_kept() -> None:
+    """The turn that it was warmed for finds its token ids; of those that never come, the last 64 are kept."""
+    encoded: list[str] = []
+
+    class Counting(ScriptedEngine):
+        async def encode(self, text: str, *, special: bool = False) -> list[int]:
+            encoded.append(text)
+            return await super().encode(text, special=special)
+
+    history = "User: glacier\nAssistant: moraine"
+    async with talking(Counting(), DEPLOY_MODELS="chat") as talk:
+        socket = talk.socket()
+        socket.say("warm_history", persona_style="savage", history_text=history)
+        await socket.until("warmed")
+        socket.start(persona_style="savage", history_text=history)
+        await socket.until("done")
+        assert [text for text in encoded if "glacier" in text or "moraine" in text] == [
+            "\nUser: glacier",
+            "\nAssistant: moraine",
+        ]
+        assert not talk.stage.warmed
+        for number in range(66):
+            socket.say("warm_history", persona_style="savage", history_text=f"User: {number}")
+            await socket.until("warmed", number + 2)
+        assert list(talk.stage.warmed) == [f"User: {number}" for number in range(2, 66)]
+
+
 async def test_warming_needs_a_persona_and_is_bounded() -> None:
     """`unknown_persona` where none is named; more than four warm-ups at once are refused."""
     engine = ScriptedEngine(Script(pace=(gate := Gate())))

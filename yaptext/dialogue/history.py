@@ -89,11 +89,11 @@ class Transcript:
         self.messages: list[Message] = []
         self._sent: list[Message] = []
 
-    def replace(self, text: str) -> None:
+    def replace(self, text: str, warmed: Sequence[Message] = ()) -> None:
         """Takes a client's own transcript. Messages that stood in the last one keep their token ids, also
-        those that a prompt had no room for."""
+        those that a prompt had no room for; the first one takes them from `warmed`."""
         new = parse(text)
-        for index, (old, message) in enumerate(zip(self._sent, new, strict=False)):
+        for index, (old, message) in enumerate(zip(self._sent or warmed, new, strict=False)):
             if old.speaker != message.speaker or old.text != message.text:
                 break
             new[index] = old

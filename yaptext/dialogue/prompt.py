@@ -189,8 +189,8 @@ class ChatPrompts:
         room = self._codec.max_model_len - before - limits.utterance - limits.reply - _OVERHEAD_TOKENS
         limit = max(0, min(limits.history, room))
         for index, message in enumerate(messages):
-            if await self._encode(message) and index % 64 == 63:
-                await asyncio.sleep(0)  # a transcript of thousands of lines must not hold the loop
+            if await self._encode(message) and index % 8 == 7:
+                await asyncio.sleep(0)  # half a millisecond: a new session must not hold up the tokens of the others
         sizes = [len(message.ids["chat"]) for message in messages]
         if self.format == "turns" and self._shape is not None:
             between = max(len(self._shape.after_user), len(self._shape.after_reply))

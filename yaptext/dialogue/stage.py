@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
@@ -41,6 +41,7 @@ _REFRESH_S = 30.0
 _REWARM_WITHIN_S, _REWARM_SHARE, _REWARM_PAUSE_S = 600.0, 0.5, 0.02
 """Who spoke that long before a restart may well come back (a cold start takes minutes). The other half of the cache is
 for who comes anew."""
+_WARMED_TRANSCRIPTS = 64
 _WARM_PRIORITY = 2
 """After decisions (0) and chat (1): warming never delays a user who is waiting."""
 
@@ -53,6 +54,8 @@ class Stage:
     metrics: Metrics
     prompts: ChatPrompts | None
     decider: Decider | NoDecider | None
+    warmed: dict[str, list[history.Message]] = field(default_factory=dict)
+    """Transcripts that were warmed, with their token ids, until the turn that they were warmed for."""
 
     @classmethod
     async def open(
@@ -193,7 +196,12 @@ class Stage:
             raise UnknownPersona("warm_persona needs persona_text or persona_style, or a session_id that has one")
         text = persona.compose(self.settings.default_persona_style)
         told = history.recent(message.history_text, self.history_chars) if isinstance(message, WarmHistory) else ""
-        prefix = await self.prompts.prefix(text, history.parse(told))
+        messages = history.parse(told)
+        prefix = await self.prompts.prefix(text, list(messages))
+        if told:
+            self.warmed[told] = messages
+            if len(self.warmed) > _WARMED_TRANSCRIPTS:
+                del self.warmed[next(iter(self.warmed))]
         cached = await self._compute(self.engines.chat, prefix)
         return Warmed(
             segment="history" if isinstance(message, WarmHistory) else "persona_static",

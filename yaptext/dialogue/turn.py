@@ -160,7 +160,8 @@ class Turn:
         if start.heard_chars is not None:
             session.transcript.cut_reply(start.heard_chars)
         if start.history_text is not UNSET:
-            session.transcript.replace(recent(start.history_text or "", self._stage.history_chars))
+            told = recent(start.history_text or "", self._stage.history_chars)
+            session.transcript.replace(told, self._stage.warmed.pop(told, ()))
         self._send(self._stage.ack("start", session, self._persona, self.number, self._seed))
 
     @property
