@@ -171,7 +171,7 @@ STARTS = {
         _step("2048/2048", "at once", "spread", "one"), awq=True, chat={"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
     ),
     "FLASHINFER": _start(_step("2048/2048", *MIDDLE), chat={"attention_backend": "FLASHINFER"}),
-    "mps without priority": _start(_step("512/8192", *MIDDLE, **SMALL), mps={}),
+    "mps without priority": _start(_step("512/8192", *MIDDLE, **SMALL), mps={"CUDA_MPS_CLIENT_PRIORITY": "0"}),
     "64 sequences": _start(_step("2048/2048", "at once"), both={"max_num_seqs": 64}),
     "demo": Start((_step("as it is", "at once", "loading", "cancel", chat=8192, tool=8192, concurrent=True),)),
 }

@@ -84,7 +84,7 @@ def register() -> None:
     def prepared(self: Any, vllm_config: Any) -> None:
         """Before this process meets the card: under MPS the chat engine may be told to stand back."""
         if _role(vllm_config) == "chat":
-            os.environ.update(json.loads(os.environ.get(MPS_CHAT, "{}")))
+            os.environ.update(json.loads(os.environ.get(MPS_CHAT) or "{}"))
         executor_init(self, vllm_config)
 
     def opened(self: Any, *args: Any, **named: Any) -> None:

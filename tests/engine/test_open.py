@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ class Opened(ScriptedEngine):
     alone = False
     blocks: int | None = None
     given: int | None = None
+    mps_priority = ""
 
     def close(self) -> None:
         self.closed = True
@@ -37,11 +39,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Opened]:
         engine = Opened(model=checkpoint.source)
         engine.role, engine.alone, engine.given = role, alone, blocks
         engine.blocks = {"chat": 5000, "tool": 900}[role]
+        engine.mps_priority = os.environ["CUDA_MPS_CLIENT_PRIORITY"]
         engines.append(engine)
         return engine
 
     monkeypatch.setattr(vllm.VllmEngine, "open", open)
-    for name in vllm._environment(Settings.load(YAP_TEXT_DEVICE="cpu")):
+    for name in ("CUDA_MPS_CLIENT_PRIORITY", *vllm._environment(Settings.load(YAP_TEXT_DEVICE="cpu"))):
         monkeypatch.setenv(name, "")
     return engines
 
@@ -172,6 +175,16 @@ def test_the_arguments_follow_the_device(tmp_path: Path) -> None:
         assert arguments["enable_chunked_prefill"] is chunked
         assert (arguments["max_num_batched_tokens"] >= 4096) is not chunked
         assert arguments.get("gpu_memory_utilization") == (0.9 if chunked else None)
+
+
+def test_under_mps_the_chat_engine_stands_back(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
+    """Of two engines, one by one and at once; alone it has nobody to stand back for."""
+    for _ in range(2):
+        vllm.open_engines(both(tmp_path))
+        assert {engine.role: engine.mps_priority for engine in opened} == {"chat": "1", "tool": "0"}
+        opened.clear()
+    vllm.open_engines(both(tmp_path, DEPLOY_MODELS="chat"))
+    assert [engine.mps_priority for engine in opened] == ["0"]
 
 
 def test_a_step_on_cuda_is_small_for_chat_and_one_graph(tmp_path: Path) -> None:
