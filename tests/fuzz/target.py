@@ -98,8 +98,10 @@ class Client:
                     yield json.loads(payload)
                 case 8:
                     self.close_code = int.from_bytes(payload[:2], "big") if payload else 1005
+                case 9:
+                    self.send(frame(PONG, payload))
                 case opcode:
-                    assert opcode in (PING, PONG), opcode
+                    assert opcode == PONG, opcode
 
     def until(self, type: str) -> dict[str, Any] | None:
         return next((message for message in self.messages() if message["type"] == type), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -735,6 +736,31 @@ async def test_a_turn_that_waited_and_went_leaves_its_place_to_the_one_it_waited
         assert first.of("done")
         session = talk.stage.sessions.open(("default", "s"))
         assert [m.text for m in session.transcript.messages if m.speaker == "user"] == ["one", "three"]
+
+
+async def test_a_turn_that_waited_for_another_session_leaves_its_own_free() -> None:
+    """A session whose only turn went before it began can be forgotten, although the turn before it ends later."""
+    let_go = asyncio.Event()
+
+    async def aborting() -> None:
+        while not let_go.is_set():
+            with suppress(asyncio.CancelledError):
+                await let_go.wait()
+
+    engine = ScriptedEngine(Script(["x"] * 3, pace=(gate := Gate())), aborting=aborting)
+    async with talking(engine, DEPLOY_MODELS="chat") as talk:
+        socket = talk.socket()
+        socket.start(session_id="one")
+        gate.step()
+        await socket.until("token")
+        socket.start(session_id="two")
+        await settle()
+        socket.leave()
+        await settle()
+        let_go.set()
+        await talk.over(socket)
+        sessions = [talk.stage.sessions.open(("default", name)) for name in ("one", "two")]
+        assert [session.current for session in sessions] == [None, None]
 
 
 async def test_a_burst_of_starts_is_bounded() -> None:

@@ -306,8 +306,10 @@ class Turn:
             self._session.transcript.add_turn(self._utterance, self._sink.retract())
         self._stage.sessions.keep(self._session)
         if self._session.current is self:
-            # One that it still waited for ends a moment later: the next turn has to wait for that.
-            self._session.current = next((turn for turn in reversed(self._after) if not turn.finished.is_set()), None)
+            # One that it still waited for ends a moment later: the next turn has to wait for that. Not one of another
+            # session: it would never leave this one.
+            waited = (turn for turn in reversed(self._after) if turn._session is self._session)
+            self._session.current = next((turn for turn in waited if not turn.finished.is_set()), None)
         self._after.clear()
         self.finished.set()
         self._timings.total_ms = self._timings.total_ms or self._since_received()
