@@ -30,7 +30,7 @@ class ToStderr(logging.StreamHandler[Any]):
     def handleError(self, record: logging.LogRecord) -> None:
         """One line, where the usual one is a traceback with all arguments. A stderr that takes nothing hears none."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) and record.name != __name__:
             _log.error("log.failed", of=record.name, error=type(error).__name__)
 
 
@@ -66,7 +66,7 @@ class ToFile(logging.Handler):
 
     def _write(self, line: bytes) -> None:
         if self._file is None or not self._is_in_place(self._file):
-            self.close_file()
+            self._close_file()
             self._file = io.FileIO(self._path, "a")
         written = self._file.write(line)
         if written < len(line):  # the disk is full: no half a line
@@ -79,11 +79,11 @@ class ToFile(logging.Handler):
         except FileNotFoundError:
             return False
 
-    def close_file(self) -> None:
+    def _close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
     def close(self) -> None:
-        self.close_file()
+        self._close_file()
         super().close()
