@@ -46,8 +46,8 @@ def frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool = True,
 class Client:
     """One TCP connection. Reads whole messages of the service and holds each against the protocol."""
 
-    def __init__(self, port: int, *, upgrade: bool = True, key: str = "yap_token") -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+    def __init__(self, port: int, *, host: str = "127.0.0.1", upgrade: bool = True, key: str = "yap_token") -> None:
+        self.socket = socket.create_connection((host, port), timeout=10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._read = b""
         self.close_code: int | None = None
@@ -167,11 +167,11 @@ class Sentinel:
 class Target:
     """The running service, and what is known of it."""
 
-    def __init__(self, port: int, pid: int, journal: Path) -> None:
-        self.port, self.pid, self._journal = port, pid, journal
+    def __init__(self, port: int, pid: int, journal: Path, host: str = "127.0.0.1") -> None:
+        self.port, self.pid, self._journal, self._host = port, pid, journal, host
 
     def inside(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/inside", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{self._host}:{self.port}/inside", timeout=10) as answer:
             found: dict[str, float] = json.load(answer)
         return found
 
@@ -216,7 +216,7 @@ def target(folder: Path, command: list[str] | None = None, **variables: Any) -> 
         with os.fdopen(readable) as pipe:
             port = pipe.readline()
         assert port, journal.read_text()
-        yield Target(int(port), process.pid, journal)
+        yield Target(int(port), process.pid, journal, str(variables.get("HOST", "127.0.0.1")))
     finally:
         process.terminate()
         assert process.wait(30) == 0, journal.read_text()[-3000:]
