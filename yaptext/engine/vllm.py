@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -22,6 +23,7 @@ from yaptext.observe.notify import notify
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
+_CACHES = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 class VllmEngine(HubCodec):
@@ -146,6 +148,7 @@ def open_engines(settings: Settings) -> Engines:
     Blocks. Raises `StartError`; what was already open is then closed.
     """
     os.environ.update(_environment(settings))
+    _leave_fixed_caches()
     weights.leave_hub_if_down(settings)
     is_demo = weights.wants_demo(settings)
     folder = demo.folder(settings.state) if is_demo else None
@@ -322,6 +325,20 @@ def _arguments(
         # The bytes only turn the measuring off: the blocks decide. The fraction is still held against free memory.
         arguments |= {"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": blocks}
     return arguments
+
+
+def _leave_fixed_caches() -> None:
+    """Gives a cache that cannot be written a folder for as long as this machine is up. Torch would not even import."""
+    named = {name: os.environ[name] for name in _CACHES if os.environ.get(name)}
+    for name, folder in named.items():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            os.environ[name] = tempfile.mkdtemp(prefix="yap-text-cache.")
+            _log.warning("cache.read_only", variable=name, folder=folder, instead=os.environ[name])
 
 
 def _environment(settings: Settings) -> dict[str, str]:
