@@ -208,6 +208,18 @@ def test_a_step_on_cuda_is_small_for_chat_and_one_graph(tmp_path: Path) -> None:
         assert "compilation_config" not in arguments("chat", **other)
 
 
+@pytest.mark.engine
+def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
+    """Neither does the service ask vLLM for it, nor is it vLLM's default."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from yaptext.engine.weights import choose
+
+    settings = Settings.load(CHAT_MODEL=model(tmp_path, "one"), YAP_TEXT_DEVICE="cpu", DEPLOY_MODELS="chat")
+    arguments = vllm._arguments(settings, choose(settings, "chat"), "chat", alone=True)
+    assert AsyncEngineArgs(**arguments).trust_remote_code is False
+
+
 def test_int8_kv_is_refused_on_cpu(tmp_path: Path) -> None:
     """It starts there and gives garbage."""
     from yaptext.engine.weights import choose
