@@ -114,12 +114,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's WebSockets, with bounds where a client could fill the memory. A socket leaves the lobby when the
     app listens to it, and is back there when the app is done with it."""
 
-    @property
-    def lobby(self) -> Lobby:
-        lobby: Lobby = self.app_state["service"].lobby
-        return lobby
-
     _unread = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.lobby: Lobby = self.app_state["service"].lobby
 
     def data_received(self, data: bytes) -> None:
         """Takes a burst slice by slice: in 256 KB there are 40,000 pings, and everyone else would wait for them."""
@@ -128,12 +127,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._take()
 
     def _take(self) -> None:
-        data, self._unread = self._unread[:_SLICE_BYTES], self._unread[_SLICE_BYTES:]
         if self.transport.is_closing():
-            self._unread = b""
             return
+        data, self._unread = self._unread[:_SLICE_BYTES], self._unread[_SLICE_BYTES:]
         super().data_received(data)
-        if self._unread:
+        if self._unread and not self.transport.is_closing():
             self.read_paused = True
             self.transport.pause_reading()
             self.loop.call_soon(self._take)
