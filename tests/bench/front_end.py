@@ -26,6 +26,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import uvloop
@@ -87,12 +88,13 @@ def _bare(engine: PacedEngine) -> Any:
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
     from yaptext.engine.base import Sampling as EngineSampling
+    from yaptext.server.lobby import Lobby
     from yaptext.wire.messages import Token, encode
 
     async def talk(socket: WebSocket) -> None:
         await socket.accept()
         try:
-            while (message := msgspec.json.decode(await socket.receive_text()))["type"] != "start":
+            while (message := msgspec.json.decode(await socket.receive_bytes()))["type"] != "start":
                 await socket.send_text('{"type": "pong"}')
             await socket.send_text('{"type": "ack", "for": "start", "turn": 1}')
             sampling = EngineSampling(max_tokens=message["sampling"]["max_tokens"])
@@ -101,7 +103,11 @@ def _bare(engine: PacedEngine) -> Any:
         except (WebSocketDisconnect, RuntimeError):
             pass
 
-    return Starlette(routes=[WebSocketRoute("/ws", talk)])
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
+        yield {"service": SimpleNamespace(lobby=Lobby(100_000, 3600))}  # what the service's own protocols ask for
+
+    return Starlette(routes=[WebSocketRoute("/ws", talk)], lifespan=lifespan)
 
 
 async def _read_alone(engine: PacedEngine) -> None:
