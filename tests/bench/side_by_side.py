@@ -1,6 +1,6 @@
 """The same turns on the raw engine, through the service, and through vLLM's own OpenAI server, in one run.
 
-    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--sessions 1,8,16,32] [--rounds 3] [--json FILE]
+    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--sessions 1,8,16,32] [--rounds 3] [--json FILE] [--svg FILE]
 
 All three run at once, each with an engine of its own, opened with the same arguments on the same model (the embedded
 one, or `CHAT_MODEL`); only one is driven at a time. Rounds go through them in turns, each round beginning with another,
@@ -385,6 +385,30 @@ def shown(content: dict[str, Any]) -> str:
     return table(rows)
 
 
+def draw(content: dict[str, Any], to: Path) -> None:
+    """The ratios of TTFT and E2E at p50, over the sessions: medians of the rounds, and their range as bars."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams |= {"svg.hashsalt": "side by side", "svg.fonttype": "none", "font.size": 9}
+    drawing, axes = pyplot.subplots(figsize=(7, 3.2), layout="constrained")
+    sessions = list(content["sessions"])
+    for index, (other, figure) in enumerate((other, figure) for other in ("raw", "openai") for figure in FIGURES):
+        found = [content["sessions"][count]["ratios"][f"service/{other} {figure} p50"] for count in sessions]
+        middle = [each["median"] for each in found]
+        below = [each["median"] - each["low"] for each in found]
+        above = [each["high"] - each["median"] for each in found]
+        places = [place + (index - 1.5) * 0.12 for place in range(len(sessions))]
+        axes.errorbar(places, middle, yerr=[below, above], fmt="o", capsize=3, label=f"{figure.upper()}, service / {other}")
+    axes.axhline(1.0, color="gray", linewidth=0.8)
+    axes.set_xticks(range(len(sessions)), [f"{count} sessions" for count in sessions])
+    axes.set_ylabel("ratio at p50")
+    axes.legend()
+    drawing.savefig(to, format="svg", metadata={"Date": None})
+
+
 def counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -397,11 +421,14 @@ def main() -> None:
     parser.add_argument("--persona-tokens", type=int, default=150)
     parser.add_argument("--history-tokens", type=int, default=250)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path, help="draws the ratios")
     given = parser.parse_args()
     content = uvloop.run(run(given))
     print(shown(content))
     if given.json:
         given.json.write_text(json.dumps(content, indent=1))
+    if given.svg:
+        draw(content, given.svg)
 
 
 if __name__ == "__main__":
