@@ -1,6 +1,6 @@
 """The same turns on the raw engine, through the service, and through vLLM's own OpenAI server, in one run.
 
-    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--sessions 1,8,16,32] [--rounds 3] [--json FILE] [--svg FILE]
+    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--sessions 1,8,16,32] [--rounds 3] [--json F] [--svg F]
 
 All three run at once, each with an engine of its own, opened with the same arguments on the same model (the embedded
 one, or `CHAT_MODEL`); only one is driven at a time. Rounds go through them in turns, each round beginning with another,
@@ -401,7 +401,9 @@ def draw(content: dict[str, Any], to: Path) -> None:
         below = [each["median"] - each["low"] for each in found]
         above = [each["high"] - each["median"] for each in found]
         places = [place + (index - 1.5) * 0.12 for place in range(len(sessions))]
-        axes.errorbar(places, middle, yerr=[below, above], fmt="o", capsize=3, label=f"{figure.upper()}, service / {other}")
+        axes.errorbar(
+            places, middle, yerr=[below, above], fmt="o", capsize=3, label=f"{figure.upper()}, service / {other}"
+        )
     axes.axhline(1.0, color="gray", linewidth=0.8)
     axes.set_xticks(range(len(sessions)), [f"{count} sessions" for count in sessions])
     axes.set_ylabel("ratio at p50")
