@@ -35,7 +35,8 @@ class Process:
         return self._file.read_text(encoding="utf-8", errors="replace")
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        parsed = [json.loads(line) for line in self.output.splitlines() if line.startswith("{")]
+        whole = self.output.rpartition("\n")[0]  # it may be at the next line
+        parsed = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
         return [event for event in parsed if event["event"] == name]
 
     def wait_ready(self) -> None:

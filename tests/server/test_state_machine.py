@@ -11,7 +11,7 @@ import asyncio
 import contextvars
 import json
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -216,10 +216,17 @@ class Client(MemorySocket):
         return not self.serving.done() and not self.codes
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_logs() -> Iterator[None]:
+    """Thousands of lines, which nobody reads; the tests that come after have theirs again."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    yield
+    structlog.reset_defaults()
+
+
 class Lives(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
         self.loop = Clock()
         self.clients: list[Client] = []
         self.turns: list[tuple[Client, Turn]] = []
