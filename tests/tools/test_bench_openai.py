@@ -29,9 +29,12 @@ class Peer:
         self.requests: list[dict[str, Any]] = []
         self.heads: list[str] = []
         self.connections = self.left = 0
+        self._tasks: set[asyncio.Task[None] | None] = set()
+        """A loop holds its tasks weakly: one that waits for what only it holds could be collected."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._tasks.add(asyncio.current_task())
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
