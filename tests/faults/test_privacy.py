@@ -67,7 +67,7 @@ def socket_to(process: Process) -> socket.socket:
 
 
 def send_raw(process: Process, head: int, payload: bytes) -> None:
-    """One frame as bytes, whatever is in it; waits for the end of the connection."""
+    """One frame as bytes, whatever is in it; waits for an error frame, or the end of the connection."""
     request = f"GET /ws?api_key={KEY} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     with socket_to(process) as client:
@@ -75,7 +75,7 @@ def send_raw(process: Process, head: int, payload: bytes) -> None:
         assert b" 101 " in client.recv(4096)
         client.sendall(struct.pack("!BBH4x", head, 0x80 | 126, len(payload)) + payload)  # masked with zeros
         with suppress(ConnectionResetError):
-            while client.recv(65536):
+            while (answer := client.recv(65536)) and b'"error"' not in answer:
                 pass
 
 
