@@ -65,9 +65,9 @@ def allows(tools: ToolSet, answer: Any) -> bool:
     return jsonschema.Draft202012Validator(json.loads(tools.schema)).is_valid(answer)
 
 
-async def open_decider(engine: ScriptedEngine, **changes: Any) -> Decider:
+def open_decider(engine: ScriptedEngine, **changes: Any) -> Decider:
     limits: dict[str, Any] = {"max_out": 96, "history_tokens": 200, "timeout_s": 30.0} | changes
-    return await Decider.open(engine, ToolSet.from_file(None), **limits)
+    return Decider(engine, ToolSet.from_file(None), **limits)
 
 
 def answering(*pieces: str, **script: Any) -> ScriptedEngine:
@@ -75,7 +75,7 @@ def answering(*pieces: str, **script: Any) -> ScriptedEngine:
 
 
 async def decide(engine: ScriptedEngine, **changes: Any) -> Decision:
-    decider = await open_decider(engine, **changes)
+    decider = open_decider(engine, **changes)
     return await decider.decide(decider.tools, [], "Wake me in a minute")
 
 
@@ -522,7 +522,7 @@ async def test_any_tools_that_are_accepted_can_be_decided_on(template: Any, tool
     except BadMessage:
         return
     engine = RealisticEngine(template=template)
-    decision = await (await open_decider(engine)).decide(accepted, [], "hi")
+    decision = await open_decider(engine).decide(accepted, [], "hi")
     assert (decision.calls, decision.reason) == ([], None)
 
 
@@ -535,14 +535,14 @@ TALK = "User: hi there\nAssistant: Hello.\nUser: what now\nAssistant: Nothing."
 async def test_a_template_that_knows_tools_is_used() -> None:
     """The model reads its tools as it learned to, and the history in its own roles."""
     engine = ScriptedEngine(template="tools")
-    text = await prompt(engine, await open_decider(engine), TALK)
+    text = await prompt(engine, open_decider(engine), TALK)
     assert text == (
         f"<|im_start|>system\nYou may call {', '.join(BUILT_IN)}.<|im_end|>\n"
         "<|im_start|>user\nhi there<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
         "<|im_start|>user\nwhat now<|im_end|>\n<|im_start|>assistant\nNothing.<|im_end|>\n"
         "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert await prompt(engine, await open_decider(engine), "") == (
+    assert await prompt(engine, open_decider(engine), "") == (
         f"<|im_start|>system\nYou may call {', '.join(BUILT_IN)}.<|im_end|>\n"
         "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -559,7 +559,7 @@ async def test_a_template_that_knows_tools_is_used() -> None:
 async def test_a_template_without_tools_gets_an_instruction(template: Any, opening: str, closing: str) -> None:
     """It names every tool with its arguments, shows examples, and tells the history as labelled text."""
     engine = ScriptedEngine(template=template)
-    text = await prompt(engine, await open_decider(engine), TALK)
+    text = await prompt(engine, open_decider(engine), TALK)
     assert text.startswith(f"{opening}You decide")
     assert "set_timer(seconds, label): Set a timer" in text
     assert "Message: Wake me in ten minutes" in text
@@ -570,7 +570,7 @@ async def test_a_template_without_tools_gets_an_instruction(template: Any, openi
 async def test_a_tool_template_that_cannot_be_taken_apart_gets_an_instruction() -> None:
     """A tool whose name looks like the text that stands for a message does not confuse the two."""
     engine = ScriptedEngine(template="tools")
-    text = await prompt(engine, await open_decider(engine), TALK, "U", {"name": "MARKFIRST"})
+    text = await prompt(engine, open_decider(engine), TALK, "U", {"name": "MARKFIRST"})
     assert text.startswith("<|im_start|>system\nYou decide")
     assert text.endswith("Message: U<|im_end|>\n<|im_start|>assistant\n")
 
@@ -579,7 +579,7 @@ async def test_a_tool_template_that_cannot_be_taken_apart_gets_an_instruction() 
 async def test_every_decision_begins_with_the_same_tokens(template: Any) -> None:
     """Whatever is said: the tools, their examples and the instruction are one prefix, which `prime` computes."""
     engine = ScriptedEngine(template=template)
-    decider = await open_decider(engine)
+    decider = open_decider(engine)
     await decider.prime()
     for talk, utterance in [("", "U"), ("", "something else"), (TALK, "U"), ("User: x", ""), ("just a note", "U")]:
         decision = await decider.decide(decider.tools, parse(talk), utterance)
@@ -603,14 +603,14 @@ async def test_priming_runs_each_batch_at_once() -> None:
                     yield delta
 
     engine = Counting(decision=Script(["[]"], pace=lambda: asyncio.sleep(0)))
-    await (await open_decider(engine)).prime((1, 2, 5))
+    await open_decider(engine).prime((1, 2, 5))
     assert [max(sizes[:1]), max(sizes[1:3]), max(sizes[3:])] == [1, 2, 5] and len(sizes) == 8
 
 
 async def test_the_fixed_prompt_is_refreshed_after_others() -> None:
     """Once the engine has computed anything else, and only while nothing runs."""
     engine = ScriptedEngine()
-    decider = await open_decider(engine)
+    decider = open_decider(engine)
     await decider.prime()
     await decider.refresh()
     assert len(engine.requests) == 1, "nothing came since"
@@ -626,7 +626,7 @@ async def test_the_fixed_prompt_is_refreshed_after_others() -> None:
 async def test_tools_of_one_start_are_asked_in_their_own_words(template: Any) -> None:
     """They replace the service's for that decision alone, with a head and a schema of their own."""
     engine = ScriptedEngine(template=template)
-    decider = await open_decider(engine)
+    decider = open_decider(engine)
     before = await prompt(engine, decider, TALK)
     custom = await prompt(engine, decider, TALK, "U", LIGHT)
     assert engine.requests[-1][1].json_schema == ToolSet([LIGHT]).schema
@@ -638,7 +638,7 @@ async def test_tools_of_one_start_are_asked_in_their_own_words(template: Any) ->
 async def test_a_native_template_tells_history_in_roles_after_any_other_tools() -> None:
     """A turn without tools, which the template has no words for, does not leave labels in later prompts."""
     engine = RealisticEngine(template="tools")
-    decider = await open_decider(engine)
+    decider = open_decider(engine)
     messages = parse(TALK)
     await decider.decide(ToolSet([]), messages, "U")
     await decider.decide(decider.tools, messages, "U")
@@ -648,7 +648,7 @@ async def test_a_native_template_tells_history_in_roles_after_any_other_tools() 
 async def test_control_tokens_of_a_user_are_text() -> None:
     """Neither an utterance, nor a history, nor a client's tool ends a message of the prompt."""
     engine = ScriptedEngine()
-    decider = await open_decider(engine)
+    decider = open_decider(engine)
     (end,) = await engine.encode("<|im_end|>", special=True)
 
     async def ends(text: str) -> int:
@@ -668,7 +668,7 @@ talks = st.lists(st.tuples(st.sampled_from(["User", "Assistant"]), st.integers(1
 async def test_only_recent_history_is_told(template: Any, talk: list[tuple[str, int]], note: bool, limit: int) -> None:
     """The last whole messages within the limit, from one of the user's on; notes are left out."""
     engine = ScriptedEngine(template=template)
-    decider = await open_decider(engine, history_tokens=limit)
+    decider = open_decider(engine, history_tokens=limit)
     lines = [f"{label}: m{index:02}" + " w" * size for index, (label, size) in enumerate(talk)]
     messages = parse("\n".join(["A NOTE"] * note + lines))
     await decider.decide(decider.tools, messages, "U")
@@ -684,7 +684,7 @@ async def test_only_recent_history_is_told(template: Any, talk: list[tuple[str, 
 async def test_messages_are_encoded_once() -> None:
     """The next decision takes the token ids that this one made."""
     engine = ScriptedEngine()
-    decider = await open_decider(engine)
+    decider = open_decider(engine)
     messages = parse(TALK)
     await decider.decide(decider.tools, messages, "U")
     before = [message.ids["tool as text"] for message in messages]
@@ -697,7 +697,7 @@ async def test_messages_are_encoded_once() -> None:
 async def test_only_so_many_tool_sets_are_remembered() -> None:
     """64 heads are kept, the least recently used goes first."""
     engine = RealisticEngine(template="tools")
-    decider = await open_decider(engine)
+    decider = open_decider(engine)
 
     async def learns(name: str) -> bool:
         before = engine.renders

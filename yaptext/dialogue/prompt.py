@@ -26,13 +26,28 @@ _OVERHEAD_TOKENS = 96
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A chat template as the token ids around the contents: opening S after_system U after_user A after_reply
-    U closing. Where the template takes no system message, S and the first U share one message."""
+    U closing. Where the template takes no system message, S and the first U share one message. `newline` stands
+    between two contents of one role."""
 
+    newline: list[int]
     opening: list[int]
     after_system: list[int]
     after_user: list[int]
     after_reply: list[int]
     closing: list[int]
+
+    def joint(self, before: str, after: str) -> list[int]:
+        """What stands between the contents of two roles: system, user or assistant."""
+        match before, after:
+            case "system", "user":
+                return self.after_system
+            case "system", "assistant":
+                return self.after_system + self.after_user
+            case "user", "assistant":
+                return self.after_user
+            case "assistant", "user":
+                return self.after_reply
+        return self.newline
 
 
 async def learn_shape(codec: Codec, tools: list[dict[str, Any]] | None = None) -> Shape | None:
@@ -47,15 +62,16 @@ async def learn_shape(codec: Codec, tools: list[dict[str, Any]] | None = None) -
     ]
     system = {"role": "system", "content": _MARKS["system"]}
     order = [_MARKS["first"], _MARKS["reply"], _MARKS["second"]]
+    newline = await codec.encode("\n")
     if tools is None:
         pieces = _split(codec.render([system, *talk]), [_MARKS["system"], *order])
         if pieces is not None:
-            return Shape(*[await codec.encode(piece, special=True) for piece in pieces])
+            return Shape(newline, *[await codec.encode(piece, special=True) for piece in pieces])
     pieces = _split(codec.render(talk, tools), order)
     if pieces is None:
         return None
     opening, *rest = [await codec.encode(piece, special=True) for piece in pieces]
-    return Shape(opening, await codec.encode("\n\n"), *rest)
+    return Shape(newline, opening, await codec.encode("\n\n"), *rest)
 
 
 def _split(text: str | None, marks: Sequence[str]) -> list[str] | None:
@@ -71,26 +87,16 @@ def _split(text: str | None, marks: Sequence[str]) -> list[str] | None:
     return [*pieces, text]
 
 
-def in_roles(shape: Shape, messages: Sequence[Message], key: str, newline: list[int]) -> tuple[list[int], str]:
+def in_roles(shape: Shape, messages: Sequence[Message], key: str) -> tuple[list[int], str]:
     """Token ids of the messages in the template's own roles, and the role that the last one leaves open."""
-    joints = {
-        ("system", "user"): shape.after_system,
-        ("system", "assistant"): shape.after_system + shape.after_user,
-        ("user", "assistant"): shape.after_user,
-        ("assistant", "user"): shape.after_reply,
-    }
     ids: list[int] = []
     role = "system"
     for message in messages:
         speaker = "system" if message.speaker == "note" else message.speaker
-        ids += joints.get((role, speaker), newline)
+        ids += shape.joint(role, speaker)
         ids += message.ids[key]
         role = speaker
     return ids, role
-
-
-def joint_to_user(shape: Shape, role: str, newline: list[int]) -> list[int]:
-    return {"system": shape.after_system, "assistant": shape.after_reply, "user": newline}[role]
 
 
 async def fit(codec: Codec, text: str, max_tokens: int, *, keep: Literal["start", "end"], exact: bool) -> str:
@@ -128,15 +134,16 @@ class ChatPrompts:
     """Builds the chat model's prompts. `format` is segments, turns or bare; without a usable chat template
     only bare is possible, and `self.format` says what was taken."""
 
-    def __init__(self, codec: Codec, shape: Shape | None, format: str, limits: Limits, newline: list[int]) -> None:
-        self._codec, self._shape, self._limits, self._newline = codec, shape, limits, newline
-        self.format = format if shape is not None else "bare"
+    def __init__(self, codec: Codec, shape: Shape | None, format: str, limits: Limits) -> None:
+        self._codec, self._limits = codec, limits
+        self._shape = None if format == "bare" else shape
+        self.format = "bare" if self._shape is None else format
         self.stop = ("\nUser:",) if self.format == "bare" else ()
         self._personas: OrderedDict[str, list[int]] = OrderedDict()
 
     @classmethod
     async def open(cls, codec: Codec, format: str, limits: Limits) -> ChatPrompts:
-        return cls(codec, await learn_shape(codec), format, limits, await codec.encode("\n"))
+        return cls(codec, await learn_shape(codec), format, limits)
 
     async def prefix(self, persona: str, messages: list[Message]) -> list[int]:
         """What every next prompt of this persona and history begins with, cut at a block of the prefix cache."""
@@ -147,22 +154,22 @@ class ChatPrompts:
         """The whole prompt of one turn. `messages` is trimmed in place to the history limit, `utterance` is
         within its limit already. Raises `TextTooLong` for a persona over its limit."""
         ids, role = await self._standing(persona, messages)
-        if self._shape is None or self.format == "bare":
+        if self._shape is None:
             return ids + await self._codec.encode(f"\n({now})\nUser: {utterance}\nAssistant:")
         if self.format == "segments":
             ids += await self._codec.encode(f"\nNow: {now}.")
             ids += self._shape.after_system
             return ids + await self._codec.encode(utterance) + self._shape.closing
-        ids += joint_to_user(self._shape, role, self._newline)
+        ids += self._shape.joint(role, "user")
         return ids + await self._codec.encode(f"({now}) {utterance}") + self._shape.closing
 
     async def _standing(self, persona: str, messages: list[Message]) -> tuple[list[int], str]:
         """The one place that lays out what stays from turn to turn."""
-        ids = list(self._shape.opening) if self._shape is not None and self.format != "bare" else []
+        ids = [] if self._shape is None else list(self._shape.opening)
         ids += await self._persona(persona)
         await self._trim(messages, len(ids))
         if self._shape is not None and self.format == "turns":
-            told, role = in_roles(self._shape, messages, "chat", self._newline)
+            told, role = in_roles(self._shape, messages, "chat")
             return ids + told, role
         if messages:
             ids += await self._codec.encode("\n<|history|>")

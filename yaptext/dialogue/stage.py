@@ -67,7 +67,7 @@ class Stage:
         if engines.chat is not None:
             prompts = await ChatPrompts.open(engines.chat, settings.chat_prompt_format, Limits.of(settings))
         if engines.tool is not None:
-            decider = await Decider.open(
+            decider = Decider(
                 engines.tool,
                 tools,
                 max_out=settings.tool_max_out,

@@ -44,30 +44,16 @@ class Decider:
         self,
         engine: Engine,
         tools: ToolSet,
-        prompts: ToolPrompts,
-        *,
-        max_out: int,
-        timeout_s: float,
-        threshold: float | None = None,
-    ) -> None:
-        self._engine, self.tools, self._prompts = engine, tools, prompts
-        self._max_out, self._timeout_s, self._threshold = max_out, timeout_s, threshold
-        self._begun = 0
-
-    @classmethod
-    async def open(
-        cls,
-        engine: Engine,
-        tools: ToolSet,
         *,
         max_out: int,
         history_tokens: int,
         timeout_s: float,
         threshold: float | None = None,
-    ) -> Decider:
+    ) -> None:
         """`threshold` is the probability from which on a decision is yes; None leaves it to the model's best guess."""
-        prompts = await ToolPrompts.open(engine, history_tokens)
-        return cls(engine, tools, prompts, max_out=max_out, timeout_s=timeout_s, threshold=threshold)
+        self._engine, self.tools, self._prompts = engine, tools, ToolPrompts(engine, history_tokens)
+        self._max_out, self._timeout_s, self._threshold = max_out, timeout_s, threshold
+        self._begun = 0
 
     async def prime(self, batches: Sequence[int] = (1,)) -> None:
         """Runs throw-away decisions, so many at once, so that the fixed prompt, the grammar and the kernels of each

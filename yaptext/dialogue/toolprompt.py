@@ -10,7 +10,7 @@ from itertools import cycle
 import msgspec
 
 from yaptext.dialogue.history import Message, keep_recent
-from yaptext.dialogue.prompt import Shape, in_roles, joint_to_user, learn_shape
+from yaptext.dialogue.prompt import Shape, in_roles, learn_shape
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec
 from yaptext.wire.messages import Call
@@ -39,13 +39,9 @@ them that every message is a call."""
 class ToolPrompts:
     """Builds the tool model's prompts. `history_tokens` bounds what they tell of the talk before."""
 
-    def __init__(self, codec: Codec, history_tokens: int, newline: list[int]) -> None:
-        self._codec, self._history_tokens, self._newline = codec, history_tokens, newline
+    def __init__(self, codec: Codec, history_tokens: int) -> None:
+        self._codec, self._history_tokens = codec, history_tokens
         self._heads: OrderedDict[bytes, _Head] = OrderedDict()
-
-    @classmethod
-    async def open(cls, codec: Codec, history_tokens: int) -> ToolPrompts:
-        return cls(codec, history_tokens, await codec.encode("\n"))
 
     async def turn(self, tools: ToolSet, messages: Sequence[Message], utterance: str) -> list[int]:
         """The whole prompt of one decision."""
@@ -60,11 +56,10 @@ class ToolPrompts:
         if head.labels:
             ids = head.ids + [token for message in recent for token in message.ids["tool as text"]]
             return ids + await self._codec.encode(f"Message: {utterance}") + head.shape.closing
-        told, role = in_roles(head.shape, recent, "tool", self._newline)
-        joint = [] if role == "system" else joint_to_user(head.shape, role, self._newline)
-        if role != "system":
-            told = told[len(head.shape.after_system) :]  # the head already opens the first message
-        return head.ids + told + joint + await self._codec.encode(utterance) + head.shape.closing
+        told, role = in_roles(head.shape, recent, "tool")
+        if recent:  # the head already opens the first message
+            told = told[len(head.shape.after_system) :] + head.shape.joint(role, "user")
+        return head.ids + told + await self._codec.encode(utterance) + head.shape.closing
 
     async def _recent(self, messages: Sequence[Message], labels: bool) -> list[Message]:
         """The last whole messages within the limit, beginning with the user's."""
@@ -105,7 +100,8 @@ async def _learn_head(codec: Codec, tools: ToolSet) -> _Head:
     instruction = await codec.encode(_INSTRUCTION + "\n".join(signatures))
     shape = await learn_shape(codec)
     if shape is None:
-        bare = Shape([], *[await codec.encode(text) for text in ("\n\n", "\nCalls: ", "\n", "\nCalls: ")])
+        newline, *pieces = [await codec.encode(text) for text in ("\n", "\n\n", "\nCalls: ", "\n", "\nCalls: ")]
+        bare = Shape(newline, [], *pieces)
         return _Head(instruction + await _shots(codec, bare, tools), bare, labels=True)
     return _Head(shape.opening + instruction + await _shots(codec, shape, tools), shape, labels=True)
 

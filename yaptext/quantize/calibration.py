@@ -259,7 +259,7 @@ async def _decisions(
 ) -> list[list[int]]:
     """Each decision as its prompt and answer. All open with the same head: after the first, their last `size` tokens
     say what is new."""
-    prompts = await ToolPrompts.open(codec, settings.tool_history_tokens)
+    prompts = ToolPrompts(codec, settings.tool_history_tokens)
     documents: list[list[int]] = []
     for row in rows:
         ids = await prompts.turn(tools, row["history"], row["utterance"])
