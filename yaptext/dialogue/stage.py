@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -18,7 +18,7 @@ from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
 from yaptext.dialogue.session import Session, SessionStore
 from yaptext.dialogue.toolcall import Decider, NoDecider
 from yaptext.dialogue.toolset import ToolSet
-from yaptext.engine.base import Engine, Engines, Sampling
+from yaptext.engine.base import WARM, Engine, Engines, Sampling, exhaust
 from yaptext.errors import EngineFailed, NotDeployed, TextTooLong, UnknownPersona, WireError
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
@@ -42,8 +42,6 @@ _REWARM_WITHIN_S, _REWARM_SHARE, _REWARM_PAUSE_S = 600.0, 0.5, 0.02
 """Who spoke that long before a restart may well come back (a cold start takes minutes). The other half of the cache is
 for who comes anew."""
 _WARMED_TRANSCRIPTS = 64
-_WARM_PRIORITY = 2
-"""After decisions (0) and chat (1): warming never delays a user who is waiting."""
 
 
 @dataclass(slots=True)
@@ -91,13 +89,10 @@ class Stage:
         if self.engines.chat is not None and self.prompts is not None:
             prompt = await self.prompts.turn(self.persona(Session(("", ""))), [], "Hello!", self.now())
             for fields, batches in _PRIMED_SAMPLINGS if cuda else ((None, (1,)),):
+                sampling = self.sampling(fields, 7, 12)
                 for size in batches:
-                    await asyncio.gather(*(self._prime_chat(self.engines.chat, prompt, fields) for _ in range(size)))
-
-    async def _prime_chat(self, engine: Engine, prompt: list[int], fields: SamplingFields | None) -> None:
-        async with aclosing(engine.stream(prompt, self.sampling(fields, 7, 12))) as deltas:
-            async for _ in deltas:
-                pass
+                    streams = [self.engines.chat.stream(prompt, sampling) for _ in range(size)]
+                    await asyncio.gather(*map(exhaust, streams))
 
     async def keep_warm(self) -> None:
         """Keeps the fixed tool prompt in the cache, for ever."""
@@ -213,13 +208,10 @@ class Stage:
 
     async def _compute(self, engine: Engine, prefix: list[int]) -> int:
         """Puts a prefix into the cache; returns how many of its tokens were there."""
-        cached = 0
-        if prefix:
-            stream = engine.stream(prefix, Sampling(max_tokens=1), priority=_WARM_PRIORITY)
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    cached = delta.cached_tokens
-        return cached
+        if not prefix:
+            return 0
+        last = await exhaust(engine.stream(prefix, Sampling(max_tokens=1), priority=WARM))
+        return last.cached_tokens if last else 0
 
     def rewarm(self, most: int) -> AsyncGenerator[None, None]:
         """After a restart: computes the prefixes of the sessions that were last in use, step by step, each only while

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Role = Literal["chat", "tool"]
-DECIDE, CHAT = 0, 1
-"""Priorities: a lower number is computed first, so that a decision never waits behind chat tokens."""
+DECIDE, CHAT, WARM = 0, 1, 2
+"""Priorities: a lower number is computed first. A decision never waits behind chat tokens, and nobody who is waiting
+behind what is only warmed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,15 @@ class Engine(Codec, Protocol):
         ...
 
     async def aclose(self, *, at_once: bool = False) -> None: ...
+
+
+async def exhaust(stream: AsyncGenerator[Delta, None]) -> Delta | None:
+    """Reads a stream to its end, for what that leaves in the cache; returns the last delta."""
+    last = None
+    async with aclosing(stream) as deltas:
+        async for delta in deltas:
+            last = delta
+    return last
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import structlog
 import uvicorn
 from websockets.protocol import State
 
-from yaptext.engine.base import DECIDE, Engines, Sampling
+from yaptext.engine.base import DECIDE, Engines, Sampling, exhaust
 from yaptext.errors import EngineDead, EngineFailed, GoingAway, YapError
 from yaptext.observe import discretion
 from yaptext.observe.notify import notify
@@ -106,10 +106,7 @@ class Lifecycle:
             try:
                 for engine in engines.distinct.values():
                     prompt = await engine.encode("ok")
-                    stream = engine.stream(prompt, Sampling(max_tokens=1), priority=DECIDE)
-                    async with aclosing(stream) as deltas:
-                        async for _ in deltas:
-                            pass
+                    await exhaust(engine.stream(prompt, Sampling(max_tokens=1), priority=DECIDE))
             except EngineFailed as error:  # a hung engine never comes this far: then nothing is fed
                 _log.error("watchdog.failed", error=error.message)
             else:
