@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Protocol
 
@@ -50,7 +50,7 @@ class TokenSink(Protocol):
 class Turn:
     """One utterance of one session, on one socket.
 
-    `begin` is synchronous, so that the receive loop never waits; `run` is the turn's task. `cancel` may be
+    Making one is synchronous, so that the receive loop never waits; `run` is the turn's task. `cancel` may be
     called at any moment, also before `run` came to its ack: the turn then still gives ack and done, in its
     place in the order.
     """
@@ -63,10 +63,11 @@ class Turn:
         *,
         send: Callable[[ServerMessage], None],
         tokens: Callable[[int], TokenSink],
-        after: Sequence[Turn] = (),
+        after: Turn | None,
     ) -> None:
-        """Merges the persona and takes the session's next number; turns in `after` are told to end, and this
-        one waits for their `finished`. Raises `BadMessage` (then nothing has changed)."""
+        """Merges the persona and takes the session's next number. The session's running turn and the one in `after`
+        (the socket's last) are told to end, and this one waits for their `finished`. Raises `BadMessage` (then nothing
+        has changed)."""
         self.received_at = time.perf_counter()
         persona = stage.merge(session.persona, start)
         if not isinstance(start.tools, UnsetType):
@@ -80,8 +81,8 @@ class Turn:
         self._persona_text = stage.persona(session)
         # With those that they wait for themselves: a turn whose socket goes ends without waiting.
         self._after: list[Turn] = []
-        for turn in (session.current, *after):
-            for earlier in (*turn._after, turn) if turn is not None else ():
+        for turn in filter(None, (session.current, after)):
+            for earlier in (*turn._after, turn):
                 if earlier not in self._after and not earlier.finished.is_set():
                     self._after.append(earlier)
         for turn in self._after:
@@ -89,7 +90,7 @@ class Turn:
         session.current = self
         self.finished: asyncio.Event = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._begun = self._running = False
+        self._begun = False
         self._cancelled_at: float | None = None
         self._heard_chars: int | None = None
         self._usage, self._timings = Usage(), Timings()
@@ -111,7 +112,7 @@ class Turn:
             return
         self._cancelled_at = time.perf_counter()
         self._heard_chars = heard_chars
-        if self._running and self._task is not None:
+        if self._begun and self._task is not None:
             self._task.cancel()
 
     async def run(self) -> None:
@@ -126,7 +127,6 @@ class Turn:
                 await turn.finished.wait()
             self._after.clear()
             self._begin()
-            self._running = True
             if self._cancelled_at is None:
                 await self._answer()
                 outcome = self._end()

@@ -163,8 +163,7 @@ class Connection:
         if len(self._turns) >= _MAX_TURNS:
             raise RateLimited(f"{len(self._turns)} turns wait to end; limit is {_MAX_TURNS}", retry_after_ms=200)
         session = self._stage.sessions.open((self._account.name, message.session_id))
-        after = (self._turn,) if self.busy and self._turn is not None else ()
-        turn = Turn(self._stage, session, message, send=self._send, tokens=self._outbox.open, after=after)
+        turn = Turn(self._stage, session, message, send=self._send, tokens=self._outbox.open, after=self._turn)
         self._session, self._turn = session, turn
         task = self._group.create_task(self._run(turn))
         self._turns.add(task)
