@@ -321,16 +321,9 @@ class Turn:
             session_id=self._session.session_id,
             finish_reason=self._finish_reason,
             tokens_sent=self._sink.sent_tokens,
-            prompt_tokens=self._usage.prompt_tokens,
-            cached_tokens=self._usage.cached_tokens,
-            completion_tokens=self._usage.completion_tokens,
-            tool_prompt_tokens=self._usage.tool_prompt_tokens,
-            tool_cached_tokens=self._usage.tool_cached_tokens,
-            queue_ms=self._timings.queue_ms,
-            tool_ms=self._timings.tool_ms,
             tool_reason=self._decision.reason if self._decision else None,
-            ttft_ms=self._timings.ttft_ms,
-            total_ms=self._timings.total_ms,
+            **msgspec.structs.asdict(self._usage),
+            **msgspec.structs.asdict(self._timings),
         )
         if self._stage.settings.log_text:
             reply, decision = "".join(self._text), self._decision

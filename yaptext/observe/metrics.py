@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from yaptext.wire.messages import Timings, Usage
@@ -50,14 +51,8 @@ class Metrics:
         ):
             if value is not None:
                 histogram.observe(value)
-        for kind, count in (
-            ("prompt", usage.prompt_tokens),
-            ("cached", usage.cached_tokens),
-            ("completion", usage.completion_tokens),
-            ("tool_prompt", usage.tool_prompt_tokens),
-            ("tool_cached", usage.tool_cached_tokens),
-        ):
-            self.tokens.labels(kind).inc(count)
+        for name, count in msgspec.structs.asdict(usage).items():
+            self.tokens.labels(name.removesuffix("_tokens")).inc(count)
 
     def exposition(self, refresh: Callable[[], None]) -> bytes:
         """The text that Prometheus scrapes; `refresh` sets the gauges first."""
