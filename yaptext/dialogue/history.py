@@ -48,11 +48,9 @@ def parse(text: str) -> list[Message]:
 def recent(text: str, max_chars: int) -> str:
     """The end of a long transcript, from the start of a line on. Like `keep_recent` it cuts in steps, so that a
     growing transcript keeps its beginning from turn to turn."""
-    excess = len(text) - max_chars
-    if excess <= 0:
+    cut = _in_steps(len(text) - max_chars, max_chars)
+    if not cut:
         return text
-    step = max(1, max_chars // 4)
-    cut = -(-excess // step) * step
     line = text.find("\n", cut)
     return text[line + 1 :] if line >= 0 else text[cut:]
 
@@ -64,16 +62,18 @@ def keep_recent(sizes: Sequence[int], limit: int) -> int:
     loses its cached prefix, once in a quarter's worth of talk instead of every turn. The cut depends on the
     transcript alone: a client that sends all of it each turn gets the same one.
     """
-    excess = sum(sizes) - limit
-    if excess <= 0:
-        return 0
-    step = max(1, limit // 4)
-    target = -(-excess // step) * step
+    target = _in_steps(sum(sizes) - limit, limit)
     for index, size in enumerate(sizes):
         if target <= 0:
             return index
         target -= size
     return len(sizes)
+
+
+def _in_steps(excess: int, limit: int) -> int:
+    """What is over the limit, rounded up to quarters of it."""
+    step = max(1, limit // 4)
+    return max(0, -(-excess // step) * step)
 
 
 _REMEMBERED_CHARS = 65_536

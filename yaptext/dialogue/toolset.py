@@ -113,10 +113,9 @@ def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
 def _check_schema(schema: Any, where: str) -> None:
     """Refuses what is no JSON schema, and what costs the engine seconds to turn into a grammar: patterns, and
     schemas that are very deep or very many."""
-    waiting = [(schema, 0)]
-    for count in range(1, MAX_SCHEMAS + 2):
-        if not waiting:
-            return
+    waiting, count = [(schema, 0)], 0
+    while waiting:
+        count += 1
         if count > MAX_SCHEMAS:
             raise BadMessage(f"more than {MAX_SCHEMAS} schemas in one tool - at {where}")
         part, depth = waiting.pop()

@@ -241,14 +241,12 @@ class Connection:
     async def _close(self, ending: Ending, writer: asyncio.Task[None]) -> None:
         """Writes what still waits, then the close frame; a client that does not read gets neither wait."""
         slow = ending.error is not None and ending.error.error_code == SlowClient.code
-        if slow or ending.code is None:
-            writer.cancel()
-        else:
+        if ending.code is not None and not slow:
             if ending.error is not None:
                 self._send(ending.error)
             self._outbox.finish()
             await asyncio.wait([writer], timeout=_FLUSH_TIMEOUT_S)
-            writer.cancel()
+        writer.cancel()
         if ending.code is None:
             return
         try:

@@ -16,10 +16,9 @@ def document() -> dict[str, Any]:
     sent, received = get_args(ClientMessage), get_args(ServerMessage)
     _, schemas = msgspec.json.schema_components(sent + received, ref_template="#/components/schemas/{name}")
     schemas["Error"]["properties"]["error_code"] = {"type": "string", "enum": wire_codes()}
-    schema_of = {cls: cls.__name__ for cls in sent + received}
     messages = {
-        str(cls.__struct_config__.tag): {"payload": {"$ref": f"#/components/schemas/{name}"}}
-        for cls, name in schema_of.items()
+        str(cls.__struct_config__.tag): {"payload": {"$ref": f"#/components/schemas/{cls.__name__}"}}
+        for cls in sent + received
     }
 
     def refs(classes: tuple[Any, ...]) -> list[dict[str, str]]:
