@@ -34,7 +34,6 @@ from yaptext.errors import (
     ServerAtCapacity,
     StartError,
     WireError,
-    YapError,
 )
 from yaptext.keyfile import Limits
 from yaptext.observe.metrics import CONTENT_TYPE
@@ -102,26 +101,17 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
-        try:
+        with lifecycle.starting():
             # Before the engines: a typo is told at once.
             tools = ToolSet.from_file(settings.tools_file)
             persona.check_style(settings.default_persona_style)
             keys = _keys(settings)
             sessions = SessionStore.of(settings)
             engines = open_engines(settings)
-        except YapError as error:
-            lifecycle.fail(error)
-            raise
         try:
             stage = await Stage.open(settings, engines, tools, sessions)
-            begun = time.monotonic()
-            try:
-                await stage.prime()
-            except WireError as error:
-                failure = StartError(f"the warm-up turn failed: {error}")
-                lifecycle.fail(failure)
-                raise failure from error
-            _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
+            with lifecycle.starting():
+                await _warm_up(stage)
             gc.collect()
             gc.freeze()  # what is here now stays: a full collection need not look at it while streams wait
             busiest = engines.chat or engines.tool
@@ -170,6 +160,16 @@ def _keys(settings: Settings) -> Keys:
         settings.key_cancels_per_minute,
     )
     return Keys(settings.own_key, settings.key_file, limits, failures_per_minute=settings.failed_keys_per_minute)
+
+
+async def _warm_up(stage: Stage) -> None:
+    """Raises `StartError`."""
+    begun = time.monotonic()
+    try:
+        await stage.prime()
+    except WireError as error:
+        raise StartError(f"the warm-up turn failed: {error}") from error
+    _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
 
 
 async def healthz(request: Request) -> Response:
@@ -245,7 +245,7 @@ async def converse(websocket: WebSocket) -> None:
     try:
         _check_origin(websocket, service.settings.origins)
         account = service.keys.identify(websocket)
-        if service.lifecycle.draining:
+        if service.lifecycle.phase == "draining":
             raise going_away()
         connection = Connection(websocket, service.stage, account)
         with account.slot(connection), service.admission.slot(connection):

@@ -11,8 +11,8 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,14 +53,15 @@ class Lifecycle:
         self.exit_requested = asyncio.Event()
         self.failure: YapError | None = None
 
-    @property
-    def draining(self) -> bool:
-        return self.phase == "draining"
-
-    def fail(self, error: YapError) -> None:
-        """The start ends with this error, which says enough."""
-        self.failure = error
-        _silence_uvicorn()
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """With an error of ours that the block raises the start ends, and it says enough."""
+        try:
+            yield
+        except YapError as error:
+            self.failure = error
+            _silence_uvicorn()
+            raise
 
     @asynccontextmanager
     async def watching(
