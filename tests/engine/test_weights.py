@@ -45,7 +45,7 @@ def test_the_demo_is_both_roles_and_says_so(tmp_path: Path) -> None:
     folder = Path(model(tmp_path, max_position_embeddings=2048))
     for role in ("chat", "tool"):
         found = choose(Settings.load(YAP_TEXT_DEVICE="cpu"), role, folder)
-        assert (found.source, found.kind, found.context, found.demo) == (str(folder), "float", 2048, True)
+        assert (found.source, found.kind, found.context) == (str(folder), "float", 2048)
         assert "demo" in found.reason
 
 
@@ -58,7 +58,7 @@ def test_an_awq_model_is_served_instead_of_the_plain_one(tmp_path: Path, role: A
     assert (choose(settings, role).source, choose(settings, role).reason) == (plain, f"{name}_MODEL")
     settings = Settings.load(YAP_TEXT_DEVICE="cpu", **{f"{name}_MODEL": plain, f"AWQ_{name}_MODEL": awq})
     found = choose(settings, role)
-    assert (found.source, found.kind, found.reason, found.demo) == (awq, "awq", f"AWQ_{name}_MODEL", False)
+    assert (found.source, found.kind, found.reason) == (awq, "awq", f"AWQ_{name}_MODEL")
 
 
 @pytest.mark.parametrize(("role", "other"), [("chat", "TOOL_MODEL"), ("tool", "CHAT_MODEL")])

@@ -32,7 +32,6 @@ class Checkpoint:
     context: int
     reason: str
     online_fp8: bool = False
-    demo: bool = False
 
 
 def wants_demo(settings: Settings) -> bool:
@@ -48,8 +47,7 @@ def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoi
     not what `QUANTIZATION` asks for.
     """
     if demo is not None:
-        reason = "no model is configured: the embedded demo model serves"
-        return _local_awq(settings, str(demo), reason, demo=True) or _describe(settings, str(demo), reason, demo=True)
+        return _best_of(settings, str(demo), "no model is configured: the embedded demo model serves")
     awq = settings.awq_chat_model if role == "chat" else settings.awq_tool_model
     plain = settings.chat_model if role == "chat" else settings.tool_model
     name = role.upper()
@@ -63,21 +61,19 @@ def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoi
             f"{name}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it "
             f"(AWQ_{name}_MODEL does as well)"
         )
-    return _local_awq(settings, plain, f"{name}_MODEL") or _describe(settings, plain, f"{name}_MODEL")
+    return _best_of(settings, plain, f"{name}_MODEL")
 
 
-def _local_awq(settings: Settings, source: str, reason: str, *, demo: bool = False) -> Checkpoint | None:
-    """The quantizer's finished result for a float model, where AWQ may be served."""
-    if settings.quantization not in ("auto", "awq"):
-        return None
-    found = shelf.finished(settings.state, source)
-    if found is None:
-        return None
-    reason += f"; a finished AWQ folder for {Path(source).name}"
-    return _describe(settings, str(found.folder), reason, demo=demo)
+def _best_of(settings: Settings, source: str, reason: str) -> Checkpoint:
+    """The quantizer's finished result for `source` where AWQ may be served, else `source` itself."""
+    found = shelf.finished(settings.state, source) if settings.quantization in ("auto", "awq") else None
+    if found is not None:
+        reason += f"; a finished AWQ folder for {Path(source).name}"
+        source = str(found.folder)
+    return _describe(settings, source, reason)
 
 
-def _describe(settings: Settings, source: str, reason: str, *, demo: bool = False) -> Checkpoint:
+def _describe(settings: Settings, source: str, reason: str) -> Checkpoint:
     config = read_config(settings, source)
     kind = kind_of(source, config)
     wanted = settings.quantization
@@ -98,7 +94,7 @@ def _describe(settings: Settings, source: str, reason: str, *, demo: bool = Fals
             reason += "; FP8 weights need CUDA: float weights serve"
     text = config.get("text_config") or config
     context = int(text.get("max_position_embeddings") or 8192)
-    return Checkpoint(source, "fp8" if online else kind, context, reason, online_fp8=online, demo=demo)
+    return Checkpoint(source, "fp8" if online else kind, context, reason, online_fp8=online)
 
 
 def kind_of(source: str, config: dict[str, Any]) -> Kind:
