@@ -30,9 +30,10 @@ class Metrics:
         self.engine_kv_use = self._gauge("yaptext_engine_kv_use", "Share of the KV cache in use.", "engine")
         self.engine_backlog_ms = self._gauge("yaptext_engine_backlog_ms", "Milliseconds of waiting prompts.", "engine")
         self.connections_max = Gauge("yaptext_connections_max", "WebSockets there may be now.", registry=self.registry)
-        self.session_size = Gauge("yaptext_session_tokens", "KV cache tokens of a session.", registry=self.registry)
         self.session_tokens = 0.0
         """Prompt and reply of a turn, the mean over recent ones: what a session keeps in the KV cache."""
+        size = Gauge("yaptext_session_tokens", "KV cache tokens of a session.", registry=self.registry)
+        size.set_function(lambda: self.session_tokens)
         self._sized = 0
         self.tool_ms = self._histogram("yaptext_decision_ms", "Milliseconds of a decision.")
         self.ttft_ms = self._histogram("yaptext_ttft_ms", "Milliseconds from start to the first token.")

@@ -78,7 +78,6 @@ class Service:
         metrics.sessions.set(len(self.stage.sessions))
         metrics.tasks.set(len(asyncio.all_tasks()))
         metrics.connections_max.set(self.admission.fitting)
-        metrics.session_size.set(metrics.session_tokens)
         for role, engine in self.stage.engines.distinct.items():
             load = engine.load()
             metrics.engine_running.labels(role).set(load.running)
