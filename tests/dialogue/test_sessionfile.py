@@ -8,10 +8,12 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from privileged import tmpfs
 
 from yaptext.dialogue import sessionfile
 from yaptext.dialogue.persona import Persona
@@ -261,18 +263,24 @@ def test_a_clock_that_is_set_back_between_two_lives_keeps_nobody_for_ever(path: 
 # --- the disk
 
 
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Somebody else has the file for writing."""
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
 def test_a_busy_file_delays_no_turn_and_loses_nothing(path: Path, clocks: Clocks, log: Log) -> None:
     """One line when it begins, one when it is over; what changed meanwhile is written then."""
     life = Life(path, clocks)
     life.say("a")
     life.write()
-    other = sqlite3.connect(path)
-    other.execute("BEGIN IMMEDIATE")
-    for name in "bc":
-        life.say(name)
-        life.write()
+    with held(path):
+        for name in "bc":
+            life.say(name)
+            life.write()
     assert [line["sessions"] for line in log.of("sessions.unsaved")] == [1]
-    other.close()
     life.write()
     assert [line["sessions"] for line in log.of("sessions.saved")] == [2]
     life.end()
@@ -284,13 +292,11 @@ def test_what_could_not_be_written_is_told_at_the_end(path: Path, clocks: Clocks
     life = Life(path, clocks)
     life.say("a")
     life.write()
-    other = sqlite3.connect(path)
-    other.execute("BEGIN IMMEDIATE")
-    for name in "abb":
-        life.say(name)
-    life.end()
+    with held(path):
+        for name in "abb":
+            life.say(name)
+        life.end()
     assert [line["sessions"] for line in log.of("sessions.lost")] == [2]
-    other.close()
 
 
 def test_a_file_that_was_removed_is_made_again(path: Path, clocks: Clocks, log: Log) -> None:
@@ -312,19 +318,8 @@ def test_a_file_that_was_removed_is_made_again(path: Path, clocks: Clocks, log: 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 512 KiB."""
-    if os.geteuid():
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount: {mounted.stderr.decode().strip()}")
-    try:
+    with tmpfs(tmp_path / "disk", "size=512k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_full_disk_is_told_once_and_lived_through(small_disk: Path, clocks: Clocks, log: Log) -> None:

@@ -71,20 +71,6 @@ def serving(file: Path, command: Sequence[str], key: str, **variables: str) -> I
         popen.wait()
 
 
-@contextmanager
-def tmpfs(folder: Path, options: str) -> Iterator[Path]:
-    """A file system of its own. Raises `OSError` where mounting is not allowed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise OSError(f"cannot mount a tmpfs: {ended.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 def say(socket: ClientConnection, type: str, **fields: Any) -> None:
     socket.send(json.dumps({"type": type, **fields}))
 

@@ -11,7 +11,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from faults.process import serving, tmpfs, turn
+from faults.process import serving, turn
+from privileged import tmpfs
 
 Mount = Callable[[str, str], Path]
 ENGINE = (str(Path(__file__).with_name("process.py")),)
@@ -22,10 +23,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
     with ExitStack() as stack:
 
         def mount(name: str, options: str) -> Path:
-            try:
-                return stack.enter_context(tmpfs(tmp_path / name, options))
-            except OSError as error:
-                pytest.skip(str(error))
+            return stack.enter_context(tmpfs(tmp_path / name, options))
 
         yield mount
 

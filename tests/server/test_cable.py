@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.target import target
+from privileged import NET_ADMIN, SYS_ADMIN, require
 
 SERVER, CLIENT = "198.18.77.1", "198.18.77.2"
 PING_S = 1.0
@@ -21,17 +22,15 @@ pytestmark = pytest.mark.subprocess
 @pytest.fixture
 def cable() -> Iterator[tuple[str, Callable[[], None]]]:
     """A namespace with a cable to this host, and what pulls it."""
+    require(NET_ADMIN, SYS_ADMIN)
+    if shutil.which("ip") is None:
+        pytest.skip("needs ip")
     name = f"yap{os.getpid()}"
-    if os.getuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs root and ip")
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True)
 
-    try:
-        ip("netns", "add", name)
-    except subprocess.CalledProcessError:
-        pytest.skip("no network namespaces here")
+    ip("netns", "add", name)
     try:
         ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
         ip("addr", "add", f"{SERVER}/30", "dev", name)
