@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import journal
 import pytest
 from soak.crowd import Soak, report
 from websockets.sync.client import connect
@@ -96,15 +97,14 @@ def test_a_new_key_is_printed_once_and_its_hash_is_kept(tmp_path: Path) -> None:
 class Served:
     """A service in its own process, and its journal."""
 
-    def __init__(self, process: subprocess.Popen[bytes], journal: Path) -> None:
-        self.process, self._journal = process, journal
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self._log = process, log
 
     def lines(self) -> list[str]:
-        return self._journal.read_text(encoding="utf-8", errors="replace").splitlines()
+        return journal.lines(self._log)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        parsed = [json.loads(line) for line in self.lines() if line.startswith("{")]
-        return [event for event in parsed if event["event"] == name]
+        return journal.events(self._log, name)
 
     def ready(self) -> str:
         for _ in range(1200):
@@ -117,7 +117,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    journal = tmp_path_factory.mktemp("serve") / "journal"
+    log = tmp_path_factory.mktemp("serve") / "journal"
     environment = os.environ | {
         "PORT": "0",
         "YAP_TEXT_API_KEY": KEY,
@@ -127,10 +127,10 @@ def served(state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "KV_DTYPE": "auto",
         "HUGGINGFACE_HUB_TOKEN": "hf_test",
     }
-    with journal.open("wb") as stderr:
+    with log.open("wb") as stderr:
         process = subprocess.Popen([sys.executable, "-m", "yaptext", "serve"], env=environment, stderr=stderr)
     try:
-        yield Served(process, journal)
+        yield Served(process, log)
     finally:
         process.kill()
         process.wait()
@@ -142,11 +142,11 @@ def test_a_signal_during_the_start_ends_it_at_once(
     state_folder: Path, tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     """With the signal's own status, no traceback, and no engine left behind."""
-    journal = tmp_path / "journal"
+    log = tmp_path / "journal"
     environment = os.environ | {"PORT": "0", "YAP_TEXT_STATE_DIR": str(state_folder), "YAP_TEXT_DEVICE": "cpu"}
-    with journal.open("wb") as stderr:
+    with log.open("wb") as stderr:
         process = subprocess.Popen([sys.executable, "-m", "yaptext", "serve"], env=environment, stderr=stderr)
-    starting = Served(process, journal)
+    starting = Served(process, log)
     try:
         while not starting.events("engine.opening"):
             assert process.poll() is None
@@ -155,7 +155,7 @@ def test_a_signal_during_the_start_ends_it_at_once(
         assert process.wait(60) == status
     finally:
         process.kill()
-    assert "Traceback" not in journal.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.engine
@@ -216,10 +216,13 @@ class TestServed:
     def test_no_key_and_no_utterance_is_in_the_journal(self, served: Served) -> None:
         """Not even one that came in an address."""
         url = served.ready().replace("http", "ws") + "/ws"
+        turns = len(served.events("turn.finished"))
         with connect(f"{url}?api_key={KEY}", proxy=None) as socket:
             socket.send(json.dumps({"type": "start", "session_id": "s", "user_utterance": "canary words"}))
             while json.loads(socket.recv(60))["type"] != "done":
                 pass
+        while len(served.events("turn.finished")) == turns:  # its line comes after its done
+            time.sleep(0.05)
         assert not [line for line in served.lines() if KEY in line or "canary" in line or "hf_test" in line]
         finished = served.events("turn.finished")[-1]
         assert finished["outcome"] == "finished" and finished["ttft_ms"] > 0 and finished["completion_tokens"] > 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import journal
 from websockets.sync.client import ClientConnection, connect
 
 Frame = dict[str, Any]
@@ -35,9 +36,7 @@ class Process:
         return self._file.read_text(encoding="utf-8", errors="replace")
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        whole = self.output.rpartition("\n")[0]  # it may be at the next line
-        parsed = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
-        return [event for event in parsed if event["event"] == name]
+        return journal.events(self._file, name)
 
     def wait_ready(self) -> None:
         for _ in range(1800):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import journal
 import msgspec
 
 from yaptext.wire.messages import Error, ServerMessage
@@ -47,7 +48,7 @@ class Client:
     """One TCP connection. Reads whole messages of the service and holds each against the protocol."""
 
     def __init__(self, port: int, *, host: str = "127.0.0.1", upgrade: bool = True, key: str = "yap_token") -> None:
-        self.socket = socket.create_connection((host, port), timeout=10)
+        self.socket = socket.create_connection((host, port), timeout=30)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._read = b""
         self.close_code: int | None = None
@@ -78,7 +79,7 @@ class Client:
         self.socket.close()
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Until the service closes. Raises `TimeoutError` where it neither answers nor closes for ten seconds, and
+        """Until the service closes. Raises `TimeoutError` where it neither answers nor closes for thirty seconds, and
         what msgspec raises for what is no message of the protocol."""
         while True:
             try:
@@ -167,17 +168,17 @@ class Sentinel:
 class Target:
     """The running service, and what is known of it."""
 
-    def __init__(self, port: int, pid: int, journal: Path, host: str = "127.0.0.1") -> None:
-        self.port, self.pid, self._journal, self._host = port, pid, journal, host
+    def __init__(self, port: int, pid: int, log: Path, host: str = "127.0.0.1") -> None:
+        self.port, self.pid, self._log, self._host = port, pid, log, host
 
     def inside(self) -> dict[str, float]:
-        with urllib.request.urlopen(f"http://{self._host}:{self.port}/inside", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{self._host}:{self.port}/inside", timeout=30) as answer:
             found: dict[str, float] = json.load(answer)
         return found
 
     def settled(self, connections: int = 0) -> dict[str, float]:
         """What is inside as soon as `connections` are left and nothing runs for them."""
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while True:
             now = self.inside()
             if (now["connections"] == connections and now["running"] == 0) or time.monotonic() > deadline:
@@ -187,24 +188,23 @@ class Target:
     def complaints(self) -> list[str]:
         """Lines of the log that tell of a fault: errors, tracebacks, what is no JSON."""
         found = []
-        for line in self._journal.read_text().splitlines():
+        for line in journal.lines(self._log):
             entry = json.loads(line) if line.startswith("{") else {}
             if not entry or "exception" in entry or entry.get("level") in ("error", "critical"):
                 found.append(line[:2000])
         return found
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        entries = (json.loads(line) for line in self._journal.read_text().splitlines() if line.startswith("{"))
-        return [entry for entry in entries if entry.get("event") == event]
+        return journal.events(self._log, event)
 
 
 @contextmanager
 def target(folder: Path, command: list[str] | None = None, **variables: Any) -> Iterator[Target]:
     """The service with these settings; it must end well."""
-    journal = folder / "journal"
+    log = folder / "journal"
     readable, writable = os.pipe()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    with journal.open("wb") as stderr:
+    with log.open("wb") as stderr:
         process = subprocess.Popen(
             [*(command or [sys.executable, str(Path(__file__).with_name("served.py"))]), str(writable)],
             env=environment | {name: str(value) for name, value in variables.items()},
@@ -215,11 +215,11 @@ def target(folder: Path, command: list[str] | None = None, **variables: Any) -> 
     try:
         with os.fdopen(readable) as pipe:
             port = pipe.readline()
-        assert port, journal.read_text()
-        yield Target(int(port), process.pid, journal, str(variables.get("HOST", "127.0.0.1")))
+        assert port, log.read_text()
+        yield Target(int(port), process.pid, log, str(variables.get("HOST", "127.0.0.1")))
     finally:
         process.terminate()
-        assert process.wait(30) == 0, journal.read_text()[-3000:]
+        assert process.wait(30) == 0, log.read_text()[-3000:]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import journal
 import pytest
 import websockets
 from conftest import service
@@ -160,7 +161,7 @@ class Served:
         """The `count`-th line that holds the text."""
         end = time.monotonic() + 60
         while time.monotonic() < end:
-            lines = [line for line in self.printed.read_text().splitlines() if text in line]
+            lines = [line for line in journal.lines(self.printed) if text in line]
             if len(lines) >= count:
                 return lines[count - 1]
             assert self.process.poll() is None, self.printed.read_text()
