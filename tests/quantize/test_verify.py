@@ -33,14 +33,20 @@ def copied(tensors: dict[str, Any], folder: Path) -> Path:
 # Plain rounding
 
 
-@settings(max_examples=50, deadline=None)
-@given(**SHAPES, scale=st.floats(1e-3, 1e3), shift=st.floats(-2, 2), seed=SEEDS)
-def test_rounding_stays_within_half_a_step(
-    rows: int, groups: int, size: int, scale: float, shift: float, seed: int
-) -> None:
-    """Sixteen values a group, none further from its weight than the zero point's own rounding allows."""
+def in_groups(rows: int, groups: int, size: int, scale: float, shift: float, seed: int) -> tuple[torch.Tensor, int]:
+    """Weights of a layer, [rows, groups * size], and the size of a group."""
     generator = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(rows, groups * size, generator=generator) + shift) * scale
+    return (torch.randn(rows, groups * size, generator=generator) + shift) * scale, size
+
+
+WEIGHTS = st.builds(in_groups, **SHAPES, scale=st.floats(1e-3, 1e3), shift=st.floats(-2, 2), seed=SEEDS)
+
+
+@settings(max_examples=50, deadline=None)
+@given(WEIGHTS)
+def test_rounding_stays_within_half_a_step(drawn: tuple[torch.Tensor, int]) -> None:
+    """Sixteen values a group, none further from its weight than the zero point's own rounding allows."""
+    weight, size = drawn
     rounded = verify.rounded(weight, size)
     parts, whole = rounded.reshape(-1, size), weight.reshape(-1, size)
     assert all(len(group.unique()) <= 16 for group in parts)
@@ -51,15 +57,12 @@ def test_rounding_stays_within_half_a_step(
 
 
 @settings(max_examples=50, deadline=None)
-@given(**SHAPES, scale=st.floats(1e-3, 1e3), shift=st.floats(-2, 2), seed=SEEDS)
-def test_rounding_is_what_autoawq_does_last(
-    rows: int, groups: int, size: int, scale: float, shift: float, seed: int
-) -> None:
+@given(WEIGHTS)
+def test_rounding_is_what_autoawq_does_last(drawn: tuple[torch.Tensor, int]) -> None:
     """The same format: what it is compared with is AWQ less its search."""
     from awq.quantize.quantizer import AwqQuantizer
 
-    generator = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(rows, groups * size, generator=generator) + shift) * scale
+    weight, size = drawn
     theirs: Any = object.__new__(AwqQuantizer)
     theirs.group_size, theirs.zero_point, theirs.w_bit = size, True, 4
     assert torch.equal(verify.rounded(weight, size), theirs.pseudo_quantize_tensor(weight)[0])
