@@ -3,10 +3,10 @@
     python tests/bench/settings_sweep.py measure --out FOLDER [--only 'NAME;...'] [--tokenizer FOLDER]
     python tests/bench/settings_sweep.py render --out FOLDER [--figures FOLDER]
 
-`measure` writes FOLDER/NAME.json step by step and prints a table of each start; one that fails is told, and the next
-comes. `render` makes tables (Markdown) and plots (SVG) of what lies there. The models have the shapes of 12B
-Mistral-Nemo and 1.5B Qwen2 with weights of chance, and decisions are held to `[]`; `--demo` tries it all with the
-embedded model.
+`measure` writes FOLDER/NAME.json step by step and prints a table of each start; one that fails is told, the next
+comes, and the exit status is 1. `render` makes tables (Markdown) and plots (SVG) of what lies there. The models have
+the shapes of 12B Mistral-Nemo and 1.5B Qwen2 with weights of chance, and decisions are held to `[]`; `--demo` tries it
+all with the embedded model.
 
 A start is what needs one (weights, kernels, graphs); its steps are what can change meanwhile (`sweep_service.py`).
 FOLDER/stop ends the whole after the step, FOLDER/hold lets it wait before the first. Where py-spy is installed, the
@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ from yaptext.tools.bench.text import table
 PORT = 8100
 READY_LIMIT_S = 420.0
 RUN_LIMIT_S = 100.0
-ANSWER_LIMIT_S = 5.0
+ANSWER_LIMIT_S = 20.0
 ROOT = Path(__file__).parents[2]
 
 # --- the load
@@ -188,18 +189,21 @@ class Control:
         self._number = 0
 
     async def turn(self, knobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Applies knobs; returns what each process noted since the last call."""
+        """Applies knobs; returns what each process noted since the last call. Raises `RuntimeError` where one does not
+        follow: its figures would be of other settings."""
         self._number += 1
         new = self._folder / "control.new"
         new.write_text(json.dumps({"number": self._number} | knobs))
         new.rename(self._folder / "control.json")
         until = time.monotonic() + ANSWER_LIMIT_S
         found: dict[str, Any] = {}
-        while len(found) < 3 and time.monotonic() < until:
+        while missing := {"front", "chat", "tool"} - found.keys():
+            if time.monotonic() > until:
+                raise RuntimeError(f"{', '.join(sorted(missing))}: no answer in {ANSWER_LIMIT_S:g} s")
             await asyncio.sleep(0.05)
-            for role in ("front", "chat", "tool"):
+            for role in missing:
                 file = self._folder / f"{role}-{self._number}.json"
-                if role not in found and file.exists():
+                if file.exists():
                     found[role] = json.loads(file.read_text())
                     file.unlink()
         return found
@@ -356,7 +360,7 @@ async def _steps(start: Start, process: Process, found: dict[str, Any], keep: An
             clocks = _clocks() if name == "idle" else None
             spies = process.spied(f"{found['name']}-{name}") if step.name == "profiled" else []
             result = await _bench(plan, nonce)
-            notes = await control.turn(step.knobs)
+            notes = await control.turn(step.knobs) if process.is_alive else {}
             noted["runs"][name] = {
                 "client": result,
                 "seconds": round(time.monotonic() - begun, 1),
@@ -391,13 +395,15 @@ def _card() -> str:
         return "no NVIDIA card"
 
 
-def measure(names: Sequence[str], out: Path, tokenizer: Path, small: bool) -> None:
+def measure(names: Sequence[str], out: Path, tokenizer: Path, small: bool) -> int:
+    """The exit status: 1 where a start or a run has failed."""
     import uvloop
 
+    status = 0
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (out / "stop").exists():
-            return
+            break
         start = STARTS[name]
         found: dict[str, Any] = {"name": name, "start": asdict(start), "steps": []}
         file = out / f"{name}.json".replace(" ", "-")
@@ -416,16 +422,20 @@ def measure(names: Sequence[str], out: Path, tokenizer: Path, small: bool) -> No
             print(f"{name}: {found['seconds']}, {found['card']}", flush=True)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_steps(start, process, found, keep, small))
-        except Exception as error:
+        except Exception as error:  # the other starts are worth having
             found["failed"] = f"{type(error).__name__}: {error}"
-            print(f"{name}: {found['failed']}", flush=True)
+            traceback.print_exc()
         finally:
             process.close()
             keep()
+        runs = [run["client"] for step in found["steps"] for run in step["runs"].values()]
+        if any("failed" in part for part in (found, *runs)):
+            status = 1
         print(table(rows([found])), f"{time.monotonic() - begun:.0f} s", sep="\n", flush=True)
+    return status
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("measure", "render"))
     parser.add_argument("--out", type=Path, required=True)
@@ -437,7 +447,7 @@ def main() -> None:
     parsed = parser.parse_args()
     if parsed.action == "render":
         print(render([json.loads(file.read_text()) for file in sorted(parsed.out.glob("*.json"))], parsed.figures))
-        return
+        return 0
     tokenizer = parsed.tokenizer
     if tokenizer is None:
         tokenizer = demo.folder(Settings.load().state)
@@ -447,8 +457,8 @@ def main() -> None:
             with contextlib.suppress(FileExistsError):
                 (parsed.out / "models" / role).symlink_to(tokenizer)
     names = ["demo"] if parsed.demo else parsed.only.split(";")
-    measure(names, parsed.out.resolve(), tokenizer, parsed.demo)
+    return measure(names, parsed.out.resolve(), tokenizer, parsed.demo)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
