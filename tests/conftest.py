@@ -63,7 +63,7 @@ class MemorySocket:
         def matches(frame: Frame) -> bool:
             return frame["type"] == found if isinstance(found, str) else found(frame)
 
-        async with asyncio.timeout(10), self._news:
+        async with asyncio.timeout(60), self._news:
             await self._news.wait_for(lambda: sum(map(matches, self.frames)) >= count)
         return [frame for frame in self.frames if matches(frame)][count - 1]
 
@@ -113,7 +113,7 @@ class Talk:
 
     async def over(self, socket: MemorySocket) -> None:
         """Waits until the connection of `socket` has ended."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await next(task for other, task in self.open if other is socket)
 
 

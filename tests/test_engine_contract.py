@@ -45,7 +45,7 @@ async def prompt_of(engine: Engine, text: str = "Count from one to five hundred.
 
 async def freed(engine: Engine) -> None:
     """Waits until no stream is open."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while engine.load().running:  # noqa: ASYNC110  # the protocol has no event for it
             await asyncio.sleep(0.01)
 

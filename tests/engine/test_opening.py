@@ -21,16 +21,18 @@ class Fake:
     """An engine whose process sleeps until it is told that it is open, or is killed."""
 
     def __init__(self) -> None:
-        self.opened, self.closed = threading.Event(), False
+        self.opened, self.began, self.ended = threading.Event(), threading.Event(), threading.Event()
+        self.closed = False
         self.process: BaseProcess | None = None
-        self.began_while: list[Fake] = []
 
     def open(self) -> Fake:
-        self.process = SPAWN.Process(target=time.sleep, args=(60,))
+        self.process = SPAWN.Process(target=time.sleep, args=(300,))
         self.process.start()
+        self.began.set()
         while not self.opened.wait(0.01):
             if not self.process.is_alive():
                 raise StartError("its process died")
+        self.ended.set()
         return self
 
     def close(self) -> None:
@@ -68,14 +70,14 @@ def test_a_failure_ends_the_others(open_first: bool) -> None:
     def fail() -> Fake:
         if open_first:
             first.opened.set()
-            time.sleep(0.1)
+            assert first.ended.wait(60)
         raise StartError("no memory")
 
     try:
         with pytest.raises(StartError, match="no memory"):
             opening.at_once({"tool": first.open, "chat": fail})
         assert first.process is not None and bystander.process is not None
-        first.process.join(5)
+        first.process.join(60)
         assert not first.process.is_alive() and first.closed is open_first
         assert bystander.process.is_alive()
     finally:
@@ -89,19 +91,22 @@ def test_a_signal_ends_the_wait() -> None:
     def leave(*_: object) -> None:
         raise SystemExit(143)
 
-    def open_second() -> Fake:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        return second.open()
+    def stop() -> None:
+        assert second.began.wait(60)
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, leave)
+    stopping = threading.Thread(target=stop)
+    stopping.start()
     try:
         with pytest.raises(SystemExit):
-            opening.at_once({"tool": first.open, "chat": open_second})
+            opening.at_once({"tool": first.open, "chat": second.open})
         for fake in (first, second):
             assert fake.process is not None
-            fake.process.join(5)
+            fake.process.join(60)
             assert not fake.process.is_alive()
     finally:
+        stopping.join()
         signal.signal(signal.SIGUSR1, before)
 
 

@@ -25,7 +25,7 @@ START = json.dumps({"type": "start", "session_id": "s", "user_utterance": "hi"})
 
 
 async def until(socket: Any, type: str) -> dict[str, Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (frame := json.loads(await socket.recv()))["type"] != type:
             pass
     return dict(frame)
@@ -81,7 +81,7 @@ async def test_a_socket_is_closed_after_its_turn() -> None:
                 await socket.send(START.replace('"s"', f'"{name}"'))
                 await until(socket, "toolcall")
             running.server.begin_drain()
-            await asyncio.sleep(0.1)  # the drain has seen both at work
+            await asyncio.sleep(0)  # the drain's first step: it sees both at work
             quick.step()
             assert (await until(second, "done"))["finish_reason"] == "stop"
             assert (await until(second, "error"))["error_code"] == "going_away"
@@ -203,7 +203,7 @@ async def test_a_second_signal_cuts_the_drain(served: Served) -> None:
         await asyncio.to_thread(served.until, "drain.begun")
         assert served.process.poll() is None
         served.process.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(served.process.wait, 5) == 128 + signal.SIGTERM
+        assert await asyncio.to_thread(served.process.wait, 30) == 128 + signal.SIGTERM
         assert gone(child)
 
 
@@ -214,5 +214,5 @@ def test_a_second_signal_waits_for_no_engine(served: Served) -> None:
     served.process.send_signal(signal.SIGTERM)
     served.until("closing", count=2)
     served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(5) == 128 + signal.SIGINT
+    assert served.process.wait(30) == 128 + signal.SIGINT
     assert "drain.abandoned" in served.printed.read_text()

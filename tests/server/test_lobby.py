@@ -41,12 +41,12 @@ class Peer:
         self.reader, self.writer = reader, writer
 
     async def head(self) -> bytes:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.reader.readuntil(b"\r\n\r\n")
 
     async def rest(self) -> bytes:
         """All until the service closes."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             try:
                 return await self.reader.read()
             except ConnectionError:
@@ -74,7 +74,7 @@ def waiting(running: Running) -> int:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -113,7 +113,7 @@ async def _refused(peer: Peer) -> None:
 @pytest.mark.parametrize("behave", [_silent, _drip, _drip_body, _keep_alive, _refused])
 async def test_a_connection_without_a_slot_is_cut_off(behave: Callable[[Peer], Awaitable[None]]) -> None:
     """After HANDSHAKE_TIMEOUT_S, whatever it says meanwhile."""
-    async with service(scripted(), HANDSHAKE_TIMEOUT_S=0.3) as running:
+    async with service(scripted(), HANDSHAKE_TIMEOUT_S=1) as running:
         async with peer_of(running) as peer:
             behaving = asyncio.create_task(behave(peer))
             await until(lambda: waiting(running) == 1)
@@ -124,13 +124,13 @@ async def test_a_connection_without_a_slot_is_cut_off(behave: Callable[[Peer], A
 
 async def test_a_slot_has_no_such_limit() -> None:
     """A conversation goes on, and so does HTTP that asks again in time, however much in all."""
-    async with service(scripted(), HANDSHAKE_TIMEOUT_S=0.4) as running, running.connect() as socket:
+    async with service(scripted(), HANDSHAKE_TIMEOUT_S=2) as running, running.connect() as socket:
         async with peer_of(running) as peer:
             for _ in range(3):
                 peer.say(b"GET /healthz HTTP/1.1\r\nX: " + b"y" * 30_000 + b"\r\n\r\n")
                 assert b" 200 " in await peer.head()
                 await peer.reader.readexactly(15)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.8)
             assert waiting(running) == 1
         await socket.send('{"type":"ping"}')
         assert json.loads(await socket.recv())["type"] == "pong"
@@ -139,7 +139,7 @@ async def test_a_slot_has_no_such_limit() -> None:
 async def test_who_was_closed_and_does_not_go_is_cut_off() -> None:
     """Its slot is free at once; its descriptor and what it never read after HANDSHAKE_TIMEOUT_S."""
     flood = Script(("x" * 60_000,) * 200)
-    async with service(scripted(chat=flood), HANDSHAKE_TIMEOUT_S=0.3) as running:
+    async with service(scripted(chat=flood), HANDSHAKE_TIMEOUT_S=2) as running:
         async with peer_of(running, HANDSHAKE + KEY + b"\r\n") as peer:
             peer.read_no_more()
             await until(lambda: running.active == 1)
@@ -213,14 +213,14 @@ async def test_a_request_over_the_bounds_is_refused(request_: bytes, status: int
 async def test_a_client_that_answers_no_ping_has_gone() -> None:
     """Its slot is free within twice PING_INTERVAL_S, also where it left something unread; who answers stays."""
     long = Script(("x" * 60_000,) * 200)
-    async with service(scripted(chat=long), PING_INTERVAL_S=0.3, SEND_QUEUE_BYTES=10**8) as running:
+    async with service(scripted(chat=long), PING_INTERVAL_S=1, SEND_QUEUE_BYTES=10**8) as running:
         opening = HANDSHAKE + KEY + b"\r\n"
         async with running.connect() as alive, peer_of(running, opening), peer_of(running, opening) as deaf:
             await until(lambda: running.active == 3)
             deaf.read_no_more()
             deaf.say(START)
             await until(lambda: running.active == 1)
-            await asyncio.sleep(1)
+            await asyncio.sleep(2.5)
             assert running.active == 1
             await alive.send('{"type":"ping"}')
             assert json.loads(await alive.recv())["type"] == "pong"

@@ -39,7 +39,7 @@ class Socket:
             self._news.notify_all()
 
     async def until(self, count: int) -> None:
-        async with asyncio.timeout(10), self._news:
+        async with asyncio.timeout(60), self._news:
             await self._news.wait_for(lambda: len(self.frames) >= count)
 
     def told(self) -> list[str]:
@@ -68,7 +68,7 @@ class Case:
         """Lets everything out; returns what the socket got."""
         self.socket.reading.set()
         self.outbox.finish()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await self.writer
         return self.socket.told()
 
