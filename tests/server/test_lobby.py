@@ -13,10 +13,12 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import Running, service
 from fakes import Script, ScriptedEngine
 from fuzz.target import PING, TEXT, Client, Target, frame, target, watched
+from structlog.testing import capture_logs
 
 from yaptext.engine.base import Engines
 from yaptext.server import lobby
@@ -165,17 +167,36 @@ async def test_over_the_limit_the_oldest_is_cut_off() -> None:
                     assert json.loads(await socket.recv())["type"] == "pong"
 
 
-def test_descriptors_bound_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process raises its own limit as far as it may; what does not fit then is told, and not waited for."""
+def test_descriptors_bound_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process raises its own limit as far as it may. What does not fit then are first those without a slot, down
+    to an eighth, then those with one; one of each there may always be."""
     limits = [(100, 1000)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
     used = len(os.listdir("/proc/self/fd")) + 64
-    assert lobby.fitting(200, 300) == 200
+    assert lobby.fitting(300, 200) == (300, 200)
     assert limits[-1][0] >= used + 500 and limits[-1][1] == 1000
-    assert 1000 - used - 500 - 5 <= lobby.fitting(5000, 500) <= 1000 - used - 500 + 5
+    free = 1000 - used
+    assert lobby.fitting(500, 5000) == (500, pytest.approx(free - 500, abs=5))
+    assert lobby.fitting(5000, 5000) == (pytest.approx(free * 7 / 8, abs=5), pytest.approx(free / 8, abs=5))
+    assert lobby.fitting(5000, 10) == (pytest.approx(free - 10, abs=5), 10)
     assert limits[-1] == (1000, 1000)
-    assert lobby.fitting(5000, 5000) == 1
+    limits[:] = [(10, 10)]
+    assert lobby.fitting(5000, 5000) == lobby.fitting(1, 1) == (1, 1)
+
+
+async def test_status_and_a_warning_tell_what_descriptors_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what MAX_CONCURRENT_CONNECTIONS asks for; the warning names both."""
+    limit = len(os.listdir("/proc/self/fd")) + 64 + 40
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: None)
+    with capture_logs() as lines:
+        async with service(scripted(), MAX_CONCURRENT_CONNECTIONS=500) as running:
+            async with httpx.AsyncClient(base_url=running.http, trust_env=False) as client:
+                status = (await client.get("/status", headers={"X-API-Key": "yap_token"})).json()
+    (warning,) = [line for line in lines if line["event"] == "files.short"]
+    assert 20 < status["connections"]["max"] == warning["max_connections"] < 40
+    assert f"at most {limit} files" in warning["hint"] and "500 connections" in warning["hint"]
 
 
 # --- how much

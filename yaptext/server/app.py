@@ -115,18 +115,19 @@ def create_app(
             gc.freeze()  # what is here now stays: a full collection need not look at it while streams wait
             busiest = engines.chat or engines.tool
             assert busiest is not None
+            most, pending = fitting(settings.max_connections(awq=engines.awq), settings.max_pending_handshakes)
             admission = Admission(
-                settings.max_connections(awq=engines.awq),
+                most,
                 floor=settings.usual_connections(awq=engines.awq),
                 max_backlog_ms=settings.max_backlog_ms,
                 load=busiest.load,
                 cache_tokens=settings.kv_overcommit * busiest.cache_tokens,
                 session_tokens=lambda: stage.metrics.session_tokens,
             )
-            lobby = Lobby(fitting(settings.max_pending_handshakes, admission.limit), settings.handshake_timeout_s)
+            lobby = Lobby(pending, settings.handshake_timeout_s)
             # Without either, SIGHUP means that the terminal is gone.
             reloads = bool(settings.key_file or settings.notify_socket)
-            rewarming = lifecycle.while_ready(stage.rewarm(admission.limit))
+            rewarming = lifecycle.while_ready(stage.rewarm(most))
             watching = lifecycle.watching(engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming)
             async with watching, keys.reloading(on_hangup=reloads):
                 yield {"service": Service(settings, stage, admission, lobby, keys, lifecycle, time.monotonic())}

@@ -20,6 +20,8 @@ _MAX_FRAGMENTS = 4096
 _SLICE_BYTES = 16_384
 _SPARE_FILES = 64
 """Descriptors for what is no socket of a client."""
+_LEAST_PENDING = 8
+"""One in so many connections may be without a slot, however few there may be: who comes has none yet."""
 _TELL_EVERY_S = 10.0
 
 
@@ -58,21 +60,24 @@ class Lobby:
             self._cut, self._told_at = 0, now
 
 
-def fitting(limit: int, connections: int) -> int:
-    """How many of `limit` connections the descriptors of this process allow besides `connections` with a slot.
+def fitting(connections: int, pending: int) -> tuple[int, int]:
+    """How many connections with a slot and how many without the descriptors of this process allow, at most as given.
 
-    Raises the process's own limit where it may. At the limit accepting fails, for clients with a key as well."""
+    Raises the process's own limit where it may. At the limit accepting fails, for clients with a key as well: what is
+    short is first taken from `pending`, down to a share, then from `connections`."""
     used = len(os.listdir("/proc/self/fd")) + _SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = used + connections + limit
+    wanted = used + connections + pending
     if soft < wanted:
         soft = min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < wanted:
-        fits = max(1, soft - used - connections)
-        _log.warning("files.short", limit=soft, wanted=wanted, max_pending_handshakes=fits)
-        return fits
-    return limit
+    if soft >= wanted:
+        return connections, pending
+    room = max(2, soft - used)
+    slots = min(connections, room - min(pending, max(1, room // _LEAST_PENDING)))
+    hint = f"at most {soft} files are allowed, {wanted} are needed for {connections} connections and {pending} pending"
+    _log.warning("files.short", max_connections=slots, max_pending_handshakes=room - slots, hint=hint)
+    return slots, room - slots
 
 
 class HttpProtocol(HttpToolsProtocol):
