@@ -8,9 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
 from conftest import Running, service
 from fakes import Gate, Script, ScriptedEngine
 
+from yaptext.dialogue import sessionfile
 from yaptext.engine.base import CHAT, Engines
 
 PERSONA = {"persona_text": "You are Ada, who counts."}
@@ -88,6 +91,31 @@ async def test_a_restart_keeps_conversations(tmp_path: Path) -> None:
         assert "You are Ada" in prompt(engine)
         await turn(running, "hi", "another")
         assert "You are Ada" not in prompt(engine)
+
+
+async def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In /status and /metrics, from the start on until it can be again; turns go on."""
+    monkeypatch.setattr(sessionfile, "_RETRY_S", 0.05)
+    blocked = tmp_path / "blocked"
+    blocked.touch()
+    _, engines = chat_only()
+    stored = {"YAP_TEXT_STATE_DIR": tmp_path, "SESSION_STORE": "sqlite:blocked/sessions.db"}
+    async with service(engines, DEPLOY_MODELS="chat", **stored) as running:
+        async with httpx.AsyncClient(base_url=running.http, trust_env=False) as client:
+
+            async def told() -> tuple[bool, bool]:
+                status = (await client.get("/status", headers={"X-API-Key": "yap_token"})).json()
+                metrics = (await client.get("/metrics")).text
+                return status["session_file_failing"], "yaptext_session_file_failing 1.0" in metrics
+
+            assert await told() == (True, True)
+            assert await turn(running, "hi") == 1
+            assert await told() == (True, True)
+            blocked.unlink()
+            async with asyncio.timeout(10):
+                while await told() != (False, False):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+        assert (blocked / "sessions.db").exists()
 
 
 async def test_by_default_a_restart_forgets(tmp_path: Path) -> None:

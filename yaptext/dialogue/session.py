@@ -70,6 +70,11 @@ class SessionStore:
             return cls(**bounds)
         return cls(**bounds, file=SessionFile(path, secret.get_secret_value() if secret else None, **bounds))
 
+    @property
+    def file_failing(self) -> bool:
+        """True while the file, where there is one, cannot be written."""
+        return self._file is not None and self._file.failing
+
     def __len__(self) -> int:
         return len(self._sessions)
 

@@ -97,7 +97,8 @@ class SessionFile:
         self._guard = threading.Lock()
         self._waiting: dict[SessionKey, tuple[float, Kept]] = {}
         self._writing: Mapping[SessionKey, tuple[float, Kept]] = {}
-        self._failing = False
+        self.failing = False
+        """The last write or the load went wrong: a restart would not find what has changed since."""
         self._sweep_at = 0.0
         self._lock: int | None = None
         self._database: sqlite3.Connection | None = None
@@ -156,7 +157,7 @@ class SessionFile:
     # --- the thread
 
     def _run(self) -> None:
-        while not self._stop.wait(_RETRY_S if self._failing else _GATHER_S):
+        while not self._stop.wait(_RETRY_S if self.failing else _GATHER_S):
             self._write()
         self._sweep_at = 0.0
         self._write()
@@ -186,9 +187,9 @@ class SessionFile:
                 self._waiting = {**self._writing, **self._waiting}
             self._fail(error)
         else:
-            if self._failing:
+            if self.failing:
                 _log.info("sessions.saved", file=str(self._path), sessions=len(self._writing))
-            self._failing = False
+            self.failing = False
         self._writing = {}
 
     def _save(self, database: sqlite3.Connection) -> None:
@@ -213,7 +214,7 @@ class SessionFile:
         database.execute(f"DELETE FROM session WHERE id IN ({over})", (self._max,))
 
     def _fail(self, error: Exception) -> None:
-        if not self._failing:
+        if not self.failing:
             _log.warning(
                 "sessions.unsaved",
                 file=str(self._path),
@@ -221,7 +222,7 @@ class SessionFile:
                 sessions=len(self._waiting),
                 hint="conversations go on; a restart before it can be written again would forget them",
             )
-        self._failing = True
+        self.failing = True
 
     # --- the file
 

@@ -23,6 +23,8 @@ class Metrics:
         self.tokens = self._counter("yaptext_tokens", "Tokens by kind.", "kind")
         self.connections = Gauge("yaptext_connections", "Open WebSockets.", registry=self.registry)
         self.sessions = Gauge("yaptext_sessions", "Sessions remembered.", registry=self.registry)
+        failing = "1 while the session file cannot be written."
+        self.session_file_failing = Gauge("yaptext_session_file_failing", failing, registry=self.registry)
         self.tasks = Gauge("yaptext_tasks", "Tasks of the event loop.", registry=self.registry)
         ProcessCollector("yaptext", registry=self.registry)  # memory, files and CPU of this process, not of the engines
         self.engine_running = self._gauge("yaptext_engine_streams", "Streams an engine is busy with.", "engine")

@@ -76,6 +76,7 @@ class Service:
         metrics = self.stage.metrics
         metrics.connections.set(len(self.admission.connections))
         metrics.sessions.set(len(self.stage.sessions))
+        metrics.session_file_failing.set(self.stage.sessions.file_failing)
         metrics.tasks.set(len(asyncio.all_tasks()))
         metrics.connections_max.set(self.admission.fitting)
         for role, engine in self.stage.engines.distinct.items():
@@ -202,6 +203,7 @@ async def status(request: Request) -> Response:
             "connections": msgspec.to_builtins(service.admission.capacity),
             "session_tokens": round(service.stage.metrics.session_tokens),
             "sessions": len(service.stage.sessions),
+            "session_file_failing": service.stage.sessions.file_failing,
             "models": msgspec.to_builtins(service.stage.models),
             "engines": {
                 role: {
