@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import resource
+import signal
 import sys
 import textwrap
 import warnings
@@ -141,6 +142,8 @@ def _start_logs(settings: Settings) -> None:
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.load()
+    if not settings.reloads:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     # No prompt, reply or key in a core file, the engines' included. One byte is less than a file may be, and for a core
     # that is piped to a program the one limit that counts (core(5)).
     least = 1 if resource.getrlimit(resource.RLIMIT_CORE)[1] else 0

@@ -191,6 +191,11 @@ class Settings(BaseSettings):
         return None if self.key_file and key == DEFAULT_API_KEY else key
 
     @property
+    def reloads(self) -> bool:
+        """Whether SIGHUP means to read the key file anew. Without one and without a supervisor the terminal is gone."""
+        return bool(self.key_file or self.notify_socket)
+
+    @property
     def origins(self) -> frozenset[str] | None:
         """The origins of `allowed_origins` as browsers write them; None: any."""
         if self.allowed_origins is None:

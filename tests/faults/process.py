@@ -87,10 +87,10 @@ def turn(socket: ClientConnection, utterance: str, **fields: Any) -> list[Frame]
     return until(socket, "done", "error")
 
 
-def _main() -> int:
+def _main() -> None:
     from fakes import Script, ScriptedEngine
 
-    from yaptext.cli import run
+    from yaptext.__main__ import main
     from yaptext.engine.base import CHAT, Delta, Engines, Sampling
     from yaptext.errors import EngineDead, EngineFailed
     from yaptext.observe import sinks
@@ -149,10 +149,20 @@ def _main() -> int:
     engine = Obedient(chat=Script(os.environ.get("REPLY", "Hello there.").split()))
     sinks._FILE_PAUSE_S = 0.5
     vllm: Any = ModuleType("yaptext.engine.vllm")
-    vllm.open_engines = lambda _: Engines(engine, engine)
+
+    def open_engines(_: Any) -> Engines:
+        if "OPENING" in os.environ:
+            opening = Path(os.environ["OPENING"])  # a file that is there for as long as that takes
+            opening.touch()
+            while opening.exists():
+                time.sleep(0.02)
+        return Engines(engine, engine)
+
+    vllm.open_engines = open_engines
     sys.modules["yaptext.engine.vllm"] = vllm
-    return run(["serve"])
+    sys.argv[1:] = ["serve"]
+    main()
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    _main()

@@ -126,11 +126,9 @@ def create_app(
                 session_tokens=lambda: stage.metrics.session_tokens,
             )
             lobby = Lobby(pending, settings.handshake_timeout_s)
-            # Without either, SIGHUP means that the terminal is gone.
-            reloads = bool(settings.key_file or settings.notify_socket)
             rewarming = lifecycle.while_ready(stage.rewarm(most))
             watching = lifecycle.watching(engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming)
-            async with watching, keys.reloading(on_hangup=reloads):
+            async with watching, keys.reloading(on_hangup=settings.reloads):
                 yield {"service": Service(settings, stage, admission, lobby, keys, lifecycle, time.monotonic())}
         finally:
             at_once = lifecycle.phase == "dead"

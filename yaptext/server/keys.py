@@ -139,16 +139,18 @@ class Keys:
 
     @asynccontextmanager
     async def reloading(self, *, on_hangup: bool = True) -> AsyncIterator[None]:
-        """While the block runs, SIGHUP reads the file anew."""
+        """While the block runs, SIGHUP reads the file anew, also one that came before and was held back."""
         if not on_hangup:
             yield
             return
         loop, wanted = asyncio.get_running_loop(), asyncio.Event()
         loop.add_signal_handler(signal.SIGHUP, wanted.set)
+        held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         task = asyncio.create_task(self._reload_when(wanted))
         try:
             yield
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
             loop.remove_signal_handler(signal.SIGHUP)
             task.cancel()
             await asyncio.wait([task])
