@@ -29,6 +29,7 @@ HANDSHAKE = (
 )
 KEY = b"X-API-Key: yap_token\r\n"
 START = frame(TEXT, b'{"type":"start","session_id":"s","user_utterance":"hi"}')
+END = frame(TEXT, b'{"type":"end"}')
 
 
 def scripted(**options: Any) -> Engines:
@@ -138,16 +139,19 @@ async def test_a_slot_has_no_such_limit() -> None:
         assert json.loads(await socket.recv())["type"] == "pong"
 
 
-async def test_who_was_closed_and_does_not_go_is_cut_off() -> None:
+@pytest.mark.parametrize("last", [START, END], ids=["a reply too long for it", "its own end"])
+async def test_who_was_closed_and_does_not_go_is_cut_off(last: bytes) -> None:
     """Its slot is free at once; its descriptor and what it never read after HANDSHAKE_TIMEOUT_S."""
     flood = Script(("x" * 60_000,) * 200)
     async with service(scripted(chat=flood), HANDSHAKE_TIMEOUT_S=2) as running:
         async with peer_of(running, HANDSHAKE + KEY + b"\r\n") as peer:
             peer.read_no_more()
             await until(lambda: running.active == 1)
-            peer.say(START)
+            (protocol,) = running.server.server_state.connections
+            protocol.close_timeout = 1000  # type: ignore[union-attr]  # uvicorn's own way to end the second of the two
+            peer.say(last)
             await until(lambda: running.active == 0)
-            assert len(running.server.server_state.connections) == 1, "4001 is not yet read"
+            assert len(running.server.server_state.connections) == 1, "the close is not yet read"
             await until(lambda: not running.server.server_state.connections)
 
 

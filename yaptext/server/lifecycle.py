@@ -194,9 +194,6 @@ class Protocol(WebSocketProtocol):
         if message["type"] == "websocket.close" or message.pop("urgent", False):
             self.writable.set()
         await super().send(message)
-        if message["type"] == "websocket.close":
-            # A transport that closes gracefully waits for ever for such a client to take what is buffered.
-            self.loop.call_later(self.close_timeout + 1, self.transport.abort)
 
     def _may_write(self) -> bool:
         """True between the handshake and the first sign of an end, while the client keeps up."""
