@@ -26,6 +26,10 @@ def engine():
     except OSError:
         log.exception("disk")
     logging.getLogger("vllm.logging_utils.dump_input").error("Dumping scheduler output: %s", "marked words")
+    never = "Task exception was never retrieved\\nfuture: <Task exception=%r>"
+    logging.getLogger("asyncio").error(never, "marked words", exc_info=ValueError("marked words"))
+    logging.getLogger("a.library").info("marked words")
+    logging.getLogger("a.library").warning("odd")
     thread = threading.Thread(target=lambda: [][0] + "marked words")
     thread.start()
     thread.join()
@@ -41,7 +45,8 @@ if __name__ == "__main__":
 @pytest.mark.subprocess
 @pytest.mark.parametrize("words", ["", "1"])
 def test_an_engines_process_tells_faults_without_their_words(tmp_path: Any, words: str) -> None:
-    """But those of its start, and those about the machine; what Python prints of its end is a line like the others."""
+    """But those of its start, and those about the machine. What other libraries warn of, and what Python prints of its
+    end, are lines like the others."""
     program = tmp_path / "program.py"
     program.write_text(_PROGRAM)
     command = [sys.executable, str(program)]
@@ -51,7 +56,10 @@ def test_an_engines_process_tells_faults_without_their_words(tmp_path: Any, word
     said = {line["event"]: line.get("exception", [{}])[0].get("exc_value") for line in lines}
     kept = "marked words" if words else "(held back: LOG_TEXT=0)"
     assert said.pop("thread.crashed") == ("list index out of range" if words else kept)
+    never = "Task exception was never retrieved"
     assert said == {
+        "odd": None,
+        never + "\nfuture: <Task exception='marked words'>" * bool(words): kept,
         "EngineCore failed to start.": "marked words",
         "EngineCore encountered a fatal error.": kept,
         "disk": "[Errno 28] No space left on device",

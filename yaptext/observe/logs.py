@@ -41,10 +41,21 @@ _SHARED: list[Processor] = [
 
 def formatter() -> logging.Formatter:
     """The formatter every handler uses; engine processes find it through `vllm_logging.json`."""
+    inner = _formatter(os.environ.get(_FORMAT, "json"))
+    chosen = _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
     if discretion.is_engine():
         discretion.catch_crashes()
-    inner = _formatter(os.environ.get(_FORMAT, "json"))
-    return _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
+        # Whatever warns there besides vLLM would be printed as it is, words and all. Not by that JSON: vLLM also reads
+        # it in the service's process, whose root has handlers of its own.
+        if not logging.root.handlers:
+            logging.root.addHandler(_to_stderr(chosen))
+    return chosen
+
+
+def _to_stderr(formatter: logging.Formatter) -> logging.Handler:
+    handler = ToStderr(sys.stderr)
+    handler.setFormatter(formatter)
+    return handler
 
 
 def _formatter(format: str) -> logging.Formatter:
@@ -87,10 +98,8 @@ def configure(*, level: str, format: str, journald: bool, file: Path | None = No
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-    handler: logging.Handler = ToStderr(sys.stderr)
-    handler.setFormatter(formatter())
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [_to_stderr(formatter())]
     if file is not None:
         to_file = ToFile(file)
         to_file.setFormatter(_formatter("json"))
