@@ -62,7 +62,7 @@ class ScriptedEngine:
     def __post_init__(self) -> None:
         self._ids: dict[str, int] = {}
         self._texts: list[str] = []
-        self._cache: set[tuple[int, ...]] = set()
+        self._cache: set[tuple[str, tuple[int, ...]]] = set()
 
     async def stream(
         self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
@@ -77,7 +77,7 @@ class ScriptedEngine:
             raise EngineDead("The engine died.")
         if len(prompt) + 1 > self.max_model_len:
             raise EngineFailed(f"The prompt is {len(prompt)} tokens; limit is {self.max_model_len - 1}")
-        cached = self._use_cache(list(prompt))
+        cached = self._use_cache(list(prompt), sampling.cache_salt)
         self.running += 1
         done = False
         text = ""
@@ -110,15 +110,15 @@ class ScriptedEngine:
             self.finished += done
             self.aborted += not done
 
-    def _use_cache(self, prompt: list[int]) -> int:
-        """Tokens of `prompt` found in the cache; like vLLM never all of them, and in whole blocks."""
+    def _use_cache(self, prompt: list[int], salt: str) -> int:
+        """Tokens of `prompt` found in the cache under the salt; like vLLM never all of them, and in whole blocks."""
         size = self.block_size
         ends = range(size, len(prompt) + 1, size)
         hit = 0
         for end in ends:
-            if tuple(prompt[:end]) in self._cache and end < len(prompt):
+            if (salt, tuple(prompt[:end])) in self._cache and end < len(prompt):
                 hit = end
-        self._cache.update(tuple(prompt[:end]) for end in ends)
+        self._cache.update((salt, tuple(prompt[:end])) for end in ends)
         return hit
 
     def _pieces(self, text: str, special: bool) -> list[str]:

@@ -104,6 +104,17 @@ async def test_a_repeated_prefix_is_cached_in_whole_blocks(engine: Engine) -> No
     assert second[0].cached_tokens == len(shared)
 
 
+async def test_a_salt_keeps_cached_prefixes_apart(engine: Engine) -> None:
+    """What was computed under one is found under that one alone; to have none is one, too."""
+    prompt = await prompt_of(engine, f"{id(engine)} " + "tell me of a salt that nobody else shares with me. " * 30)
+    prompt = prompt[: engine.block_size * 2 + 1]
+    found = []
+    for salt in ("", "a", "b", "", "a", "b"):
+        deltas = await read(engine, prompt, Sampling(max_tokens=1, cache_salt=salt))
+        found.append(deltas[0].cached_tokens)
+    assert found == [0, 0, 0, *[engine.block_size * 2] * 3]
+
+
 async def test_a_schema_holds_whatever_the_model_would_say(engine: Engine) -> None:
     """The text parses as JSON of the schema and is compact."""
     deltas = await read(

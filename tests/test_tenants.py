@@ -195,6 +195,26 @@ async def test_with_a_key_file_the_default_key_is_off_and_an_own_one_is_not(
                     assert (await client.get("/status", headers={"X-API-Key": key})).status_code == status
 
 
+@pytest.mark.parametrize("per_key", [0, 1])
+async def test_a_cached_persona_is_told_to_its_own_key(file: Path, add: Callable[..., str], per_key: int) -> None:
+    """With CACHE_PER_KEY to that alone: neither warming nor a turn of another key, whose decisions share the tool
+    prompt as before, finds it."""
+    a, b = add("a"), add("b")
+    engine = ScriptedEngine()
+    persona = {"persona_text": "You are Ada, who counts all that there is. " * 5}
+    async with service(Engines(engine, engine), YAP_TEXT_KEY_FILE=file, CACHE_PER_KEY=per_key) as running:
+        async with running.connect(a) as first, running.connect(b) as second, running.connect(b) as third:
+            cached = []
+            for socket in (first, first, second):
+                await say(socket, "warm_persona", **persona)
+                cached.append((await until(socket, "warmed"))[-1]["cached_tokens"])
+            assert cached[0] == 0 < cached[1] and cached[2] == (0 if per_key else cached[1])
+            await say(first, "warm_persona", persona_text="You were never said to anybody. " * 9)
+            await until(first, "warmed")
+            usage = (await turn(third, "hi", persona_text="You were never said to anybody. " * 9))[-1]["usage"]
+            assert (usage["cached_tokens"] > 50) != bool(per_key) and usage["tool_cached_tokens"] > 50
+
+
 # --- reload
 
 

@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     key_turns_per_minute: int = _env("KEY_TURNS_PER_MINUTE", 600, "Turns and warm-ups of such a key, which it may also spend at once.", ge=0)  # fmt: skip
     key_messages_per_minute: int = _env("KEY_MESSAGES_PER_MINUTE", 6000, "Frames of any kind of such a key.", ge=0)  # fmt: skip
     key_cancels_per_minute: int = _env("KEY_CANCELS_PER_MINUTE", 1200, "Cancels of such a key.", ge=0)
+    cache_per_key: bool = _env("CACHE_PER_KEY", False, "1: chat prompts of different keys share nothing in the KV cache, so that no key can tell from `cached_tokens` or the time what another has sent. A persona is then computed and kept once a key.")  # fmt: skip
     failed_keys_per_minute: int = _env("FAILED_KEYS_PER_MINUTE", 30, "Wrong keys and tickets that one address may give before it has to wait; 0 is no limit.", ge=0)  # fmt: skip
     allowed_origins: str | None = _env("ALLOWED_ORIGINS", None, "Web origins whose pages may open a WebSocket, separated by commas: `https://app.example.com`. Default: any. Clients that send no `Origin` are not meant.")  # fmt: skip
     host: str = _env("HOST", "127.0.0.1", "Address to listen on.")

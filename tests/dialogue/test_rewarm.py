@@ -40,6 +40,17 @@ async def test_the_last_ones_come_first_and_no_more_than_have_a_place() -> None:
         assert warmed(engine) == ["d", "c", "b"]
 
 
+async def test_each_is_computed_where_its_key_will_look() -> None:
+    """CACHE_PER_KEY: other keys do not find it."""
+    engine = ScriptedEngine()
+    async with talking(engine, CACHE_PER_KEY=1) as talk:
+        remember(talk.stage, "a")
+        await all_of(talk.stage.rewarm(1))
+        socket = talk.socket("k")
+        socket.start("and on", "a")
+        assert (await socket.until("done"))["usage"]["cached_tokens"] > 16
+
+
 async def test_half_of_the_cache_is_left_to_others() -> None:
     """Over that, the first ones would be overwritten again."""
     engine = ScriptedEngine(cache_tokens=500)

@@ -39,7 +39,7 @@ class Forgetful(ScriptedEngine):
     async def clip(self, text: str, max_tokens: int, *, keep: Any) -> str:
         return "" if max_tokens <= 0 else text[:max_tokens] if keep == "start" else text[-max_tokens:]
 
-    def _use_cache(self, prompt: list[int]) -> int:
+    def _use_cache(self, prompt: list[int], salt: str) -> int:
         return 0
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT) -> Any:

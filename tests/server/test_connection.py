@@ -630,7 +630,7 @@ async def test_a_warmed_history_is_tokenized_once_and_its_text_is_not_kept() -> 
         for number in range(66):
             socket.say("warm_history", persona_style="savage", history_text=f"User: {number}")
             await socket.until("warmed", number + 2)
-        assert list(talk.stage.warmed) == [f"User: {number}" for number in range(2, 66)]
+        assert list(talk.stage.warmed) == [("default", f"User: {number}") for number in range(2, 66)]
 
 
 async def test_warming_needs_a_persona_and_is_bounded() -> None:

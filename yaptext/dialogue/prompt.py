@@ -19,6 +19,7 @@ from yaptext.settings import Settings
 
 _MARKS = {"system": "MARKSYSTEM", "first": "MARKFIRST", "reply": "MARKREPLY", "second": "MARKSECOND"}
 _LABELS = {"user": "\nUser: ", "assistant": "\nAssistant: ", "note": "\n"}
+_KEPT_PERSONAS = 256
 _OVERHEAD_TOKENS = 96
 """Room for template pieces, segment marks and the time line."""
 
@@ -118,6 +119,8 @@ class Limits:
     utterance: int
     reply: int
     exact: bool = True
+    kept_personas: int = _KEPT_PERSONAS
+    """Whose token ids are kept. None with `CACHE_PER_KEY`: the millisecond that this saves would tell of other keys."""
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
@@ -127,6 +130,7 @@ class Limits:
             utterance=settings.user_utt_max_tokens,
             reply=settings.chat_max_out,
             exact=settings.exact_token_trim,
+            kept_personas=0 if settings.cache_per_key else _KEPT_PERSONAS,
         )
 
 
@@ -184,7 +188,7 @@ class ChatPrompts:
             if len(known) > self._limits.persona:
                 raise TextTooLong(f"persona_text is {len(known)} tokens; limit is {self._limits.persona}")
             self._personas[text] = known
-            if len(self._personas) > 256:
+            if len(self._personas) > self._limits.kept_personas:
                 self._personas.popitem(last=False)
         else:
             self._personas.move_to_end(text)

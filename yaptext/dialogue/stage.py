@@ -52,8 +52,9 @@ class Stage:
     metrics: Metrics
     prompts: ChatPrompts | None
     decider: Decider | NoDecider | None
-    warmed: dict[str, list[history.Message]] = field(default_factory=dict)
-    """Transcripts that were warmed, with their token ids, until the turn that they were warmed for."""
+    warmed: dict[tuple[str, str], list[history.Message]] = field(default_factory=dict)
+    """Transcripts that were warmed, by name of the key and text, with their token ids, until the turn that they were
+    warmed for."""
 
     @classmethod
     async def open(
@@ -157,7 +158,10 @@ class Stage:
         """The time as a prompt tells it, for example `Sunday, 21:46`."""
         return datetime.now().strftime("%A, %H:%M")  # the host's local time is what is meant
 
-    def sampling(self, given: SamplingFields | None, seed: int, room: int) -> Sampling:
+    def _salt(self, key_name: str) -> str:
+        return key_name if self.settings.cache_per_key else ""
+
+    def sampling(self, given: SamplingFields | None, seed: int, room: int, key_name: str = "") -> Sampling:
         """The settings' sampling with the client's laid over; at most `room` tokens."""
         settings, given = self.settings, given or SamplingFields()
 
@@ -175,9 +179,10 @@ class Stage:
             frequency_penalty=pick(given.frequency_penalty, 0.0),
             seed=seed if given.seed is None else given.seed,
             stop=(*(self.prompts.stop if self.prompts else ()), *(given.stop or ())),
+            cache_salt=self._salt(key_name),
         )
 
-    async def warm(self, message: WarmPersona | WarmHistory, session: Session | None) -> Warmed:
+    async def warm(self, message: WarmPersona | WarmHistory, session: Session | None, key_name: str) -> Warmed:
         """Computes the prefix that the next turn of this persona (and history) will find in the cache.
 
         Nothing of the session changes. Raises `NotDeployed`, `UnknownPersona`, `TextTooLong`, `EngineFailed`.
@@ -194,10 +199,10 @@ class Stage:
         messages = history.parse(told)
         prefix = await self.prompts.prefix(text, list(messages))
         if told:
-            self.warmed[told] = messages
+            self.warmed[key_name, told] = messages
             if len(self.warmed) > _WARMED_TRANSCRIPTS:
                 del self.warmed[next(iter(self.warmed))]
-        cached = await self._compute(self.engines.chat, prefix)
+        cached = await self._compute(self.engines.chat, prefix, key_name)
         return Warmed(
             segment="history" if isinstance(message, WarmHistory) else "persona_static",
             bytes=len((told or text).encode()),
@@ -206,11 +211,12 @@ class Stage:
             ms=round((time.perf_counter() - begun) * 1000, 2),
         )
 
-    async def _compute(self, engine: Engine, prefix: list[int]) -> int:
-        """Puts a prefix into the cache; returns how many of its tokens were there."""
+    async def _compute(self, engine: Engine, prefix: list[int], key_name: str) -> int:
+        """Puts a prefix of a key into the cache; returns how many of its tokens were there."""
         if not prefix:
             return 0
-        last = await exhaust(engine.stream(prefix, Sampling(max_tokens=1), priority=WARM))
+        sampling = Sampling(max_tokens=1, cache_salt=self._salt(key_name))
+        last = await exhaust(engine.stream(prefix, sampling, priority=WARM))
         return last.cached_tokens if last else 0
 
     def rewarm(self, most: int) -> AsyncGenerator[None, None]:
@@ -236,7 +242,7 @@ class Stage:
                     prefix = await prompts.prefix(self.persona(session), list(session.transcript.messages))
                     if tokens + len(prefix) > _REWARM_SHARE * engine.cache_tokens:
                         break
-                    await self._compute(engine, prefix)
+                    await self._compute(engine, prefix, session.key[0])
                     warmed, tokens = warmed + 1, tokens + len(prefix)
         finally:
             seconds = round(time.perf_counter() - begun, 2)

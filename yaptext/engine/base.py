@@ -16,7 +16,8 @@ behind what is only warmed."""
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one request is sampled. `json_schema` constrains the text to compact JSON of that schema, without
-    white space between its parts. `top_k=0` is off. `alternatives` asks for that many of each token's likeliest."""
+    white space between its parts. `top_k=0` is off. `alternatives` asks for that many of each token's likeliest.
+    Prompts of different `cache_salt` find nothing of each other in the prefix cache."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -30,6 +31,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     json_schema: str | None = None
     alternatives: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class VllmEngine(HubCodec):
         request_id = f"{priority}-{self._begun}"
         try:
             outputs = self._llm.generate(
-                TokensPrompt(prompt_token_ids=list(prompt)),
+                TokensPrompt(prompt_token_ids=list(prompt), cache_salt=sampling.cache_salt),
                 _sampling_params(sampling),
                 request_id,
                 priority=priority,

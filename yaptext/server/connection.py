@@ -210,7 +210,7 @@ class Connection:
 
     async def _run_warm(self, message: WarmPersona | WarmHistory, session: Session | None) -> None:
         try:
-            self._send(await self._stage.warm(message, session))
+            self._send(await self._stage.warm(message, session, self._account.name))
         except WireError as error:
             self._send(error_frame(error))
         except Exception:
