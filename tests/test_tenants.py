@@ -203,16 +203,16 @@ async def test_a_cached_persona_is_told_to_its_own_key(file: Path, add: Callable
     engine = ScriptedEngine()
     persona = {"persona_text": "You are Ada, who counts all that there is. " * 5}
     async with service(Engines(engine, engine), YAP_TEXT_KEY_FILE=file, CACHE_PER_KEY=per_key) as running:
-        async with running.connect(a) as first, running.connect(b) as second, running.connect(b) as third:
+        async with running.connect(a) as first, running.connect(b) as second:
             cached = []
             for socket in (first, first, second):
                 await say(socket, "warm_persona", **persona)
                 cached.append((await until(socket, "warmed"))[-1]["cached_tokens"])
             assert cached[0] == 0 < cached[1] and cached[2] == (0 if per_key else cached[1])
-            await say(first, "warm_persona", persona_text="You were never said to anybody. " * 9)
-            await until(first, "warmed")
-            usage = (await turn(third, "hi", persona_text="You were never said to anybody. " * 9))[-1]["usage"]
-            assert (usage["cached_tokens"] > 50) != bool(per_key) and usage["tool_cached_tokens"] > 50
+            said = {"persona_text": "You were never said to anybody. " * 9}
+            for socket, finds in ((first, False), (second, not per_key), (second, True)):
+                usage = (await turn(socket, "hi", history_text="", **said))[-1]["usage"]
+                assert (usage["cached_tokens"] > 50) == finds and usage["tool_cached_tokens"] > 50
 
 
 # --- reload
