@@ -54,11 +54,11 @@ async def measure(
     once the service has started."""
     engine = engine or talkative()
     given: dict[str, Any] = {"sessions": (3,), "turns": 2, "rounds": 1, "persona_tokens": 60, "history_tokens": 100}
-    chosen = Plan((scenario,), **given | {"sampling": Sampling(8), "duration_s": 5.0, "gap_s": 0.05} | (plan or {}))
+    chosen = Plan((scenario,), **given | {"sampling": Sampling(8), "duration_s": 60.0, "gap_s": 0.05} | (plan or {}))
     async with service(Engines(chat=engine, tool=engine), **variables) as running:
         engine.chat = then or engine.chat
         campaign = Campaign(chosen, [Service(running.ws, "yap_token", chosen.sampling)], Quiet())
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await campaign.measure()
     assert engine.running == 0
     (result,) = campaign.report()["results"]
