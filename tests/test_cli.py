@@ -17,6 +17,7 @@ from typing import Any
 import journal
 import pytest
 from soak.crowd import Soak, report
+from websockets import ConnectionClosed
 from websockets.sync.client import connect
 
 from yaptext.settings import variables
@@ -260,7 +261,7 @@ class TestServed:
             assert json.loads(socket.recv(20))["type"] == "pong"
             served.process.send_signal(signal.SIGTERM)
             assert json.loads(socket.recv(20))["error_code"] == "going_away"
-            with pytest.raises(Exception, match="1012"):
+            with pytest.raises(ConnectionClosed, match="1012"):
                 socket.recv(20)
         assert served.process.wait(30) == 0
         assert served.events("drain.finished")
