@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -263,15 +263,7 @@ class Turn:
         text = "".join(self._text)
         self._finish_reason = self._finish_reason or "stop"
         self._send(Final(normalized_text=text, turn=self.number))
-        self._timings.total_ms = self._since_received()
-        self._send(
-            Done(
-                turn=self.number,
-                usage=self._usage,
-                timings=self._timings,
-                finish_reason=self._finish_reason,
-            )
-        )
+        self._send_done(finish_reason=self._finish_reason)
         self._session.transcript.add_turn(self._utterance, text)
         return "finished"
 
@@ -281,24 +273,19 @@ class Turn:
             self._send(error_frame(self._failure, turn=self.number))
             return self._failure.code
         heard = self._sink.retract()
-        self._timings.total_ms = self._since_received()
         cancel_ms = round((time.perf_counter() - self._cancelled_at) * 1000, 3)
-        self._send(
-            Done(
-                turn=self.number,
-                usage=self._usage,
-                timings=self._timings,
-                finish_reason="cancelled",
-                cancelled=True,
-                cancel_ms=cancel_ms,
-                tokens_sent=self._sink.sent_tokens,
-            )
+        self._send_done(
+            finish_reason="cancelled", cancelled=True, cancel_ms=cancel_ms, tokens_sent=self._sink.sent_tokens
         )
         self._stage.metrics.cancel_ms.observe(cancel_ms)
         if self._heard_chars is not None:
             heard = heard[: self._heard_chars]
         self._session.transcript.add_turn(self._utterance, heard)
         return "cancelled"
+
+    def _send_done(self, **fields: Any) -> None:
+        self._timings.total_ms = self._since_received()
+        self._send(Done(turn=self.number, usage=self._usage, timings=self._timings, **fields))
 
     def _close(self, outcome: str) -> None:
         """The last step, whatever came before it."""

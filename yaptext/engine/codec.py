@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -31,10 +32,8 @@ class HubCodec:
 
     async def encode(self, text: str, *, special: bool = False) -> list[int]:
         tokenizer = self._special if special else self._content
-        if len(text) > _LONG_TEXT:
-            encoding = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
-        else:
-            encoding = tokenizer.encode(text, add_special_tokens=False)
+        encode = partial(tokenizer.encode, text, add_special_tokens=False)
+        encoding = await asyncio.to_thread(encode) if len(text) > _LONG_TEXT else encode()
         return list(encoding.ids)
 
     async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
