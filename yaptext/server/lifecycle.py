@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import socket
-import struct
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -18,15 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 import uvicorn
-from websockets.protocol import State
 
 from yaptext.engine.base import DECIDE, Engines, Sampling, exhaust
 from yaptext.errors import EngineDead, EngineFailed, GoingAway, YapError
 from yaptext.observe import discretion
 from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
-from yaptext.server.lobby import HttpProtocol, WebSocketProtocol
-from yaptext.server.outbox import WRITE_NOW
+from yaptext.server.protocol import HttpProtocol, WebSocketProtocol
 from yaptext.settings import Settings
 
 if TYPE_CHECKING:
@@ -172,42 +169,6 @@ def going_away() -> GoingAway:
     return GoingAway("The server is restarting.", retry_after_ms=random.randint(*_RETRY_AFTER_MS))
 
 
-class Protocol(WebSocketProtocol):
-    """uvicorn's WebSocket protocol, except that a close need not wait for a client that does not read, and that a
-    text frame is written as it is, and by whom has it, without a task in between (`outbox.WRITE_NOW`): there are no
-    extensions and no fragments that a library would have to think of."""
-
-    async def run_asgi(self) -> None:
-        self.scope["extensions"][WRITE_NOW] = self.write_text  # type: ignore[assignment]
-        await super().run_asgi()
-
-    def write_text(self, payload: bytes) -> bool:
-        """Writes one text frame (UTF-8). False, and nothing is written, where the socket cannot take one now."""
-        if not self._may_write():
-            return False
-        self.transport.write(_text_header(len(payload)) + payload)
-        return True
-
-    async def send(self, message: Any) -> None:
-        if message.get("text") is not None and self.write_text(message["text"].encode()):
-            return
-        if message["type"] == "websocket.close" or message.pop("urgent", False):
-            self.writable.set()
-        await super().send(message)
-
-    def _may_write(self) -> bool:
-        """True between the handshake and the first sign of an end, while the client keeps up."""
-        over = self.disconnected or self.close_sent or self.transport.is_closing()
-        return self.handshake_complete and self.conn.state is State.OPEN and self.writable.is_set() and not over
-
-
-def _text_header(length: int) -> bytes:
-    """Of a server's whole text frame: final, unmasked (RFC 6455, section 5.2)."""
-    if length < 126:
-        return bytes((0x81, length))
-    return struct.pack("!BBH", 0x81, 126, length) if length < 65_536 else struct.pack("!BBQ", 0x81, 127, length)
-
-
 class Server(uvicorn.Server):
     """uvicorn, which drains before it closes sockets and whose exit status tells of a dead engine."""
 
@@ -218,7 +179,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 http=HttpProtocol,
-                ws=Protocol,
+                ws=WebSocketProtocol,
                 ws_ping_interval=settings.ping_interval_s,
                 ws_ping_timeout=settings.ping_interval_s,
                 ws_max_size=settings.max_frame_bytes,
