@@ -21,20 +21,21 @@ class Metrics:
         self.turns = self._counter("yaptext_turns", "Turns by outcome.", "outcome")
         self.errors = self._counter("yaptext_errors", "Error frames by code.", "code")
         self.tokens = self._counter("yaptext_tokens", "Tokens by kind.", "kind")
-        self.connections = Gauge("yaptext_connections", "Open WebSockets.", registry=self.registry)
-        self.sessions = Gauge("yaptext_sessions", "Sessions remembered.", registry=self.registry)
-        failing = "1 while the session file cannot be written."
-        self.session_file_failing = Gauge("yaptext_session_file_failing", failing, registry=self.registry)
-        self.tasks = Gauge("yaptext_tasks", "Tasks of the event loop.", registry=self.registry)
+        self.connections = self._gauge("yaptext_connections", "Open WebSockets.")
+        self.sessions = self._gauge("yaptext_sessions", "Sessions remembered.")
+        self.session_file_failing = self._gauge(
+            "yaptext_session_file_failing", "1 while the session file cannot be written."
+        )
+        self.tasks = self._gauge("yaptext_tasks", "Tasks of the event loop.")
         ProcessCollector("yaptext", registry=self.registry)  # memory, files and CPU of this process, not of the engines
         self.engine_running = self._gauge("yaptext_engine_streams", "Streams an engine is busy with.", "engine")
         self.engine_requests = self._gauge("yaptext_engine_requests", "Requests an engine itself counts.", "engine")
         self.engine_kv_use = self._gauge("yaptext_engine_kv_use", "Share of the KV cache in use.", "engine")
         self.engine_backlog_ms = self._gauge("yaptext_engine_backlog_ms", "Milliseconds of waiting prompts.", "engine")
-        self.connections_max = Gauge("yaptext_connections_max", "WebSockets there may be now.", registry=self.registry)
+        self.connections_max = self._gauge("yaptext_connections_max", "WebSockets there may be now.")
         self.session_tokens = 0.0
         """Prompt and reply of a turn, the mean over recent ones: what a session keeps in the KV cache."""
-        size = Gauge("yaptext_session_tokens", "KV cache tokens of a session.", registry=self.registry)
+        size = self._gauge("yaptext_session_tokens", "KV cache tokens of a session.")
         size.set_function(lambda: self.session_tokens)
         self._sized = 0
         self.tool_ms = self._histogram("yaptext_decision_ms", "Milliseconds of a decision.")
@@ -68,5 +69,5 @@ class Metrics:
     def _counter(self, name: str, meaning: str, label: str) -> Counter:
         return Counter(name, meaning, [label], registry=self.registry)
 
-    def _gauge(self, name: str, meaning: str, label: str) -> Gauge:
-        return Gauge(name, meaning, [label], registry=self.registry)
+    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(name, meaning, labels, registry=self.registry)
