@@ -38,6 +38,10 @@ class Session:
         self.used_at = 0.0
 
     @property
+    def key_name(self) -> str:
+        return self.key[0]
+
+    @property
     def session_id(self) -> str:
         return self.key[1]
 

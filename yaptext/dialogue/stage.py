@@ -242,7 +242,7 @@ class Stage:
                     prefix = await prompts.prefix(self.persona(session), list(session.transcript.messages))
                     if tokens + len(prefix) > _REWARM_SHARE * engine.cache_tokens:
                         break
-                    await self._compute(engine, prefix, session.key[0])
+                    await self._compute(engine, prefix, session.key_name)
                     warmed, tokens = warmed + 1, tokens + len(prefix)
         finally:
             seconds = round(time.perf_counter() - begun, 2)

@@ -161,7 +161,7 @@ class Turn:
             session.transcript.cut_reply(start.heard_chars)
         if start.history_text is not UNSET:
             told = recent(start.history_text or "", self._stage.history_chars)
-            session.transcript.replace(told, self._stage.warmed.pop((session.key[0], told), ()))
+            session.transcript.replace(told, self._stage.warmed.pop((session.key_name, told), ()))
         self._send(self._stage.ack("start", session, self._persona, self.number, self._seed))
 
     @property
@@ -236,7 +236,7 @@ class Turn:
         room = engine.max_model_len - len(prompt)
         if room < 1:
             raise TextTooLong(f"the prompt is {len(prompt)} tokens; limit is {engine.max_model_len - 1}")
-        sampling = stage.sampling(self._start.sampling, self._seed, room, self._session.key[0])
+        sampling = stage.sampling(self._start.sampling, self._seed, room, self._session.key_name)
         self._mark_queue()
         async with aclosing(engine.stream(prompt, sampling)) as deltas:
             async for delta in deltas:
