@@ -150,8 +150,9 @@ class Keys:
         try:
             yield
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
             loop.remove_signal_handler(signal.SIGHUP)
+            if signal.SIGHUP in held_back:  # by threads that were born since it no longer is
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
             task.cancel()
             await asyncio.wait([task])
 
