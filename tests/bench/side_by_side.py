@@ -1,12 +1,15 @@
 """The same turns on the raw engine, through the service, and through vLLM's own OpenAI server, in one run.
 
-    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--sessions 1,8,16,32] [--rounds 3] [--json F] [--svg F]
+    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--sessions 1,8,16,32] [--rounds 3] [--first] [--json F]
 
 All three run at once, each with an engine of its own, opened with the same arguments on the same model (the embedded
 one, or `CHAT_MODEL`); only one is driven at a time. Rounds go through them in turns, each round beginning with another,
 so that what the machine does meanwhile meets all alike: ratios are taken within a round, and their median and range are
 over the rounds. Prompts are the same tokens (the run tells where a count differs), decoding is greedy, prefixes are
 warmed before. `raw` is `AsyncLLM.generate` in this process, on token ids that are ready before its clock starts.
+
+`--first` adds the first turns of new sessions, where only the service has been told persona and history before: its
+protocol has messages for that, to be sent while the user still speaks. The others get the prompt with the utterance.
 """
 
 from __future__ import annotations
@@ -247,7 +250,7 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
     limits = {
         "DEPLOY_MODELS": "chat",
         "PORT": str(service_port),
-        "MAX_CONCURRENT_CONNECTIONS": str(users + 1),
+        "MAX_CONCURRENT_CONNECTIONS": str(2 * users + 1),
         "KV_OVERCOMMIT": "0",
     }
     peer = [
@@ -292,25 +295,46 @@ async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Pr
         # What a server does only for its first turn belongs to its start.
         await turns(min(2, users), 1, prompts, 0, conversations[name])
     names = list(targets)
-    found: dict[int, list[dict[str, list[Turn]]]] = {sessions: [] for sessions in given.sessions}
+    found: dict[str, list[dict[str, list[Turn]]]] = {}
     for number_of_round in range(given.rounds):
         order = names[number_of_round % 3 :] + names[: number_of_round % 3]
         for sessions in given.sessions:
             waves = -(-MIN_TURNS // sessions)
-            said = {}
-            for name in order:
-                first = 1 + number_of_round * MIN_TURNS
-                said[name] = await turns(sessions, waves, prompts, first, conversations[name])
-            found[sessions].append(said)
-            told = ", ".join(f"{name} {percentile(milliseconds(said[name])['ttft'], 0.5):.0f}" for name in names)
-            print(f"round {number_of_round + 1}, {sessions} sessions: TTFT p50 {told} ms", file=sys.stderr, flush=True)
+            first = 1 + number_of_round * MIN_TURNS
+            kinds = {
+                str(sessions): {
+                    name: await turns(sessions, waves, prompts, first, conversations[name]) for name in order
+                }
+            }
+            if given.first:
+                stories = [prompts.story(user, variant=users * number_of_round + sessions) for user in range(sessions)]
+                kinds[f"{sessions} new"] = {
+                    name: await first_turns(name, targets[name], prompts, stories) for name in order
+                }
+            for kind, said in kinds.items():
+                found.setdefault(kind, []).append(said)
+                told = ", ".join(f"{name} {percentile(milliseconds(said[name])['ttft'], 0.5):.0f}" for name in names)
+                print(f"round {number_of_round + 1}, {kind} sessions: TTFT p50 {told} ms", file=sys.stderr, flush=True)
     for opened in conversations.values():
         await asyncio.gather(*(conversation.close() for conversation in opened))
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "given": {name: str(value) for name, value in vars(given).items()},
-        "sessions": {str(sessions): figures(several) for sessions, several in found.items()},
+        "sessions": {kind: figures(several) for kind, several in found.items()},
     }
+
+
+async def first_turns(name: str, target: Any, prompts: Prompts, stories: list[Story]) -> list[Turn]:
+    """New sessions say their first words, all at once."""
+    conversations = [target.conversation() for _ in stories]
+    for user, (conversation, story) in enumerate(zip(conversations, stories, strict=True)):
+        await conversation.open()
+        conversation.meet(f"new-{user}", story)
+        if name == "service":
+            await conversation.warm()
+    said = await turns(len(stories), 1, prompts, 0, conversations)
+    await asyncio.gather(*(conversation.close() for conversation in conversations))
+    return said
 
 
 def figures(several: list[dict[str, list[Turn]]]) -> dict[str, Any]:
@@ -422,6 +446,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--persona-tokens", type=int, default=150)
     parser.add_argument("--history-tokens", type=int, default=250)
+    parser.add_argument("--first", action="store_true", help="also the first turns of new sessions")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path, help="draws the ratios")
     given = parser.parse_args()

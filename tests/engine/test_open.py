@@ -175,6 +175,7 @@ def test_the_arguments_follow_the_device(tmp_path: Path) -> None:
         assert arguments["enable_chunked_prefill"] is chunked
         assert (arguments["max_num_batched_tokens"] >= 4096) is not chunked
         assert arguments.get("gpu_memory_utilization") == (0.9 if chunked else None)
+        assert arguments.get("block_size") == (None if chunked else 32)
 
 
 def test_under_mps_the_chat_engine_stands_back(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:

@@ -49,7 +49,8 @@ REPLY_TOKENS = 40
 STORIES = 4
 """Personas and histories that one user comes back with."""
 ARRIVE_S = 0.005
-TURN_LIMIT_S = 120.0
+TURN_LIMIT_S = 300.0
+"""24 users on two cores wait 45 s for a whole reply, and a quarter of them for two."""
 QUIET_LIMIT_S = 15.0
 """How long the service may take to be done with a crowd that is gone."""
 SHORT_S, LOOSENESS = 300.0, 4.0
@@ -89,6 +90,7 @@ class Soak:
         self._process, self._sockets = psutil.Process(pid), sockets
         self._prompts = Prompts(7, f"soak-{pid}", persona_tokens=30, history_tokens=30)
         self._turns: Counter[str] = Counter()
+        self._longest_s = 0.0
 
     async def run(self, seconds: float, every_s: float) -> dict[str, Any]:
         """Everything that was seen; `wrong` has a sentence for each thing that should not be."""
@@ -115,6 +117,7 @@ class Soak:
         return {
             "wrong": wrong,
             "turns": dict(self._turns),
+            "longest_s": self._longest_s,
             "verdicts": {name: asdict(seen) | {"flat": seen.flat} for name, seen in verdicts.items()},
             "before": before,
             "after": after,
@@ -130,9 +133,11 @@ class Soak:
                 async with asyncio.timeout(TURN_LIMIT_S):
                     await conversation.open()
                 while chosen.random() < 0.9:
+                    begun = time.monotonic()
                     async with asyncio.timeout(TURN_LIMIT_S):
                         end = await self._speak(conversation, chosen)
                     self._turns[end] += 1
+                    self._longest_s = max(self._longest_s, time.monotonic() - begun)
                     if end not in ("done", "cancelled"):
                         break
                 await conversation.close()
@@ -242,7 +247,8 @@ def report(found: dict[str, Any]) -> str:
         figures = (number(seen[key]) for key in ("middle", "last", "growth", "allowed"))
         rows.append((name, *figures, "flat" if seen["flat"] else "GROWN"))
     turns = ", ".join(f"{count} {end}" for end, count in sorted(found["turns"].items()))
-    return "\n".join([table(rows), f"turns: {turns}", *found["wrong"]])
+    longest = f"the longest utterance took {found['longest_s']:.0f} s, one that was cut short with what replaced it"
+    return "\n".join([table(rows), f"turns: {turns}", longest, *found["wrong"]])
 
 
 def main() -> int:

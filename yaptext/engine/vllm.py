@@ -321,6 +321,8 @@ def _arguments(
         arguments["gpu_memory_utilization"] = settings.gpu_fraction(role, alone=alone)
     else:
         arguments["kv_cache_memory_bytes"] = settings.cpu_kv_cache_mb * 2**20
+        # vLLM's own 128 leaves up to 127 tokens of a warm prefix to be computed again: here that is half a second.
+        arguments["block_size"] = 32
     if blocks is not None:
         # The bytes only turn the measuring off: the blocks decide. The fraction is still held against free memory.
         arguments |= {"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": blocks}
@@ -369,6 +371,9 @@ def _environment(settings: Settings) -> dict[str, str]:
             # Eager means vLLM's model; it would still compile its counting of logprobs, for which the engine dies on a
             # machine that has no C++ compiler.
             "TORCH_COMPILE_DISABLE": "1",
+            # oneDNN keeps 1,024 kernels, one for each number of tokens that a step ever had and each shape of weights:
+            # 600 MB in half an hour. A new one costs nothing that could be measured.
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         }
     return values
 
