@@ -153,7 +153,7 @@ class Sentinel:
     def run(self, stop: threading.Event) -> None:
         client = Client(self.port)
         try:
-            while not stop.wait(0.02):
+            while not self.waits or not stop.wait(0.02):
                 begun = time.monotonic()
                 client.say("start", session_id="sentinel", user_utterance="hi", history_text="")
                 assert client.until("done") is not None, f"closed with {client.close_code}"
