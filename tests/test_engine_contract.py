@@ -94,7 +94,7 @@ async def test_cancelling_the_reader_aborts_the_stream(engine: Engine) -> None:
 
 async def test_a_repeated_prefix_is_cached_in_whole_blocks(engine: Engine) -> None:
     """`cached_tokens` is true: nothing at first, then the blocks that both prompts share."""
-    shared = (await prompt_of(engine, f"{id(engine)} " + "tell me a story about a tall ship and the sea. " * 30))[
+    shared = (await engine.encode("A tall ship went to sea, and I shall tell you all about it. " * 30))[
         : engine.block_size * 2
     ]
     assert len(shared) == engine.block_size * 2
@@ -106,7 +106,7 @@ async def test_a_repeated_prefix_is_cached_in_whole_blocks(engine: Engine) -> No
 
 async def test_a_salt_keeps_cached_prefixes_apart(engine: Engine) -> None:
     """What was computed under one is found under that one alone; to have none is one, too."""
-    prompt = await prompt_of(engine, f"{id(engine)} " + "tell me of a salt that nobody else shares with me. " * 30)
+    prompt = await engine.encode("Salt is what nobody else shares with me, and never will. " * 30)
     prompt = prompt[: engine.block_size * 2 + 1]
     found = []
     for salt in ("", "a", "b", "", "a", "b"):
