@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yaptext.tools.bench.http import Address, Malformed, Response, request
+from yaptext.tools.bench.http import Address, Getter, Malformed, Response, request
 from yaptext.tools.bench.sse import Events
 from yaptext.tools.client import Refused
 
@@ -110,3 +114,30 @@ def test_what_is_no_address_is_named(url: str) -> None:
     """A wrong --openai is one line."""
     with pytest.raises(Refused, match=r"^cannot connect to "):
         Address.parse(url)
+
+
+async def test_a_kept_connection_that_the_server_resets_is_opened_anew() -> None:
+    """A server may cut it off at the very moment of the next request; without a kept one that is an error."""
+    requests = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        while await reader.read(4096):
+            requests += 1
+            if requests in (2, 4):
+                linger = struct.pack("ii", 1, 0)  # a close is a reset
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                writer.close()
+                return
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        getter = Getter(f"http://127.0.0.1:{port}", None)
+        assert [await getter.get("/") for _ in range(2)] == [(200, "ok")] * 2
+        assert requests == 3
+        getter.close()
+        with pytest.raises(Refused, match="the connection was closed"):
+            await getter.get("/")
+        getter.close()

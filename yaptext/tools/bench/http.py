@@ -181,7 +181,10 @@ class Getter:
         writer.write(request("GET", address, path, key=self._key))
         response, body = Response(), b""
         while not response.done:
-            data = await reader.read(65_536)
+            try:
+                data = await reader.read(65_536)
+            except ConnectionError:  # a server that has cut it off may say so with a reset
+                data = b""
             if not data:
                 response.end()
                 break
