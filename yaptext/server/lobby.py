@@ -11,8 +11,8 @@ import structlog
 _log = structlog.get_logger(__name__)
 _SPARE_FILES = 64
 """Descriptors for what is no socket of a client."""
-_LEAST_PENDING = 8
-"""One in so many connections may be without a slot, however few there may be: who comes has none yet."""
+_PENDING_ONE_IN = 8
+"""Of the connections, this share may be without a slot, however few there may be: who comes has none yet."""
 _TELL_EVERY_S = 10.0
 
 
@@ -65,7 +65,7 @@ def fitting(connections: int, pending: int) -> tuple[int, int]:
     if soft >= wanted:
         return connections, pending
     room = max(2, soft - used)
-    slots = min(connections, room - min(pending, max(1, room // _LEAST_PENDING)))
+    slots = min(connections, room - min(pending, max(1, room // _PENDING_ONE_IN)))
     hint = f"at most {soft} files are allowed, {wanted} are needed for {connections} connections and {pending} pending"
     _log.warning("files.short", max_connections=slots, max_pending_handshakes=room - slots, hint=hint)
     return slots, room - slots
