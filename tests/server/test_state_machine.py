@@ -323,7 +323,9 @@ class Lives(RuleBasedStateMachine):
         self.loop.settle()  # what came before it is acted on: then it is known what it means
         if not client.open or client.serving.done():
             return
-        running = client.connection._turn if client.connection.busy else None
+        running = client.connection._turn
+        if running is not None and running.over:
+            running = None  # cut, and told so, although the engine may still have to let go
         client.cancelled_nothing += running is None
         if running is not None and running._cancelled_at is None:
             client.cuts[running] = heard

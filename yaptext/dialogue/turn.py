@@ -91,6 +91,9 @@ class Turn:
         self.finished: asyncio.Event = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._begun = False
+        self.over = False
+        """True once the last frame is out. The engine may take until `finished` to let go."""
+        self._cut_as: str | None = None
         self._cancelled_at: float | None = None
         self._heard_chars: int | None = None
         self._usage, self._timings = Usage(), Timings()
@@ -107,12 +110,14 @@ class Turn:
         self.cancel()
 
     def cancel(self, heard_chars: int | None = None) -> None:
-        """Asks the turn to end with `done cancelled`. At most the first call counts."""
-        if self._cancelled_at is not None or self.finished.is_set():
+        """Ends the turn with `done cancelled`: at once where it has begun, without waiting for the engine. At most the
+        first call counts."""
+        if self._cancelled_at is not None or self.over:
             return
         self._cancelled_at = time.perf_counter()
         self._heard_chars = heard_chars
         if self._begun and self._task is not None:
+            self._cut_as = self._end_cancelled()
             self._task.cancel()
 
     async def run(self) -> None:
@@ -129,23 +134,24 @@ class Turn:
             self._begin()
             if self._cancelled_at is None:
                 await self._answer()
-                outcome = self._end()
+                outcome = self._cut_as or self._end()
             else:
                 outcome = self._end_cancelled()
         except asyncio.CancelledError:
-            outcome = "disconnected" if self._cancelled_at is None or not self._begun else self._end_cancelled()
+            outcome = "disconnected"
             raise
         except WireError as error:
             outcome = error.code
             if error.close_code is not None:
                 raise
-            self._send(error_frame(error, turn=self.number))
+            if not self.over:
+                self._send(error_frame(error, turn=self.number))
         except Exception as error:
             outcome = "internal"
             _log.exception("turn.crashed", turn=self.number)
             raise Internal("The turn failed by a fault of the service.") from error
         finally:
-            self._close(outcome)
+            self._close(self._cut_as or outcome)
 
     def abandon(self) -> None:
         """For a turn whose task is over: where that was cancelled before its first step, nothing else closes it."""
@@ -210,6 +216,8 @@ class Turn:
 
     def _release(self, decision: Decision) -> None:
         """Sends the decision, then the chat text that waited for it: one step, nothing comes between."""
+        if self.over:
+            return  # cut in the moment in which the decision came
         self._decision = decision
         self._usage.tool_prompt_tokens = decision.prompt_tokens
         self._usage.tool_cached_tokens = decision.cached_tokens
@@ -250,7 +258,7 @@ class Turn:
                     self._pass_on(delta)
 
     def _pass_on(self, delta: Delta) -> None:
-        if not delta.text:
+        if self.over or not delta.text:
             return
         self._sink.push(delta.text, delta.tokens)
         self._text.append(delta.text)
@@ -269,6 +277,7 @@ class Turn:
 
     def _end_cancelled(self) -> str:
         assert self._cancelled_at is not None
+        self.over = True
         if self._failure is not None:
             self._send(error_frame(self._failure, turn=self.number))
             return self._failure.code
@@ -298,6 +307,7 @@ class Turn:
             waited = (turn for turn in reversed(self._after) if turn._session is self._session)
             self._session.current = next((turn for turn in waited if not turn.finished.is_set()), None)
         self._after.clear()
+        self.over = True
         self.finished.set()
         self._timings.total_ms = self._timings.total_ms or self._since_received()
         self._stage.metrics.turn(outcome, self._usage, self._timings)

@@ -177,10 +177,11 @@ class Connection:
             self.end(error)
 
     def _cancel(self, message: Cancel) -> None:
-        if self.busy and self._turn is not None:
+        if self._turn is not None and not self._turn.over:
             self._turn.cancel(message.heard_chars)
             return
-        if self._session is not None and message.heard_chars is not None and self._session.current is None:
+        current = None if self._session is None else self._session.current
+        if self._session is not None and message.heard_chars is not None and (current is None or current.over):
             # The reply was sent whole, but playback was cut short.
             self._session.transcript.cut_reply(message.heard_chars)
             self._stage.sessions.keep(self._session)
