@@ -1,9 +1,8 @@
-"""vLLM behind the Engine protocol: the only module that imports vllm."""
+"""vLLM behind the Engine protocol."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import tempfile
 import time
@@ -57,6 +56,9 @@ class VllmEngine(HubCodec):
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
+            from yaptext.engine.request import decode_from_the_end
+
+            decode_from_the_end()
             gauge = _make_gauge()
             args = AsyncEngineArgs(**_arguments(settings, checkpoint, role, alone=alone, blocks=blocks))
             llm = AsyncLLM.from_engine_args(args, stat_loggers=[gauge])
@@ -70,9 +72,10 @@ class VllmEngine(HubCodec):
     async def stream(
         self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
     ) -> AsyncGenerator[Delta, None]:
-        from vllm import TokensPrompt
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        from yaptext.engine.request import alternatives_of, params_of, prompt_of
 
         finished, waits = False, True
         self._prefill.begin(len(prompt))
@@ -81,8 +84,8 @@ class VllmEngine(HubCodec):
         request_id = f"{priority}-{self._begun}"
         try:
             outputs = self._llm.generate(
-                TokensPrompt(prompt_token_ids=list(prompt), cache_salt=sampling.cache_salt),
-                _sampling_params(sampling),
+                prompt_of(prompt, sampling),
+                params_of(sampling),
                 request_id,
                 priority=priority,
             )
@@ -99,7 +102,7 @@ class VllmEngine(HubCodec):
                         prompt_tokens=len(output.prompt_token_ids or ()),
                         cached_tokens=output.num_cached_tokens or 0,
                         finish_reason=completion.finish_reason if finished else None,
-                        alternatives=_alternatives(completion.logprobs) if sampling.alternatives else (),
+                        alternatives=alternatives_of(completion.logprobs) if sampling.alternatives else (),
                     )
         except EngineDeadError as error:
             finished = True
@@ -384,41 +387,6 @@ def _file_in_memory(text: str) -> str:
     file = os.memfd_create("yap-text")
     os.write(file, text.encode())
     return f"/proc/{os.getpid()}/fd/{file}"
-
-
-def _sampling_params(sampling: Sampling) -> Any:
-    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-
-    constraint = None
-    if sampling.json_schema is not None:
-        constraint = StructuredOutputsParams(json=sampling.json_schema)
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed,
-        stop=list(sampling.stop) or None,
-        structured_outputs=constraint,
-        logprobs=sampling.alternatives or None,
-        output_kind=RequestOutputKind.DELTA,
-    )
-
-
-def _alternatives(logprobs: Any) -> list[dict[str, float]]:
-    """Probability by text, a dict a token. Two tokens may read the same."""
-    found = []
-    for token in logprobs or ():
-        by_text: dict[str, float] = {}
-        for entry in token.values():
-            text = entry.decoded_token or ""
-            by_text[text] = by_text.get(text, 0.0) + math.exp(entry.logprob)
-        found.append(by_text)
-    return found
 
 
 def _make_gauge() -> Any:

@@ -1,0 +1,97 @@
+"""A request as vLLM takes it, without what vLLM does anew for each one.
+
+All of that holds up the event loop, and with it every other socket. By profile, with a prompt of 3,000 tokens and the
+built-in tools: 1.1 ms to check a grammar that was checked before, 0.2 ms to copy parameters, 0.9 ms to decode the whole
+prompt before the first token's text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers.decoders
+from vllm.inputs import TokensPrompt, tokens_input
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+from yaptext.engine.base import Sampling
+
+_DECODED_BEFORE = 16
+"""Tokens of a prompt that say how the first of a reply reads: whether after a space, for one."""
+_whole: Any = tokenizers.decoders.DecodeStream
+
+_KEPT_SCHEMAS = 256
+_valid: OrderedDict[str, None] = OrderedDict()
+"""Schemas that vLLM has found valid."""
+
+
+class _Params(SamplingParams):  # type: ignore[misc]
+    """Of one request, so that nothing of it needs a copy."""
+
+    def _validate_structured_outputs(self, model_config: Any, config: Any, tokenizer: Any) -> None:
+        constraint = self.structured_outputs
+        if constraint is None:
+            return
+        if constraint.json in _valid:
+            _valid.move_to_end(constraint.json)
+            constraint._backend = config.backend
+            return
+        super()._validate_structured_outputs(model_config, config, tokenizer)
+        _valid[constraint.json] = None
+        if len(_valid) > _KEPT_SCHEMAS:
+            _valid.popitem(last=False)
+
+
+def prompt_of(ids: Sequence[int], sampling: Sampling) -> Any:
+    """The prompt in the form that vLLM takes as it is; under a schema that it has yet to check (10 ms, for many tools),
+    in the form that it looks at in a thread."""
+    if sampling.json_schema is None or sampling.json_schema in _valid:
+        return tokens_input(list(ids), cache_salt=sampling.cache_salt or None)
+    return TokensPrompt(prompt_token_ids=list(ids), cache_salt=sampling.cache_salt or None)
+
+
+def params_of(sampling: Sampling) -> SamplingParams:
+    constraint = None
+    if sampling.json_schema is not None:
+        constraint = StructuredOutputsParams(json=sampling.json_schema)
+    return _Params(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+        stop=list(sampling.stop) or None,
+        structured_outputs=constraint,
+        logprobs=sampling.alternatives or None,
+        output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,
+    )
+
+
+def alternatives_of(logprobs: Any) -> list[dict[str, float]]:
+    """Probability by text, a dict a token. Two tokens may read the same."""
+    found = []
+    for token in logprobs or ():
+        by_text: dict[str, float] = {}
+        for entry in token.values():
+            text = entry.decoded_token or ""
+            by_text[text] = by_text.get(text, 0.0) + math.exp(entry.logprob)
+        found.append(by_text)
+    return found
+
+
+def decode_from_the_end() -> None:
+    """Has vLLM prime its decoders with the end of a prompt instead of all of it. It looks the class up at each request,
+    for those who replace it."""
+    if tokenizers.decoders.DecodeStream is _whole:
+        tokenizers.decoders.DecodeStream = _primed_with_the_end  # type: ignore[misc,assignment]
+
+
+def _primed_with_the_end(ids: Sequence[int] | None = None, skip_special_tokens: bool = False) -> Any:
+    return _whole(ids=None if ids is None else list(ids[-_DECODED_BEFORE:]), skip_special_tokens=skip_special_tokens)
