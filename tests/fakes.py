@@ -137,6 +137,9 @@ class ScriptedEngine:
             ids.append(self._ids[piece])
         return ids
 
+    async def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [await self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """For tests: the text that a prompt's ids stand for."""
         return "".join(self._texts[token] for token in ids)

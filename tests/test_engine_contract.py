@@ -195,6 +195,12 @@ async def test_control_tokens_in_a_users_text_are_only_text(engine: Engine) -> N
     assert len(as_control) == 1 and as_control[0] not in as_text
 
 
+async def test_many_texts_are_encoded_each_by_itself(engine: Engine) -> None:
+    """Also where they are so long that a thread does it, and none at all."""
+    for texts in (["one", "", "<|im_end|>", "one two"], ["a long text. " * 200, "and one more"], []):
+        assert await engine.encode_all(texts) == [await engine.encode(text) for text in texts]
+
+
 @pytest.mark.parametrize("text", ["", "hello", "naïve café — 東京 🚀🚀🚀", "a b c d e f g h " * 200])
 @pytest.mark.parametrize("limit", [0, 1, 3, 40])
 async def test_clip_keeps_the_start_or_the_end_within_the_limit(engine: Engine, text: str, limit: int) -> None:

@@ -6,7 +6,6 @@ concatenation. What changes most stands last: persona, history, time, utterance.
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -199,9 +198,8 @@ class ChatPrompts:
         limits = self._limits
         room = self._codec.max_model_len - before - limits.utterance - limits.reply - _OVERHEAD_TOKENS
         limit = max(0, min(limits.history, room))
-        for index, message in enumerate(messages):
-            if await self._encode(message) and index % 8 == 7:
-                await asyncio.sleep(0)  # half a millisecond: a new session must not hold up the tokens of the others
+        while new := [message for message in messages if "chat" not in message.ids]:  # more may come meanwhile
+            await self._encode(new)
         sizes = [len(message.ids["chat"]) for message in messages]
         if self.format == "turns" and self._shape is not None:
             between = max(len(self._shape.after_user), len(self._shape.after_reply))
@@ -213,13 +211,12 @@ class ChatPrompts:
             last = messages[-1]
             text = await fit(self._codec, last.text, limit - 8, keep="end", exact=limits.exact)
             messages[:] = [Message(last.speaker, text)]
-            await self._encode(messages[0])
+            await self._encode(messages)
         else:
             del messages[:first]
 
-    async def _encode(self, message: Message) -> bool:
-        if "chat" in message.ids:
-            return False
-        label = "" if self.format == "turns" else _LABELS[message.speaker]
-        message.ids["chat"] = await self._codec.encode(label + message.text.strip())
-        return True
+    async def _encode(self, messages: Sequence[Message]) -> None:
+        labels = dict.fromkeys(_LABELS, "") if self.format == "turns" else _LABELS
+        texts = [labels[message.speaker] + message.text.strip() for message in messages]
+        for message, ids in zip(messages, await self._codec.encode_all(texts), strict=True):
+            message.ids["chat"] = ids

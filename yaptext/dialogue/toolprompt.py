@@ -65,10 +65,12 @@ class ToolPrompts:
         """The last whole messages within the limit, beginning with the user's."""
         key = "tool as text" if labels else "tool"
         recent = [m for m in messages[-16:] if m.speaker != "note"]
-        for message in recent:
-            if key not in message.ids:
-                text = f"{message.speaker.capitalize()}: {message.text.strip()}\n" if labels else message.text.strip()
-                message.ids[key] = await self._codec.encode(text)
+        new = [message for message in recent if key not in message.ids]
+        texts = [message.text.strip() for message in new]
+        if labels:
+            texts = [f"{message.speaker.capitalize()}: {text}\n" for message, text in zip(new, texts, strict=True)]
+        for message, ids in zip(new, await self._codec.encode_all(texts), strict=True):
+            message.ids[key] = ids
         recent = recent[keep_recent([len(m.ids[key]) for m in recent], self._history_tokens) :]
         while recent and recent[0].speaker != "user":
             recent = recent[1:]

@@ -76,6 +76,10 @@ class Codec(Protocol):
         text count as such; a user's text is never encoded so."""
         ...
 
+    async def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of many texts, each by itself."""
+        ...
+
     async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
         """The longest start or end of `text` that takes at most `max_tokens` tokens."""
         ...
