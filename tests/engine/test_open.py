@@ -178,6 +178,18 @@ def test_the_arguments_follow_the_device(tmp_path: Path) -> None:
         assert arguments.get("block_size") == (None if chunked else 32)
 
 
+def test_only_the_tool_engine_waits_for_a_token_before_the_next_step(tmp_path: Path) -> None:
+    """Chat replies are long, and computed ahead as vLLM does by itself."""
+    from yaptext.engine.weights import choose
+
+    settings = both(tmp_path)
+    ahead = {
+        role: vllm._arguments(settings, choose(settings, role), role, alone=False).get("async_scheduling")
+        for role in ("chat", "tool")
+    }
+    assert ahead == {"chat": None, "tool": False}
+
+
 def test_under_mps_the_chat_engine_stands_back(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
     """Of two engines, one by one and at once; alone it has nobody to stand back for."""
     for _ in range(2):

@@ -316,6 +316,10 @@ def _arguments(
         arguments["dtype"] = "bfloat16"
     if settings.attention_backend != "auto":
         arguments["attention_backend"] = settings.attention_backend
+    if role == "tool":
+        # Scheduling ahead begins the step after a decision before the decision is told: later by that step's launch,
+        # and beside whatever the card computes meanwhile.
+        arguments["async_scheduling"] = False
     if cuda:
         if settings.cuda_graphs == "full" and not settings.enforce_eager:
             # vLLM's own choice launches a prompt layer by layer, which takes longer than computing a short one; it goes
