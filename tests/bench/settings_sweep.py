@@ -5,8 +5,8 @@
 
 `measure` writes FOLDER/NAME.json step by step and prints a table of each start; one that fails is told, the next
 comes, and the exit status is 1. `render` makes tables (Markdown) and plots (SVG) of what lies there. The models have
-the shapes of 12B Mistral-Nemo and 1.5B Qwen2 with weights of chance, and decisions are held to `[]`; `--demo` tries it
-all with the embedded model.
+the shapes of 12B Mistral-Nemo and 1.5B Qwen2 with weights of chance, and decisions are held to `[]`, of one token but
+for the step `[ and ]`; `--demo` tries it all with the embedded model.
 
 A start is what needs one (weights, kernels, graphs); its steps are what can change meanwhile (`sweep_service.py`).
 FOLDER/stop ends the whole after the step, FOLDER/hold lets it wait before the first. Where py-spy is installed, the
@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -147,7 +148,40 @@ MIDDLE, SMALL = ("at once", "spread", "loading"), {"chat": 512, "tool": 8192}
 WHOLE = ("at once", "spread", "eight", "one", "loading", "cancel")
 VLLM_GRAPHS = {"CUDA_GRAPHS": "auto"}
 CHAT_STANDS_BACK = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
+AHEAD, NOT_AHEAD = {"async_scheduling": True}, {"async_scheduling": False}
+
+
+def _own(*runs: str, **knobs: Any) -> Step:
+    """With the service's own settings."""
+    return Step("concurrent", runs, {"front": knobs}) if knobs else Step("as it is", runs)
+
+
 STARTS = {
+    "default": Start(
+        (
+            Step("first turns", ("at once",)),
+            _own(*WHOLE),
+            _own("at once", "spread", "one", "loading", concurrent=True),
+            Step("[ and ]", ("spread", "one"), {"front": {"no": 2}}),
+            Step("threshold", ("spread",), {"front": {"threshold": 0.5}}),
+            Step("idle", ("idle",)),
+        )
+    ),
+    "default, again": Start((Step("profiled", ("spread", "cancel")),)),
+    "default, beside MPS": Start(
+        (_own("at once", "spread", "one", "loading", "cancel"), _own("spread", "one", "loading", concurrent=True)),
+        mps=CHAT_STANDS_BACK,
+    ),
+    "default, chat not ahead": Start(
+        (_own("spread", "one", "loading"), _own("spread", "one", concurrent=True)), {"chat": NOT_AHEAD}
+    ),
+    "default, tool ahead": Start((_own("at once", "spread", "one"),), {"tool": AHEAD}),
+    "default, beside MPS without priority": Start((_own("spread", "loading"),), mps={"CUDA_MPS_CLIENT_PRIORITY": "0"}),
+    "default, 64 sequences": Start((_own("at once", "spread"),), {"both": {"max_num_seqs": 64}}),
+    "default, FLASHINFER": Start((_own("spread", "one", "loading"),), {"both": {"attention_backend": "FLASHINFER"}}),
+    "default, AWQ, fp8 KV": Start(
+        (_own("spread", "one"),), {"chat": {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}}, awq=True
+    ),
     "fp8": _start(_step("2048/2048", *WHOLE), _step("profiled", "one", "eight"), environ=VLLM_GRAPHS),
     "whole graphs": _start(
         _step("2048/2048", *WHOLE), _step("512/8192", *MIDDLE, **SMALL), _step("profiled", "one", "eight")
@@ -165,7 +199,7 @@ STARTS = {
         _step("garbage not frozen", "spread", chat=1024, tool=8192, thawed=True),
         mps=CHAT_STANDS_BACK,
     ),
-    "no async scheduling": _start(_step("2048/2048", *MIDDLE), both={"async_scheduling": False}, environ=VLLM_GRAPHS),
+    "no async scheduling": _start(_step("2048/2048", *MIDDLE), both=NOT_AHEAD, environ=VLLM_GRAPHS),
     "AWQ": _start(_step("2048/2048", "at once", "spread", "one"), awq=True),
     "fp8 KV": _start(_step("2048/2048", "at once", "spread", "one"), chat={"kv_cache_dtype": "fp8"}),
     "AWQ, fp8 KV": _start(
@@ -209,6 +243,10 @@ class Control:
         return found
 
 
+def _file_name(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
 class Process:
     """The service of one start, with a log of its own."""
 
@@ -218,7 +256,7 @@ class Process:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.glob("*.json"):
             old.unlink()
-        self.log = out / f"{name}.log".replace(" ", "-")
+        self.log = out / f"{_file_name(name)}.log"
         environ = {
             "HOST": "127.0.0.1",
             "PORT": str(PORT),
@@ -268,8 +306,8 @@ class Process:
             time.sleep(0.2)
         took = {"ready": round(time.monotonic() - begun, 1)}
         for line in self.lines():
-            if line.get("event") in ("engine.opened", "engines.warm"):
-                took[line.get("role", "warm")] = line["seconds"]
+            if line.get("event") in ("engine.opened", "engines.opened", "engines.warm"):
+                took[line.get("role", line["event"].removeprefix("engines."))] = line["seconds"]
         return took
 
     def lines(self, offset: int = 0) -> list[dict[str, Any]]:
@@ -284,7 +322,7 @@ class Process:
         family = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         found = []
         for pid in (str(self._process.pid), *family):
-            file = self.log.with_name(f"spy-{name}-{pid}".replace(" ", "-"))
+            file = self.log.with_name(f"spy-{_file_name(name)}-{pid}")
             options = ["record", "--nonblocking", "-d", "4", "-r", "500", "-t", "-f", "raw", "-o", str(file), "-p", pid]
             found.append(subprocess.Popen([command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         return found
@@ -406,7 +444,7 @@ def measure(names: Sequence[str], out: Path, tokenizer: Path, small: bool) -> in
             break
         start = STARTS[name]
         found: dict[str, Any] = {"name": name, "start": asdict(start), "steps": []}
-        file = out / f"{name}.json".replace(" ", "-")
+        file = out / f"{_file_name(name)}.json"
 
         def keep(found: dict[str, Any] = found, file: Path = file) -> None:
             file.with_suffix(".new").write_text(json.dumps(found, indent=1))

@@ -71,7 +71,8 @@ def freed(notes: Mapping[str, Any]) -> dict[str, Any]:
 def way(notes: Mapping[str, Any]) -> dict[str, Any]:
     """Where the time of turns goes, in milliseconds from point to point: the frame there, an engine asked, the request
     there, its first step begun and ended, the decision out or the first text there, and that passed on. `late` is from
-    the later of decision and text until the text was passed on."""
+    the later of decision and text until the text was passed on. The chat engine's time in all begins with the decision.
+    """
     hops: defaultdict[str, list[float]] = defaultdict(list)
     engines = {}
     for role in ("tool", "chat"):
@@ -91,8 +92,8 @@ def way(notes: Mapping[str, Any]) -> dict[str, Any]:
             for name, at in zip(names, points, strict=True):
                 hops[f"{role} {name}"].append((at - last) * 1000)
                 last = at
-            if outcome == "decided":
-                hops["tool in all"].append((last - turn["received"]) * 1000)
+            begun = turn["received"] if role == "tool" else turn.get("decided", turn["received"])
+            hops[f"{role} in all"].append((last - begun) * 1000)
         if "passed" in turn and "decided" in turn and "text" in turn:
             hops["late"].append((turn["passed"] - max(turn["decided"], turn["text"])) * 1000)
     return {name: _summary(values) for name, values in hops.items()}
@@ -160,6 +161,8 @@ def _plot_tokens(starts: Sequence[Mapping[str, Any]], file: Path) -> None:
         return [(size, value) for size, value in found if value is not None]
 
     sizes = (256, 512, 1024, 2048, 8192)
+    if not any(step in {f"{size}/2048" for size in sizes} for step, _ in runs):
+        return
     chat = {size: [f"{size}/2048"] + [f"{size}/8192"] * (size == 512) for size in sizes}
     tool = {size: [f"2048/{size}"] for size in sizes}
     drawn = _new(9, 3.6)

@@ -27,7 +27,6 @@ FOLDER, ARGUMENTS, DUMMY, CHAT, MPS_CHAT, BLOCKS = (
     "SWEEP_BLOCKS",
 )
 _EVERY_S = 0.05
-_NO_CALL = '{"type":"array","maxItems":0}'
 
 
 def _follow(role: str, apply: Callable[[dict[str, Any]], None], notes: dict[str, list[Any]]) -> None:
@@ -144,11 +143,12 @@ _turn: contextvars.ContextVar[Any] = contextvars.ContextVar("turn")
 
 
 def _prepare() -> None:
-    from yaptext.dialogue import stage, toolset, turn
-    from yaptext.engine import opening, vllm
+    from yaptext.dialogue import stage, turn
+    from yaptext.engine import opening, request, vllm
 
+    held = _Held(request.params_of)
     if os.environ.get(DUMMY):
-        _hold_decisions(toolset.ToolSet)
+        request.params_of = held  # type: ignore[assignment]
     arguments = vllm._arguments
     more = json.loads(os.environ.get(ARGUMENTS, "{}"))
     dummy = {"load_format": "dummy"} if os.environ.get(DUMMY) else {}
@@ -184,6 +184,7 @@ def _prepare() -> None:
         def apply(knobs: dict[str, Any]) -> None:
             settings.__dict__["concurrent_model_call"] = knobs.get("concurrent", concurrent)
             found.decider._threshold = knobs.get("threshold")
+            held.tokens = knobs.get("no", 1)
             if knobs.get("thawed"):  # as if the service had not frozen what its start made
                 gc.unfreeze()
 
@@ -193,15 +194,23 @@ def _prepare() -> None:
     stage.Stage.open = classmethod(opened)
 
 
-def _hold_decisions(tools: Any) -> None:
-    """Every decision is `[]`: weights of chance have no opinion, and would write calls of any length."""
-    init = tools.__init__
+class _Held:
+    """In place of `params_of`: every decision is `[]`, of one token or of two, since weights of chance have no opinion
+    and would write calls of any length. The grammar is the tools' own."""
 
-    def held(self: Any, *args: Any) -> None:
-        init(self, *args)
-        self.schema = _NO_CALL
+    def __init__(self, params_of: Callable[[Any], Any]) -> None:
+        self._params_of, self.tokens = params_of, 1
+        self._words: dict[str, int] = {}
 
-    tools.__init__ = held
+    def __call__(self, sampling: Any) -> Any:
+        params = self._params_of(sampling)
+        if sampling.json_schema is not None:
+            if not self._words:
+                vocabulary = json.loads(Path(os.environ["TOOL_MODEL"], "tokenizer.json").read_text())["model"]["vocab"]
+                self._words = {word: vocabulary[word] for word in ("[]", "[", "]")}
+            words = ("[]",) if self.tokens == 1 else ("[", "]")
+            params.logit_bias = dict.fromkeys((self._words[word] for word in words), 100.0)
+        return params
 
 
 def _note_aborts(aborts: list[Any]) -> None:

@@ -1,4 +1,7 @@
-"""Model folders of given shapes, with a tokenizer of as many tokens and no weights: for `load_format=dummy`."""
+"""Model folders of given shapes, with a tokenizer of as many tokens and no weights: for `load_format=dummy`.
+
+Qwen2's vocabulary has `[]` as one token (its number 1294); the one that stands in for it here gets such a token, too.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,8 @@ def make(folder: Path, role: str, tokenizer: Path, *, awq: bool = False) -> Path
     config = SHAPES[role] | ({"quantization_config": _AWQ, "torch_dtype": "float16"} if awq else {})
     content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = content["model"]["vocab"]
+    if role == "tool":
+        vocabulary.setdefault("[]", len(vocabulary))
     for number in range(len(vocabulary), config["vocab_size"]):
         vocabulary[f"\u0120x{number}"] = number
     (place / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
