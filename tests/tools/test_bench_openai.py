@@ -171,6 +171,36 @@ async def test_what_goes_wrong_ends_the_turn(answer: bytes, error: str) -> None:
         await conversation.close()
 
 
+@pytest.mark.parametrize("listens", [True, False])
+async def test_a_kept_connection_that_closes_before_an_answer_is_replaced(listens: bool) -> None:
+    """A server may close it for its idleness just when a request comes. With no other to be had the turn fails."""
+
+    async def tired(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        if len(served.requests) == 2:
+            if not listens:
+                server.close()
+            writer.close()
+        else:
+            await speak(body, writer)
+
+    served = Peer(tired)
+    async with await asyncio.start_server(served.serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        conversation = OpenAI(url, "a-model", "secret", Sampling(8)).conversation()
+        await conversation.open()
+        conversation.meet("s", STORY)
+        await (await conversation.begin("And?")).over.wait()
+        turn = await conversation.begin("And then?")
+        async with asyncio.timeout(10):
+            await turn.over.wait()
+        await conversation.close()
+    if listens:
+        assert (turn.outcome, turn.text, served.connections) == ("done", ["Hel", "lo."], 2)
+        assert served.requests[1] == served.requests[2]
+    else:
+        assert (turn.outcome, turn.error) == ("failed", "closed")
+
+
 async def test_an_address_where_nobody_listens_is_named() -> None:
     """The line says where it was tried."""
     async with peer(speak) as (_, target):

@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, cast
 
@@ -67,7 +68,7 @@ class OpenAIConversation:
     async def open(self) -> None:
         """Such a server refuses nobody before the first request."""
         self.gone.clear()
-        self._stream = _Stream(self.gone)
+        self._stream = _Stream(self.gone, self._ask_anew)
         loop = asyncio.get_running_loop()
         address, stream = self._address, self._stream
         try:
@@ -160,12 +161,26 @@ class OpenAIConversation:
         self._stream.send(request("POST", self._address, self._path, key=self._key, body=body), turn)
         return turn
 
+    def _ask_anew(self, data: bytes, turn: Turn) -> None:
+        async def ask() -> None:
+            try:
+                await self.open()
+            except Refused:
+                turn.end("failed", time.perf_counter(), "closed")
+                return
+            assert self._stream is not None
+            self._stream.send(data, turn)
+
+        self._asking = asyncio.create_task(ask())
+
 
 class _Stream(asyncio.Protocol):
-    """One connection: a request out, the events of its answer into a turn."""
+    """One connection: a request out, the events of its answer into a turn. A server closes a connection that was idle
+    for a while, perhaps just when a request comes: that is `again` then."""
 
-    def __init__(self, gone: asyncio.Event) -> None:
-        self._gone = gone
+    def __init__(self, gone: asyncio.Event, again: Callable[[bytes, Turn], None]) -> None:
+        self._gone, self._again = gone, again
+        self._answered = False
         self.transport: asyncio.Transport | None = None
         self.turn: Turn | None = None
         self.lost = False
@@ -175,7 +190,7 @@ class _Stream(asyncio.Protocol):
         return self.turn is not None and self.turn.outcome == "open"
 
     def send(self, data: bytes, turn: Turn) -> None:
-        self.turn, self._response, self._events = turn, Response(), Events()
+        self.turn, self._response, self._events, self._data = turn, Response(), Events(), data
         assert self.transport is not None
         self.transport.write(data)
 
@@ -204,10 +219,14 @@ class _Stream(asyncio.Protocol):
             self._take(event, now)
         if self._response.done and self.busy:
             self.lost = self._response.headers.get("connection", "").lower() == "close"
+            self._answered = True
             self.turn.end("done", now)
 
     def connection_lost(self, _: Exception | None) -> None:
         self.lost = True
+        if self._answered and self.turn is not None and self.busy and self._response.status is None:
+            self._again(self._data, self.turn)
+            return
         self._gone.set()
         if self.turn is not None:
             self.turn.end("failed", time.perf_counter(), "closed")
