@@ -72,7 +72,8 @@ def test_only_a_schema_that_is_new_goes_to_a_thread(checked: list[str]) -> None:
 
 
 @pytest.fixture
-def restored() -> Iterator[None]:
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(request, "_decoders", [])
     whole = tokenizers.decoders.DecodeStream
     tokenizers.decoders.DecodeStream = request._whole
     yield
@@ -91,8 +92,25 @@ def test_a_reply_reads_as_it_does_after_the_whole_prompt(state_folder: Path, end
         return [stream.step(tokenizer, token) for token in answer]
 
     after_the_whole = told()
-    request.decode_from_the_end()
-    request.decode_from_the_end()
+    request.decode_from_the_end(SimpleNamespace(backend_tokenizer=tokenizer))
     assert tokenizers.decoders.DecodeStream is request._primed_with_the_end
     assert told() == after_the_whole
     assert "".join(filter(None, after_the_whole)) == reply
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_tokenizer_that_reads_runs_of_bytes_as_one_gets_the_whole_prompt() -> None:
+    """As Llama 2's: the end of such a run is none. That holds for all engines, whichever is opened last."""
+    texts = ["[INST]", "h", "i", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = tokenizers.models.BPE(
+        vocab={text: number for number, text in enumerate(texts)}, merges=[], byte_fallback=True
+    )
+    tokenizer, other = tokenizers.Tokenizer(model), tokenizers.Tokenizer(model)
+    steps = [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    tokenizer.decoder = tokenizers.decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["[INST]"])
+    prompt = [*tokenizer.encode("\U0001f9ff" * 4).ids, 0]
+    for engine in (other, tokenizer, other):
+        request.decode_from_the_end(SimpleNamespace(backend_tokenizer=engine))
+    stream = tokenizers.decoders.DecodeStream(ids=prompt, skip_special_tokens=True)
+    assert [stream.step(tokenizer, token) for token in (1, 2)] == ["h", "i"]

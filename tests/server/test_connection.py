@@ -739,6 +739,29 @@ async def test_a_turn_that_waited_and_went_leaves_its_place_to_the_one_it_waited
         assert [m.text for m in session.transcript.messages if m.speaker == "user"] == ["one", "three"]
 
 
+async def test_a_tool_engine_that_fails_in_letting_go_begins_no_chat() -> None:
+    """The cancel is all that counts: the next turn does not wait for a reply that nobody reads."""
+
+    async def failing() -> None:
+        raise EngineFailed("it does not let go")
+
+    decision = Script(["[]"], pace=(gate := Gate()))
+    engine = ScriptedEngine(Script(["x"]), decision=decision, aborting=failing)
+    async with talking(engine) as talk:
+        socket = talk.socket()
+        socket.start("one")
+        await settle()
+        assert engine.running == 1
+        socket.say("cancel")
+        done = await socket.until("done")
+        await settle()
+        assert done["cancelled"]
+        assert [sampling.json_schema is None for _, sampling, _ in engine.requests[-1:]] == [False]
+        gate.step(9)
+        socket.start("two")
+        assert not (await socket.until("done", 2)).get("cancelled")
+
+
 async def test_a_turn_that_waited_for_another_session_leaves_its_own_free() -> None:
     """A session whose only turn went before it began can be forgotten, although the turn before it ends later."""
     let_go = asyncio.Event()

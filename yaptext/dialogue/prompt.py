@@ -210,8 +210,9 @@ class ChatPrompts:
         if first == len(messages) and messages and limit > 16:
             last = messages[-1]
             text = await fit(self._codec, last.text, limit - 8, keep="end", exact=limits.exact)
-            messages[:] = [Message(last.speaker, text)]
-            await self._encode(messages)
+            cut = [Message(last.speaker, text)]
+            await self._encode(cut)
+            messages[:] = cut
         else:
             del messages[:first]
 

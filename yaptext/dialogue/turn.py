@@ -117,8 +117,8 @@ class Turn:
         self._cancelled_at = time.perf_counter()
         self._heard_chars = heard_chars
         if self._begun and self._task is not None:
-            self._cut_as = self._end_cancelled()
             self._task.cancel()
+            self._cut_as = self._end_cancelled()
 
     async def run(self) -> None:
         """The turn, from ack to done. Every way out leaves the transcript and the log line written.
@@ -237,6 +237,8 @@ class Turn:
             self._pass_on(delta)
 
     async def _chat(self) -> None:
+        if self.over:
+            return  # cut while it was decided, by a tool engine that failed in letting go
         stage, prompts, engine = self._stage, self._stage.prompts, self._stage.engines.chat
         assert prompts is not None and engine is not None
         messages = self._session.transcript.messages

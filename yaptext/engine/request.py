@@ -21,6 +21,8 @@ from yaptext.engine.base import Sampling
 _DECODED_BEFORE = 16
 """Tokens of a prompt that say how the first of a reply reads: whether after a space, for one."""
 _whole: Any = tokenizers.decoders.DecodeStream
+_decoders: list[str] = []
+"""Of the engines that were opened."""
 
 _KEPT_SCHEMAS = 256
 _valid: OrderedDict[str, None] = OrderedDict()
@@ -34,8 +36,11 @@ class _Params(SamplingParams):  # type: ignore[misc]
         constraint = self.structured_outputs
         if constraint is None:
             return
-        if constraint.json in _valid:
+        try:
             _valid.move_to_end(constraint.json)
+        except KeyError:  # not in it, or just dropped by the thread that checks new ones
+            pass
+        else:
             constraint._backend = config.backend
             return
         super()._validate_structured_outputs(model_config, config, tokenizer)
@@ -86,11 +91,13 @@ def alternatives_of(logprobs: Any) -> list[dict[str, float]]:
     return found
 
 
-def decode_from_the_end() -> None:
-    """Has vLLM prime its decoders with the end of a prompt instead of all of it. It looks the class up at each request,
-    for those who replace it."""
-    if tokenizers.decoders.DecodeStream is _whole:
-        tokenizers.decoders.DecodeStream = _primed_with_the_end  # type: ignore[misc,assignment]
+def decode_from_the_end(tokenizer: Any) -> None:
+    """Has vLLM prime its decoders with the end of a prompt instead of all of it; not where the tokenizer of an engine
+    reads a run of bytes as one, of which the end says nothing. vLLM looks the class up at each request, for those who
+    replace it."""
+    _decoders.append(repr(tokenizer.backend_tokenizer.decoder))
+    by_runs = any("ByteFallback" in decoder for decoder in _decoders)
+    tokenizers.decoders.DecodeStream = _whole if by_runs else _primed_with_the_end  # type: ignore[misc,assignment]
 
 
 def _primed_with_the_end(ids: Sequence[int] | None = None, skip_special_tokens: bool = False) -> Any:

@@ -58,7 +58,6 @@ class VllmEngine(HubCodec):
 
             from yaptext.engine.request import decode_from_the_end
 
-            decode_from_the_end()
             gauge = _make_gauge()
             args = AsyncEngineArgs(**_arguments(settings, checkpoint, role, alone=alone, blocks=blocks))
             llm = AsyncLLM.from_engine_args(args, stat_loggers=[gauge])
@@ -67,7 +66,9 @@ class VllmEngine(HubCodec):
             raise StartError(
                 f"the {role} engine cannot open {checkpoint.source}: {reason[-1] if reason else type(error).__name__}"
             ) from error
-        return cls(llm, checkpoint.source, checkpoint.kind, gauge)
+        engine = cls(llm, checkpoint.source, checkpoint.kind, gauge)
+        decode_from_the_end(llm.get_tokenizer())
+        return engine
 
     async def stream(
         self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
