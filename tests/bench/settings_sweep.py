@@ -151,9 +151,9 @@ CHAT_STANDS_BACK = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
 AHEAD, NOT_AHEAD = {"async_scheduling": True}, {"async_scheduling": False}
 
 
-def _own(*runs: str, **knobs: Any) -> Step:
+def _own(*runs: str, concurrent: bool = False) -> Step:
     """With the service's own settings."""
-    return Step("concurrent", runs, {"front": knobs}) if knobs else Step("as it is", runs)
+    return Step("concurrent", runs, {"front": {"concurrent": True}}) if concurrent else Step("as it is", runs)
 
 
 STARTS = {
