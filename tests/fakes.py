@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from yaptext.engine.base import CHAT, Delta, Load, Sampling
+from yaptext.engine.base import CHAT, Delta, Load, Place, Reasoning, Sampling, Thinking
 from yaptext.errors import EngineDead, EngineFailed
 
 _SPECIAL = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
+_DISGUISE = "\ufffe"
 _PIECES = re.compile(r" ?\w{1,6}| ?[^\w\s]|\s")
 
 Pace = Callable[[], Awaitable[None]]
@@ -50,6 +51,12 @@ class ScriptedEngine:
     weights: str = "float"
     cache_tokens: int = 100_000
     backlog_ms: float = 0.0
+    leading: list[int] = field(default_factory=list)
+    end_ids: list[int] = field(default_factory=list)
+    ticks: bool = False
+    bounded_by_bytes: bool = True
+    says: tuple[str, ...] = ()
+    """What its template says of the date."""
     template: Literal["chatml", "tools", "no-system", "none"] = "chatml"
     requests: list[tuple[list[int], Sampling, int]] = field(default_factory=list)
     running: int = 0
@@ -128,17 +135,44 @@ class ScriptedEngine:
             found += [part] if special and _SPECIAL.fullmatch(part) else _PIECES.findall(part)
         return found
 
-    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+    async def encode(self, text: str, *, place: Place = "inside") -> list[int]:
+        return self._ids_of(self._pieces(text, False))
+
+    async def encode_rendered(self, rendered: str) -> list[int]:
+        parts = self.split(rendered)
+        return [i for part in parts for i in ([part] if isinstance(part, int) else await self.encode(part))]
+
+    def split(self, rendered: str) -> list[int | str]:
+        parts = [part for part in _SPECIAL.split(rendered) if part]
+        return [self._ids_of([p])[0] if _SPECIAL.fullmatch(p) else p.replace(_DISGUISE, "") for p in parts]
+
+    def disguise(self, text: str) -> str:
+        return _SPECIAL.sub(lambda found: found[0][:1] + _DISGUISE + found[0][1:], text)
+
+    def show(self, ids: Sequence[int]) -> str:
+        return self.decode(ids)
+
+    def thinking(self, wanted: bool) -> Thinking:
+        return Thinking()
+
+    def check_reasoning(self, reasoning: Reasoning) -> None:
+        pass
+
+    @property
+    def day(self) -> tuple[str, ...]:
+        return self.says
+
+    def _ids_of(self, pieces: Iterable[str]) -> list[int]:
         ids = []
-        for piece in self._pieces(text, special):
+        for piece in pieces:
             if piece not in self._ids:
                 self._ids[piece] = len(self._texts)
                 self._texts.append(piece)
             ids.append(self._ids[piece])
         return ids
 
-    async def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        return [await self.encode(text) for text in texts]
+    async def encode_all(self, texts: Sequence[str], *, place: Place = "inside") -> list[list[int]]:
+        return [await self.encode(text, place=place) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """For tests: the text that a prompt's ids stand for."""
@@ -150,7 +184,14 @@ class ScriptedEngine:
             return ""
         return "".join(pieces[:max_tokens] if keep == "start" else pieces[-max_tokens:])
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        reply: bool = True,
+        thinking: bool = False,
+    ) -> str | None:
         if self.template == "none":
             return None
         if self.template == "no-system" and messages[0]["role"] == "system":
@@ -160,7 +201,7 @@ class ScriptedEngine:
             names = ", ".join(tool["function"]["name"] for tool in tools)
             opening = f"<|im_start|>system\nYou may call {names}.<|im_end|>\n"
         told = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-        return f"{opening}{told}<|im_start|>assistant\n"
+        return f"{opening}{told}" + ("<|im_start|>assistant\n" if reply else "")
 
     def load(self) -> Load:
         load = Load(self.running, 0.5 if self.running else 0.0, self.running, begun=len(self.requests))

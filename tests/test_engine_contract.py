@@ -40,7 +40,7 @@ async def read(engine: Engine, prompt: list[int], sampling: Sampling, **options:
 async def prompt_of(engine: Engine, text: str = "Count from one to five hundred.") -> list[int]:
     rendered = engine.render([{"role": "user", "content": text}])
     assert rendered is not None
-    return await engine.encode(rendered, special=True)
+    return await engine.encode_rendered(rendered)
 
 
 async def freed(engine: Engine) -> None:
@@ -191,7 +191,7 @@ async def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
 
 async def test_control_tokens_in_a_users_text_are_only_text(engine: Engine) -> None:
     """`encode` makes them special only where the service itself wrote them."""
-    as_text, as_control = await engine.encode("<|im_end|>"), await engine.encode("<|im_end|>", special=True)
+    as_text, as_control = await engine.encode("<|im_end|>"), await engine.encode_rendered("<|im_end|>")
     assert len(as_control) == 1 and as_control[0] not in as_text
 
 

@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     concurrent_model_call: bool = _env("CONCURRENT_MODEL_CALL", False, "0: decision first, then chat. 1: both start together, chat text waits for the decision.")  # fmt: skip
 
     # --- tokens
+    chat_thinking: bool = _env("CHAT_THINKING", False, "1 lets a chat model think before it speaks, if its template has a switch for that. Thinking is never sent.")  # fmt: skip
+    chat_thinking_max_out: int = _env("CHAT_THINKING_MAX_OUT", 1024, "Most tokens of thinking before a reply, beside `CHAT_MAX_OUT`; for models that think.", ge=1, le=32_768)  # fmt: skip
+    reasoning_parser: str = _env("REASONING_PARSER", "auto", "How thinking is told from speech: `auto` by the marks in the chat template, a parser of vLLM by its name (`deepseek_r1`, `qwen3`, ...), or `none`: all is sent.", pattern=r"^[A-Za-z0-9_]+$")  # fmt: skip
     chat_max_out: int = _env("CHAT_MAX_OUT", 200, "Most tokens of one reply.", ge=1, le=4096)
     history_max_tokens: int = _env("HISTORY_MAX_TOKENS", 3000, "Most tokens of history in a prompt; the most recent whole messages stay.", ge=0)  # fmt: skip
     user_utt_max_tokens: int = _env("USER_UTT_MAX_TOKENS", 350, "Most tokens of an utterance; its beginning stays.", ge=1)  # fmt: skip

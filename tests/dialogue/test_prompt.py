@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from yaptext.dialogue.history import Message, Transcript, parse
-from yaptext.dialogue.prompt import ChatPrompts, Limits, fit, learn_shape
+from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
+from yaptext.engine.base import Place
 from yaptext.errors import TextTooLong
 
 FORMATS = ["segments", "turns", "bare"]
@@ -36,15 +37,15 @@ class CountingEngine(ScriptedEngine):
 
     encoded: list[str] = field(default_factory=list)
 
-    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+    async def encode(self, text: str, *, place: Place = "inside") -> list[int]:
         self.encoded.append(text)
-        return await super().encode(text, special=special)
+        return await super().encode(text, place=place)
 
 
 class ByteEngine(ScriptedEngine):
     """A tokenizer for which one character is up to four tokens, as an emoji is for many models."""
 
-    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+    async def encode(self, text: str, *, place: Place = "inside") -> list[int]:
         return list(text.encode())
 
     async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
@@ -58,11 +59,14 @@ class ByteEngine(ScriptedEngine):
 class OddEngine(ScriptedEngine):
     """Its template writes the last contents in some other order, or not all of them, or one twice."""
 
-    order: Sequence[int] = (0, 1, 2)
+    order: Sequence[int] = (0, 1, 2, 3)
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
-        contents = [message["content"] for message in messages[-3:]]
-        return "|".join(contents[index] for index in self.order)
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **options: Any
+    ) -> str | None:
+        contents = [message["content"] for message in messages]
+        found = [contents[index] for index in self.order if index < len(contents)]
+        return "<|im_end|>".join(["", *found, *(contents[4:] if 3 in self.order else []), ""])
 
 
 async def open_prompts(engine: ScriptedEngine, format: str = "segments", **limits: Any) -> ChatPrompts:
@@ -78,6 +82,11 @@ def said(*texts: str) -> list[Message]:
 def words(count: int, word: str = "w") -> str:
     """A text that the scripted engine encodes in `count` tokens."""
     return " ".join(f"{word}{index}" for index in range(count))
+
+
+def size(message: Message) -> int:
+    """Tokens of a message wherever it stood, at most."""
+    return max(map(len, message.ids.values()))
 
 
 def shown(messages: Sequence[Message]) -> list[tuple[str, str]]:
@@ -126,12 +135,13 @@ async def test_without_a_history_there_is_no_history_mark(format: str, template:
 
 
 @each_format
-async def test_bare_prompts_stop_at_the_next_label(format: str) -> None:
-    """A model without a template is kept from speaking for the user; the others have their own end."""
+async def test_labelled_prompts_end_a_reply_at_a_label(format: str) -> None:
+    """Where lines of the prompt have labels the model may go on with one; a template has its own end, too."""
     with_template = await open_prompts(ScriptedEngine(), format)
     without = await open_prompts(ScriptedEngine(template="none"), format)
-    assert with_template.stop == (("\nUser:",) if format == "bare" else ())
-    assert (without.format, without.stop) == ("bare", ("\nUser:",))
+    assert with_template.labelled == (format != "turns")
+    assert len(with_template.layout.stop_ids) == (0 if format == "bare" else 1)
+    assert (without.format, without.labelled, without.layout.stop_ids) == ("bare", True, ())
 
 
 async def test_turns_may_begin_with_a_note_or_the_assistant() -> None:
@@ -180,7 +190,7 @@ async def test_control_tokens_of_a_user_are_text(format: str, template: Any, pla
     """Whoever writes <|im_end|> ends no message."""
     engine = ScriptedEngine(template=template)
     prompts = await open_prompts(engine, format)
-    special = {(await engine.encode(mark, special=True))[0] for mark in ("<|im_start|>", "<|im_end|>")}
+    special = set(await engine.encode_rendered("<|im_start|><|im_end|>"))
 
     async def control_tokens(text: str) -> list[int]:
         given = {"persona": "P", "history": "a", "utterance": "U"} | {place: text}
@@ -212,6 +222,8 @@ async def test_a_warmed_prefix_is_a_prefix_of_every_later_turn(
     prompts = await open_prompts(ScriptedEngine(template=template), format)
     prefix = await prompts.prefix(persona, [*note, *history])
     assert len(prefix) % 16 == 0
+    roles = [message.speaker for message in (*history[-1:], *later[:1])]
+    assume(roles != ["assistant", "assistant"] or format != "turns")  # a template has them in one message
     turn = await prompts.turn(persona, [*note, *history, *later], utterance, now)
     assert turn[: len(prefix)] == prefix
     assert len(turn) > len(prefix)
@@ -228,7 +240,8 @@ async def test_a_prefix_is_all_that_stands_cut_at_a_block(format: str, template:
         prefix = await prompts.prefix(words(30, "p"), said(words(30), words(30, "v")))
         if block_size == 1:
             whole = prefix
-            assert engine.decode(prefix).endswith("v29")
+            standing = engine.decode(prefix).removesuffix("<|im_start|>").rstrip().removesuffix("<|im_end|>")
+            assert standing.endswith("v29")
         assert prefix == whole[: len(whole) // block_size * block_size]
 
 
@@ -251,7 +264,7 @@ async def test_the_most_recent_whole_messages_stay(format: str, sizes: list[int]
     messages = list(before)
     await prompts.turn("P", messages, "U", NOW)
     if exact:
-        assert sum(len(message.ids["chat"]) for message in messages) <= limit
+        assert sum(map(size, messages)) <= limit
     if messages and messages[-1] is before[-1]:
         assert messages == before[-len(messages) :]
     else:
@@ -278,7 +291,7 @@ async def test_of_one_oversized_message_the_end_stays(format: str, exact: bool) 
     assert [message.speaker for message in messages] == ["assistant"]
     assert "w499" in text
     assert "w0 " not in text
-    assert len(messages[0].ids["chat"]) <= (100 if exact else 400)
+    assert size(messages[0]) <= (100 if exact else 400)
 
 
 @pytest.mark.parametrize("limit", [0, 16])
@@ -382,25 +395,23 @@ async def test_only_so_many_personas_are_remembered() -> None:
     prompts = await open_prompts(engine)
     for persona in ["keep", "drop", *map(str, range(254)), "keep", "one more", "keep", "drop"]:
         await prompts.prefix(persona, [])
-    encoded = [text.removeprefix("<|persona|>\n") for text in engine.encoded]
+    encoded = [text.partition("<|persona|>\n")[2].strip() for text in engine.encoded]
     assert (encoded.count("keep"), encoded.count("drop")) == (1, 2)
 
 
-# Shapes
+# Templates
 
 
-@pytest.mark.parametrize("order", [(), (0, 1), (0, 1, 2, 2), (2, 1, 0)])
-async def test_a_template_that_loses_or_repeats_content_has_no_shape(order: Sequence[int]) -> None:
-    """Where the pieces around the contents cannot be told apart, plain text is sent."""
-    assert await learn_shape(OddEngine()) is not None
-    assert await learn_shape(OddEngine(order=order)) is None
-    assert (await open_prompts(OddEngine(order=order))).format == "bare"
-
-
-async def test_a_shape_with_tools_opens_with_what_the_template_says_of_them() -> None:
-    """The template's own tool text is part of the opening, and the contents are the conversation's."""
-    engine = ScriptedEngine(template="tools")
-    shape = await learn_shape(engine, [{"type": "function", "function": {"name": "set_timer"}}])
-    assert shape is not None
-    assert engine.decode(shape.opening) == ("<|im_start|>system\nYou may call set_timer.<|im_end|>\n<|im_start|>user\n")
-    assert engine.decode(shape.closing) == "<|im_end|>\n<|im_start|>assistant\n"
+@pytest.mark.parametrize(
+    ("order", "format", "pieces"),
+    [
+        ((0, 1, 2, 3), "segments", True),
+        ((1, 0, 2, 3), "segments", False),
+        ((), "bare", True),
+    ],
+)
+async def test_a_template_that_loses_content_is_not_used(order: Sequence[int], format: str, pieces: bool) -> None:
+    """Plain text is sent, and the reason is known. One that moves content is rendered whole each time."""
+    prompts = await open_prompts(OddEngine(order=order))
+    assert (prompts.format, prompts.layout.pieces) == (format, pieces)
+    assert (prompts.lacking is None) == (format == "segments")

@@ -45,9 +45,11 @@ class RealisticEngine(ScriptedEngine):
 
     renders = 0
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **options: Any
+    ) -> str | None:
         self.renders += 1
-        return super().render(messages, tools or None)
+        return super().render(messages, tools or None, **options)
 
 
 def light(**changes: Any) -> dict[str, Any]:
@@ -553,7 +555,7 @@ async def test_a_template_that_knows_tools_is_used() -> None:
     [
         ("chatml", "<|im_start|>system\n", "<|im_end|>\n<|im_start|>assistant\n"),
         ("no-system", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
-        ("none", "", "\nCalls: "),
+        ("none", "", "\nCalls:"),
     ],
 )
 async def test_a_template_without_tools_gets_an_instruction(template: Any, opening: str, closing: str) -> None:
@@ -567,12 +569,14 @@ async def test_a_template_without_tools_gets_an_instruction(template: Any, openi
     assert text.endswith(f"User: hi there\nAssistant: Hello.\nUser: what now\nAssistant: Nothing.\nMessage: U{closing}")
 
 
-async def test_a_tool_template_that_cannot_be_taken_apart_gets_an_instruction() -> None:
+async def test_a_tool_template_that_cannot_be_taken_apart_is_rendered_whole() -> None:
     """A tool whose name looks like the text that stands for a message does not confuse the two."""
     engine = ScriptedEngine(template="tools")
     text = await prompt(engine, open_decider(engine), TALK, "U", {"name": "MARKFIRST"})
-    assert text.startswith("<|im_start|>system\nYou decide")
-    assert text.endswith("Message: U<|im_end|>\n<|im_start|>assistant\n")
+    assert text.startswith(
+        "<|im_start|>system\nYou may call MARKFIRST.<|im_end|>\n<|im_start|>user\nhi there<|im_end|>"
+    )
+    assert text.endswith("<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n")
 
 
 @each_template
@@ -649,7 +653,7 @@ async def test_control_tokens_of_a_user_are_text() -> None:
     """Neither an utterance, nor a history, nor a client's tool ends a message of the prompt."""
     engine = ScriptedEngine()
     decider = open_decider(engine)
-    (end,) = await engine.encode("<|im_end|>", special=True)
+    (end,) = await engine.encode_rendered("<|im_end|>")
 
     async def ends(text: str) -> int:
         tools = ToolSet([light(description=text, examples=[{"message": text, "arguments": {"room": text}}])])
@@ -676,7 +680,7 @@ async def test_only_recent_history_is_told(template: Any, talk: list[tuple[str, 
     kept = [index for index in range(len(talk)) if f"m{index:02}" in text]
     assert kept == list(range(len(talk)))[len(talk) - len(kept) :]
     assert len(kept) <= 16
-    assert sum(len(*message.ids.values()) for message in messages[len(messages) - len(kept) :]) <= limit
+    assert sum(min(map(len, message.ids.values())) for message in messages[len(messages) - len(kept) :]) <= limit
     assert not kept or talk[kept[0]][0] == "User"
     assert "A NOTE" not in text
 
@@ -687,11 +691,12 @@ async def test_messages_are_encoded_once() -> None:
     decider = open_decider(engine)
     messages = parse(TALK)
     await decider.decide(decider.tools, messages, "U")
-    before = [message.ids["tool as text"] for message in messages]
+    before = [dict(message.ids) for message in messages]
     messages.append(Message("user", "and then"))
     await decider.decide(decider.tools, messages, "U")
-    assert [message.ids["tool as text"] for message in messages[:-1]] == before
-    assert all(message.ids["tool as text"] is ids for message, ids in zip(messages, before, strict=False))
+    assert [message.ids for message in messages[:-1]] == before
+    for message, known in zip(messages, before, strict=False):
+        assert all(message.ids[place] is ids for place, ids in known.items())
 
 
 async def test_only_so_many_tool_sets_are_remembered() -> None:

@@ -22,14 +22,14 @@ def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
 def test_a_turn_is_counted_by_its_outcome_and_tokens() -> None:
     """Every figure of usage has its kind."""
     metrics = Metrics()
-    metrics.turn("finished", Usage(1, 2, 3, 4, 5), Timings(1, 20, 300, 4000))
-    metrics.turn("finished", Usage(10, 20, 30, 40, 50), Timings(1, 20, 300, 4000))
+    metrics.turn("finished", Usage(1, 2, 3, 4, 5, 6), Timings(1, 20, 300, 4000))
+    metrics.turn("finished", Usage(10, 20, 30, 40, 50, 60), Timings(1, 20, 300, 4000))
     metrics.turn("cancelled", Usage(), Timings())
     found = samples(metrics)
     assert found["yaptext_turns_total", "finished"] == 2
     assert found["yaptext_turns_total", "cancelled"] == 1
-    kinds = ("prompt", "cached", "completion", "tool_prompt", "tool_cached")
-    assert [found["yaptext_tokens_total", kind] for kind in kinds] == [11, 22, 33, 44, 55]
+    kinds = ("prompt", "cached", "completion", "reasoning", "tool_prompt", "tool_cached")
+    assert [found["yaptext_tokens_total", kind] for kind in kinds] == [11, 22, 33, 44, 55, 66]
 
 
 @pytest.mark.parametrize("name", ["decision", "ttft", "turn"])

@@ -14,7 +14,8 @@ from fakes import Gate, Script, ScriptedEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yaptext.errors import EngineDead, EngineFailed
+from yaptext.engine.base import Place
+from yaptext.errors import EngineDead, EngineFailed, StartError
 
 CALL = '[{"name": "play_music", "arguments": {"query": "mix"}}]'
 YES = Script((CALL,))
@@ -612,9 +613,9 @@ async def test_a_warmed_history_is_tokenized_once_and_its_text_is_not_kept() -> 
     encoded: list[str] = []
 
     class Counting(ScriptedEngine):
-        async def encode(self, text: str, *, special: bool = False) -> list[int]:
+        async def encode(self, text: str, *, place: Place = "inside") -> list[int]:
             encoded.append(text)
-            return await super().encode(text, special=special)
+            return await super().encode(text, place=place)
 
     history = "User: glacier\nAssistant: moraine"
     async with talking(Counting(), DEPLOY_MODELS="chat") as talk:
@@ -624,8 +625,8 @@ async def test_a_warmed_history_is_tokenized_once_and_its_text_is_not_kept() -> 
         socket.start(persona_style="savage", history_text=history)
         await socket.until("done")
         assert [text for text in encoded if "glacier" in text or "moraine" in text] == [
-            "\nUser: glacier",
-            "\nAssistant: moraine",
+            "User: glacier\n",
+            "Assistant: moraine\n",
         ]
         assert not talk.stage.warmed
         for number in range(66):
@@ -826,11 +827,19 @@ async def test_a_schema_that_would_cost_the_engine_dearly_is_a_bad_message(param
 
 async def test_a_prompt_over_the_context_is_text_too_long() -> None:
     """With both numbers, in the deployment's own limits."""
-    async with talking(ScriptedEngine(max_model_len=64), DEPLOY_MODELS="chat") as talk:
+    limits = {"CHAT_MAX_OUT": 1, "USER_UTT_MAX_TOKENS": 1, "PERSONA_MAX_TOKENS": 1000}
+    async with talking(ScriptedEngine(max_model_len=200), DEPLOY_MODELS="chat", **limits) as talk:
         socket = talk.socket()
-        socket.start("word " * 200)
+        socket.start(persona_text="word " * 300)
         error = await socket.until("error")
-        assert error["error_code"] == "text_too_long" and "limit is 63" in error["message"]
+        assert error["error_code"] == "text_too_long" and "limit is 199" in error["message"]
+
+
+async def test_limits_that_leave_no_room_end_the_start() -> None:
+    """Not each turn. The line names the context and the settings."""
+    with pytest.raises(StartError, match=r"context is 200 tokens: CHAT_MAX_OUT and USER_UTT_MAX_TOKENS leave \d+ "):
+        async with talking(ScriptedEngine(max_model_len=200), DEPLOY_MODELS="chat"):
+            pass
 
 
 async def test_a_persona_that_no_limit_allows_is_refused_at_once() -> None:

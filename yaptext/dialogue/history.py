@@ -19,14 +19,37 @@ _SPEAKERS: dict[str, Speaker] = {
 }
 
 
+_MARK = re.compile(r"<\|(persona|history)\|>", re.IGNORECASE)
+_LABEL_OR_MARK = re.compile(
+    r"(user|assistant|message|calls|now)\W{0,3}?\s?[:\uff1a]|<\|(persona|history)\|>", re.IGNORECASE
+)
+_DECORATION = " \t*_>#-"
+
+
+def in_lines(text: str, *, labels: bool = True) -> str:
+    """`text` for a prompt of labelled lines: if one of its own lines begins like a label or a segment's mark, it is
+    joined to the line before. Personas may hold a dialogue as an example: with `labels` off only marks count."""
+    first, *rest = text.splitlines(keepends=True) or [""]
+    if not rest:
+        return text
+    forged = _LABEL_OR_MARK if labels else _MARK
+    joined = [first]
+    for line in rest:
+        bare = line.lstrip(_DECORATION)
+        if forged.match(bare):
+            joined[-1] = joined[-1].rstrip() + " "
+        joined.append(bare if forged.match(bare) else line)
+    return "".join(joined)
+
+
 @dataclass(slots=True, eq=False)
 class Message:
     """One thing said. `note` is transcript text without a speaker; only the first message can be one."""
 
     speaker: Speaker
     text: str
-    ids: dict[str, list[int]] = field(default_factory=dict)
-    """Its token ids by prompt ("chat", "tool"): each is encoded once in its life, not once a turn."""
+    ids: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
+    """Its token ids by prompt and place (`layout.Kept`)."""
 
 
 def parse(text: str) -> list[Message]:

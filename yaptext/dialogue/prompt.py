@@ -1,107 +1,41 @@
-"""Prompts as token ids, built piece by piece so that what was warmed is a true prefix of what follows.
-
-Every piece (the template's own text, the persona, each message) is encoded alone and once; a prompt is their
-concatenation. What changes most stands last: persona, history, time, utterance.
-"""
+"""The chat model's prompts as token ids. What changes most stands last: persona, history, time, utterance."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from yaptext.dialogue.history import Message, keep_recent
+import structlog
+
+from yaptext.dialogue.history import Message, in_lines, keep_recent
+from yaptext.dialogue.layout import Conversation, Kept, Layout, Line, Role, Said
 from yaptext.engine.base import Codec
 from yaptext.errors import TextTooLong
 from yaptext.settings import Settings
 
-_MARKS = {"system": "MARKSYSTEM", "first": "MARKFIRST", "reply": "MARKREPLY", "second": "MARKSECOND"}
-_LABELS = {"user": "\nUser: ", "assistant": "\nAssistant: ", "note": "\n"}
+Format = Literal["segments", "turns", "bare"]
+_log = structlog.get_logger(__name__)
+_LABELS = {"user": "User: ", "assistant": "Assistant: ", "note": ""}
 _KEPT_PERSONAS = 256
 _OVERHEAD_TOKENS = 96
 """Room for template pieces, segment marks and the time line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A chat template as the token ids around the contents: opening S after_system U after_user A after_reply
-    U closing. Where the template takes no system message, S and the first U share one message. `newline` stands
-    between two contents of one role."""
-
-    newline: list[int]
-    opening: list[int]
-    after_system: list[int]
-    after_user: list[int]
-    after_reply: list[int]
-    closing: list[int]
-
-    def joint(self, before: str, after: str) -> list[int]:
-        """What stands between the contents of two roles: system, user or assistant."""
-        match before, after:
-            case "system", "user":
-                return self.after_system
-            case "system", "assistant":
-                return self.after_system + self.after_user
-            case "user", "assistant":
-                return self.after_user
-            case "assistant", "user":
-                return self.after_reply
-        return self.newline
-
-
-async def learn_shape(codec: Codec, tools: list[dict[str, Any]] | None = None) -> Shape | None:
-    """The shape of the model's chat template, or None where it has none that fits a conversation.
-
-    With `tools` there is no system content: the template writes its own, and `opening` holds all of it.
-    """
-    talk = [
-        {"role": "user", "content": _MARKS["first"]},
-        {"role": "assistant", "content": _MARKS["reply"]},
-        {"role": "user", "content": _MARKS["second"]},
-    ]
-    system = {"role": "system", "content": _MARKS["system"]}
-    order = [_MARKS["first"], _MARKS["reply"], _MARKS["second"]]
-    newline = await codec.encode("\n")
-    if tools is None:
-        pieces = _split(codec.render([system, *talk]), [_MARKS["system"], *order])
-        if pieces is not None:
-            return Shape(newline, *[await codec.encode(piece, special=True) for piece in pieces])
-    pieces = _split(codec.render(talk, tools), order)
-    if pieces is None:
-        return None
-    opening, *rest = [await codec.encode(piece, special=True) for piece in pieces]
-    return Shape(newline, opening, await codec.encode("\n\n"), *rest)
-
-
-def _split(text: str | None, marks: Sequence[str]) -> list[str] | None:
-    """The pieces between the marks, where each stands once and in this order."""
-    if text is None or any(text.count(mark) != 1 for mark in marks):
-        return None
-    pieces = []
-    for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
-            return None
-        pieces.append(before)
-    return [*pieces, text]
-
-
-def in_roles(shape: Shape, messages: Sequence[Message], key: str) -> tuple[list[int], str]:
-    """Token ids of the messages in the template's own roles, and the role that the last one leaves open."""
-    ids: list[int] = []
-    role = "system"
-    for message in messages:
-        speaker = "system" if message.speaker == "note" else message.speaker
-        ids += shape.joint(role, speaker)
-        ids += message.ids[key]
-        role = speaker
-    return ids, role
+_SAMPLES = (
+    (
+        "Really?! No...",
+        'He said: "7 x 8 = 56" \u2013 twice.\n\n  - and then\n\tleft',
+        "ok \U0001f642",
+        "\u597d\u7684\u3002",
+    ),
+    ("a/b c's 1,234.50 \u00a31", "na\u00efve  caf\u00e9;\nit's (fine) {}", "What's <b>that</b>?", "/help & more!"),
+)
+"""User and assistant in turn. They end and begin as texts do: letters, digits, marks, quotes, in several scripts."""
 
 
 async def fit(codec: Codec, text: str, max_tokens: int, *, keep: Literal["start", "end"], exact: bool) -> str:
     """`text` cut to `max_tokens`: by the tokenizer, or with `exact` off by 4 bytes a token."""
-    if len(text.encode()) <= max_tokens:  # no token is shorter than a byte
+    if codec.bounded_by_bytes and len(text.encode()) <= max_tokens:
         return text
     if exact:
         return await codec.clip(text, max_tokens, keep=keep)
@@ -118,6 +52,8 @@ class Limits:
     utterance: int
     reply: int
     exact: bool = True
+    thinking: int = 0
+    """Added to `reply` for a model that thinks before it speaks."""
     kept_personas: int = _KEPT_PERSONAS
     """Whose token ids are kept. None with `CACHE_PER_KEY`: the millisecond that this saves would tell of other keys."""
 
@@ -129,95 +65,164 @@ class Limits:
             utterance=settings.user_utt_max_tokens,
             reply=settings.chat_max_out,
             exact=settings.exact_token_trim,
+            thinking=settings.chat_thinking_max_out,
             kept_personas=0 if settings.cache_per_key else _KEPT_PERSONAS,
         )
 
 
 class ChatPrompts:
-    """Builds the chat model's prompts. `format` is segments, turns or bare; without a usable chat template
-    only bare is possible, and `self.format` says what was taken."""
+    """Builds the chat model's prompts. `format` is what was taken: the one that was asked for, else the next that the
+    template allows, and `lacking` says why."""
 
-    def __init__(self, codec: Codec, shape: Shape | None, format: str, limits: Limits) -> None:
+    def __init__(
+        self, codec: Codec, format: Format, limits: Limits, layout: Layout, lacking: str | None = None
+    ) -> None:
         self._codec, self._limits = codec, limits
-        self._shape = None if format == "bare" else shape
-        self.format = "bare" if self._shape is None else format
-        self.stop = ("\nUser:",) if self.format == "bare" else ()
-        self._personas: OrderedDict[str, list[int]] = OrderedDict()
+        self.format, self.layout, self.lacking = format, layout, lacking
+        self._personas: OrderedDict[str, Kept] = OrderedDict()
+        self._mark: Kept = {}
 
     @classmethod
-    async def open(cls, codec: Codec, format: str, limits: Limits) -> ChatPrompts:
-        return cls(codec, await learn_shape(codec), format, limits)
+    async def open(cls, codec: Codec, format: Format, limits: Limits, *, thinking: bool = False) -> ChatPrompts:
+        """`thinking` is what the template's switch for that is set to."""
+        formats: dict[Format, list[Format]] = {"segments": ["segments"], "turns": ["turns", "segments"], "bare": []}
+        for taken in formats[format]:
+            layout = await Layout.learn(codec, "chat", _samples(taken), thinking=thinking)
+            if layout is not None:
+                lacking = None if taken == format else f"the chat template refuses CHAT_PROMPT_FORMAT={format}"
+                return cls(codec, taken, limits, layout, lacking)
+        lacking = None
+        if format != "bare":
+            has_one = codec.render([{"role": "user", "content": "Hello"}]) is not None
+            lacking = "the chat template refuses a conversation" if has_one else "the model has no chat template"
+        return cls(codec, "bare", limits, await Layout.plain(codec, "chat"), lacking)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether what was said stands in the prompt as lines with labels, which the model may go on with."""
+        return self.format != "turns"
 
     async def prefix(self, persona: str, messages: list[Message]) -> list[int]:
         """What every next prompt of this persona and history begins with, cut at a block of the prefix cache."""
-        ids, _ = await self._standing(persona, messages)
+        await self._stand(persona, messages)
+        if self.format == "turns" and messages and messages[-1].speaker == "user":
+            del messages[-1]  # what follows may come to stand in one message with it
+        ids = await self.layout.prefix(_ways(self.format, self._persona(persona), messages))
         return ids[: len(ids) // self._codec.block_size * self._codec.block_size]
 
     async def turn(self, persona: str, messages: list[Message], utterance: str, now: str) -> list[int]:
         """The whole prompt of one turn. `messages` is trimmed in place to the history limit, `utterance` is
         within its limit already. Raises `TextTooLong` for a persona over its limit."""
-        ids, role = await self._standing(persona, messages)
-        if self._shape is None:
-            return ids + await self._codec.encode(f"\n({now})\nUser: {utterance}\nAssistant:")
-        if self.format == "segments":
-            ids += await self._codec.encode(f"\nNow: {now}.")
-            ids += self._shape.after_system
-            return ids + await self._codec.encode(utterance) + self._shape.closing
-        ids += self._shape.joint(role, "user")
-        return ids + await self._codec.encode(f"({now}) {utterance}") + self._shape.closing
+        await self._stand(persona, messages)
+        return await self.layout.ids(self.talk(persona, messages, utterance, now))
 
-    async def _standing(self, persona: str, messages: list[Message]) -> tuple[list[int], str]:
-        """The one place that lays out what stays from turn to turn."""
-        ids = [] if self._shape is None else list(self._shape.opening)
-        ids += await self._persona(persona)
-        await self._trim(messages, len(ids))
-        if self._shape is not None and self.format == "turns":
-            told, role = in_roles(self._shape, messages, "chat")
-            return ids + told, role
-        if messages:
-            ids += await self._codec.encode("\n<|history|>")
-        for message in messages:
-            ids += message.ids["chat"]
-        return ids, "system"
+    def talk(self, persona: str, messages: Sequence[Message], utterance: str, now: str) -> Conversation:
+        """The conversation that the prompt of a turn renders."""
+        return _talk(self.format, self._persona(persona), messages, utterance, now)
 
-    async def _persona(self, text: str) -> list[int]:
-        known = self._personas.get(text)
-        if known is None:
-            known = await self._codec.encode(f"<|persona|>\n{text}")
-            if len(known) > self._limits.persona:
-                raise TextTooLong(f"persona_text is {len(known)} tokens; limit is {self._limits.persona}")
-            self._personas[text] = known
-            if len(self._personas) > self._limits.kept_personas:
-                self._personas.popitem(last=False)
-        else:
-            self._personas.move_to_end(text)
-        return known
+    def _persona(self, text: str) -> Line:
+        kept = self._personas.setdefault(text, {})
+        self._personas.move_to_end(text)
+        if len(self._personas) > self._limits.kept_personas:
+            self._personas.popitem(last=False)
+        return Line(f"<|persona|>\n{in_lines(text, labels=False)}".strip(), kept)
 
-    async def _trim(self, messages: list[Message], before: int) -> None:
-        """Encodes what is new and drops the oldest messages over the limit."""
-        limits = self._limits
-        room = self._codec.max_model_len - before - limits.utterance - limits.reply - _OVERHEAD_TOKENS
-        limit = max(0, min(limits.history, room))
-        while new := [message for message in messages if "chat" not in message.ids]:  # more may come meanwhile
-            await self._encode(new)
-        sizes = [len(message.ids["chat"]) for message in messages]
-        if self.format == "turns" and self._shape is not None:
-            between = max(len(self._shape.after_user), len(self._shape.after_reply))
-            sizes = [size + between for size in sizes]
+    async def _stand(self, persona: str, messages: list[Message]) -> None:
+        """Checks the persona, and drops the oldest messages over the limit."""
+        if self.layout.day != self._codec.day:
+            await self._learn_again()
+        limits, layout = self._limits, self.layout
+        alone = self.format == "turns" and not any(message.speaker == "note" for message in messages)
+        (size,) = await layout.measure([("system", self._persona(persona))], alone=alone)
+        if size > limits.persona:
+            raise TextTooLong(f"persona_text is {size} tokens; limit is {limits.persona}")
+        limit = max(0, min(limits.history, self.room - size))
+        while True:
+            before = list(messages)  # more may come meanwhile
+            sizes = await self._sizes(before)
+            if len(before) == len(messages):
+                break
         first = keep_recent(sizes, limit)
         if first == len(messages) and messages and sizes[-1] <= limit:
             first -= 1
         if first == len(messages) and messages and limit > 16:
             last = messages[-1]
             text = await fit(self._codec, last.text, limit - 8, keep="end", exact=limits.exact)
-            cut = [Message(last.speaker, text)]
-            await self._encode(cut)
-            messages[:] = cut
+            messages[:] = [Message(last.speaker, text)]
         else:
             del messages[:first]
 
-    async def _encode(self, messages: Sequence[Message]) -> None:
-        labels = dict.fromkeys(_LABELS, "") if self.format == "turns" else _LABELS
-        texts = [labels[message.speaker] + message.text.strip() for message in messages]
-        for message, ids in zip(messages, await self._codec.encode_all(texts), strict=True):
-            message.ids["chat"] = ids
+    @property
+    def room(self) -> int:
+        """Tokens of the model's context that utterance and reply leave to persona and history."""
+        limits = self._limits
+        reply = limits.reply + (limits.thinking if self.layout.thinking.on else 0)
+        return self._codec.max_model_len - self.layout.opening - limits.utterance - reply - _OVERHEAD_TOKENS
+
+    async def _sizes(self, messages: Sequence[Message]) -> list[int]:
+        in_roles = self.format == "turns"
+        lines = [(_role(message) if in_roles else None, _line(self.format, message)) for message in messages]
+        between = self.layout.overhead if in_roles else 0
+        return [size + between for size in await self.layout.measure(lines)]
+
+    async def _learn_again(self) -> None:
+        """The template says another date now."""
+        thinking = self.layout.asks_to_think
+        layout = await Layout.learn(self._codec, "chat", _samples(self.format), thinking=thinking)
+        if layout is not None:
+            self.layout = layout
+
+
+def _role(message: Message) -> Role | None:
+    return None if message.speaker == "note" else message.speaker
+
+
+def _line(format: Format, message: Message) -> Line:
+    text = message.text.strip()
+    if format != "turns":
+        text = _LABELS[message.speaker] + in_lines(text)
+    return Line(text, message.ids)
+
+
+def _talk(format: Format, persona: Line, messages: Sequence[Message], utterance: str, now: str) -> Conversation:
+    """The one place that lays out a chat prompt."""
+    utterance = utterance.strip()
+    if format == "turns":
+        said = [
+            Said("system", [persona, *(_line(format, message) for message in messages if message.speaker == "note")]),
+            *(Said(role, [_line(format, message)]) for message in messages if (role := _role(message)) is not None),
+        ]
+        return [*said, Said("user", [Line(f"({now}) {utterance}".strip(), volatile=True)])]
+    lines = [persona]
+    if messages:
+        lines.append(Line("<|history|>"))
+    lines += [_line(format, message) for message in messages]
+    if format == "bare":
+        last = f"({now})\nUser: {in_lines(utterance)}".strip() + "\nAssistant:"
+        return [Said("user", [*lines, Line(last, volatile=True)])]
+    lines.append(Line(f"Now: {now}.", volatile=True))
+    return [Said("system", lines), Said("user", [Line(utterance, volatile=True)])]
+
+
+def _ways(format: Format, persona: Line, messages: Sequence[Message]) -> list[Conversation]:
+    """A conversation, and ways in which it may go on."""
+    return [
+        _talk(format, persona, [*messages, *more], utterance, now)
+        for more, utterance, now in (
+            ([], "One", "Sunday, 21:46"),
+            ([Message("user", "Alpha"), Message("assistant", "Beta")], "two", "Monday, 7:05"),
+            ([Message("user", '"7"'), Message("assistant", "\u4f60")], "3", "?"),
+        )
+    ]
+
+
+def _samples(format: Format) -> list[Conversation]:
+    """Conversations as they come: with nothing said before, with exchanges, with an assistant that spoke first."""
+    persona = Line('<|persona|>\nYou are Yap. Say "hi!"\n\n1) Be kind.')
+    talks = [
+        [Message("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)] for texts in _SAMPLES
+    ]
+    first = [Message("note", "Earlier on."), Message("assistant", "Hello?"), Message("user", "cut off"), talks[1][0]]
+    before: tuple[list[Message], ...] = ([], first, talks[1])
+    samples = [_talk(format, persona, messages, "What time is it?", "Sunday, 21:46") for messages in before]
+    return samples + _ways(format, persona, talks[0])[:2]

@@ -8,18 +8,20 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 
 from yaptext.dialogue import history
+from yaptext.dialogue.layout import Layout
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
+from yaptext.dialogue.reply import reasoning_of
 from yaptext.dialogue.session import Session, SessionStore
 from yaptext.dialogue.toolcall import Decider, NoDecider
 from yaptext.dialogue.toolset import ToolSet
-from yaptext.engine.base import WARM, Engine, Engines, Sampling, exhaust
-from yaptext.errors import EngineFailed, NotDeployed, TextTooLong, UnknownPersona, WireError
+from yaptext.engine.base import WARM, Engine, Engines, Reasoning, Sampling, exhaust
+from yaptext.errors import EngineFailed, NotDeployed, StartError, TextTooLong, UnknownPersona, WireError
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
 from yaptext.wire.messages import Ack, Models, PersonaFields, SamplingFields, Warmed, WarmHistory, WarmPersona
@@ -52,6 +54,10 @@ class Stage:
     metrics: Metrics
     prompts: ChatPrompts | None
     decider: Decider | NoDecider | None
+    reasoning: Reasoning | None = None
+    """How the chat model's thinking is kept out of its replies, if it thinks."""
+    prompt_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By role: what prompts are made of, for `/status`."""
     warmed: dict[tuple[str, str], list[history.Message]] = field(default_factory=dict)
     """Transcripts that were warmed, by name of the key and text, with their token ids, until the turn that they were
     warmed for."""
@@ -61,10 +67,14 @@ class Stage:
         cls, settings: Settings, engines: Engines, tools: ToolSet, sessions: SessionStore | None = None
     ) -> Stage:
         """Learns the models' templates. `sessions` are new ones of the settings unless given."""
-        prompts = None
+        prompts, reasoning = None, None
         decider: Decider | NoDecider | None = None
         if engines.chat is not None:
-            prompts = await ChatPrompts.open(engines.chat, settings.chat_prompt_format, Limits.of(settings))
+            prompts = await ChatPrompts.open(
+                engines.chat, settings.chat_prompt_format, Limits.of(settings), thinking=settings.chat_thinking
+            )
+            reasoning = reasoning_of(settings.reasoning_parser, prompts.layout.thinking)
+            _check_reasoning(engines.chat, reasoning)
         if engines.tool is not None:
             decider = Decider(
                 engines.tool,
@@ -79,7 +89,9 @@ class Stage:
             decider = NoDecider(tools)
         sessions = SessionStore.of(settings) if sessions is None else sessions
         sessions.start()
-        return cls(settings, engines, sessions, Metrics(), prompts, decider)
+        stage = cls(settings, engines, sessions, Metrics(), prompts, decider, reasoning)
+        await stage.describe_prompts()
+        return stage
 
     async def prime(self) -> None:
         """Throw-away decisions and replies, so that the first user finds both engines, the fixed tool prompt and every
@@ -161,6 +173,55 @@ class Stage:
     def _salt(self, key_name: str) -> str:
         return key_name if self.settings.cache_per_key else ""
 
+    @property
+    def thinking_room(self) -> int:
+        """Tokens by which thinking may lengthen a reply."""
+        return self.settings.chat_thinking_max_out if self.reasoning is not None else 0
+
+    @property
+    def _layout_stop(self) -> tuple[str, ...]:
+        return self.prompts.layout.stop if self.prompts else ()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a reply: the template's tokens, and those of the model's configuration."""
+        if self.prompts is None or self.engines.chat is None:
+            return ()
+        return tuple(sorted({*self.prompts.layout.stop_ids, *self.engines.chat.end_ids}))
+
+    async def describe_prompts(self) -> None:
+        """One line of the log for each role: what its prompts are made of."""
+        if self.prompts is not None and self.engines.chat is not None:
+            layout = self.prompts.layout
+            facts: dict[str, Any] = {"format": self.prompts.format}
+            self._tell_prompt("chat", facts | _facts(layout, self.reasoning), self.prompts.lacking)
+            room = self.prompts.room
+            wanted = self.settings.persona_max_tokens + self.settings.history_max_tokens
+            if room < 64:
+                raise StartError(
+                    f"the chat model's context is {self.engines.chat.max_model_len} tokens: CHAT_MAX_OUT and "
+                    f"USER_UTT_MAX_TOKENS leave {max(room, 0)} to persona and history; lower them, or raise "
+                    "CHAT_MAX_MODEL_LEN"
+                )
+            if room < wanted:
+                _log.warning(
+                    "prompt.narrow",
+                    room=room,
+                    wanted=wanted,
+                    hint="CHAT_MAX_OUT, USER_UTT_MAX_TOKENS, PERSONA_MAX_TOKENS and HISTORY_MAX_TOKENS together exceed "
+                    "the context: a long persona shortens the history",
+                )
+        if isinstance(self.decider, Decider):
+            head = await self.decider.head()
+            form = "instruction" if head.labels else "template"
+            self._tell_prompt("tool", {"format": "bare" if head.one_text else form} | _facts(head.layout, None), None)
+
+    def _tell_prompt(self, role: str, facts: dict[str, Any], lacking: str | None) -> None:
+        self.prompt_facts[role] = facts
+        if lacking is not None:
+            _log.warning("prompt.fallback", role=role, format=facts["format"], reason=lacking)
+        _log.info("prompt.taken", role=role, **facts)
+
     def sampling(self, given: SamplingFields | None, seed: int, room: int, key_name: str = "") -> Sampling:
         """The settings' sampling with the client's laid over; at most `room` tokens."""
         settings, given = self.settings, given or SamplingFields()
@@ -168,8 +229,9 @@ class Stage:
         def pick(value: float | None, default: float) -> float:
             return default if value is None else value
 
+        thinking = self.thinking_room
         return Sampling(
-            max_tokens=max(1, min(given.max_tokens or settings.chat_max_out, room)),
+            max_tokens=max(1, min((given.max_tokens or settings.chat_max_out) + thinking, room)),
             temperature=pick(given.temperature, self._temperature),
             top_p=pick(given.top_p, settings.chat_top_p),
             top_k=int(pick(given.top_k, settings.chat_top_k)),
@@ -178,7 +240,9 @@ class Stage:
             presence_penalty=pick(given.presence_penalty, 0.0),
             frequency_penalty=pick(given.frequency_penalty, 0.0),
             seed=seed if given.seed is None else given.seed,
-            stop=(*(self.prompts.stop if self.prompts else ()), *(given.stop or ())),
+            stop=(*self._layout_stop, *(given.stop or ())),
+            stop_ids=self.stop_ids,
+            reasoning=self.reasoning,
             cache_salt=self._salt(key_name),
         )
 
@@ -247,3 +311,27 @@ class Stage:
         finally:
             seconds = round(time.perf_counter() - begun, 2)
             _log.info("sessions.rewarmed", sessions=warmed, of=len(sessions), prefix_tokens=tokens, seconds=seconds)
+
+
+def _facts(layout: Layout, reasoning: Reasoning | None) -> dict[str, Any]:
+    thinking = "none"
+    if layout.thinking.switched:
+        thinking = "on" if layout.thinking.on else "off"
+    elif layout.thinking.on:
+        thinking = "always"
+    parser = None if reasoning is None else reasoning.parser or f"{reasoning.start} {reasoning.end}"
+    facts: dict[str, Any] = {"exact": layout.exact, "prefix_stable": layout.stable, "thinking": thinking}
+    return facts | ({"reasoning_parser": parser} if parser else {})
+
+
+def _check_reasoning(engine: Engine, reasoning: Reasoning | None) -> None:
+    """Raises `StartError` for a model whose thinking would be spoken."""
+    if reasoning is None:
+        return
+    try:
+        engine.check_reasoning(reasoning)
+    except StartError as error:
+        raise StartError(
+            f"{engine.model} thinks before it speaks, and that cannot be kept out of its replies: {error}. Name vLLM's "
+            "parser in REASONING_PARSER; with REASONING_PARSER=none thinking is sent like speech"
+        ) from None

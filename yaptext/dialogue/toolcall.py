@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from yaptext.dialogue.history import Message
-from yaptext.dialogue.toolprompt import ToolPrompts
+from yaptext.dialogue.toolprompt import Head, ToolPrompts
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import DECIDE, Delta, Engine, Sampling
 from yaptext.errors import EngineFailed
@@ -55,12 +55,17 @@ class Decider:
         self._max_out, self._timeout_s, self._threshold = max_out, timeout_s, threshold
         self._begun = 0
 
+    async def head(self) -> Head:
+        """The fixed beginning of decisions about the service's own tools."""
+        return await self._prompts.head(self.tools)
+
     async def prime(self, batches: Sequence[int] = (1,)) -> None:
         """Runs throw-away decisions, so many at once, so that the fixed prompt, the grammar and the kernels of each
         batch are warm."""
         prompt = await self._prompts.turn(self.tools, [], "Hello!")
         for size in batches:
-            await asyncio.gather(*(self._ask(_Answer(self.tools), prompt, self.tools.schema) for _ in range(size)))
+            asked = (self._ask(_Answer(self.tools), self.tools, prompt, self.tools.schema) for _ in range(size))
+            await asyncio.gather(*asked)
         self._begun = self._engine.load().begun
 
     async def refresh(self) -> None:
@@ -78,11 +83,11 @@ class Decider:
         try:
             async with asyncio.timeout(self._timeout_s):
                 prompt = await self._prompts.turn(tools, messages, utterance)
-                await self._ask(answer, prompt, tools.schema)
+                await self._ask(answer, tools, prompt, tools.schema)
                 if answer.overruled:
                     # The model's best guess was no, the threshold says yes: which call, without that choice.
                     answer = _Answer(tools, p=answer.p)
-                    await self._ask(answer, prompt, tools.call_schema)
+                    await self._ask(answer, tools, prompt, tools.call_schema)
             if answer.calls is None:
                 reason = "truncated"
         except TimeoutError:
@@ -95,10 +100,12 @@ class Decider:
         tool_ms = (time.perf_counter() - begun) * 1000
         return Decision(calls, tool_ms, answer.prompt_tokens, answer.cached_tokens, answer.p, reason)
 
-    async def _ask(self, answer: _Answer, prompt: Sequence[int], schema: str) -> None:
+    async def _ask(self, answer: _Answer, tools: ToolSet, prompt: Sequence[int], schema: str) -> None:
         """Streams until the answer is whole. Raises `ValueError` where what came is none."""
         alternatives = 0 if self._threshold is None else _ALTERNATIVES
-        sampling = Sampling(max_tokens=self._max_out, json_schema=schema, alternatives=alternatives)
+        layout = (await self._prompts.head(tools)).layout
+        stop_ids = tuple(sorted({*layout.stop_ids, *self._engine.end_ids}))
+        sampling = Sampling(max_tokens=self._max_out, stop_ids=stop_ids, json_schema=schema, alternatives=alternatives)
         async with aclosing(self._engine.stream(prompt, sampling, priority=DECIDE)) as deltas:
             async for delta in deltas:
                 answer.take(delta)

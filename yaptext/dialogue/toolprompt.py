@@ -1,16 +1,17 @@
-"""The tool model's prompts as token ids: a fixed head that tells of the tools, recent history, the utterance."""
+"""The tool model's prompts as token ids: a fixed head that describes the tools, recent history, the utterance."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
+from typing import Any
 
 import msgspec
 
-from yaptext.dialogue.history import Message, keep_recent
-from yaptext.dialogue.prompt import Shape, in_roles, learn_shape
+from yaptext.dialogue.history import Message, in_lines, keep_recent
+from yaptext.dialogue.layout import Conversation, Layout, Line, Role, Said
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec
 from yaptext.wire.messages import Call
@@ -34,88 +35,133 @@ _TALK = (
 )
 """Messages that call for nothing: one stands before each of the tools' own examples, or a small model learns from
 them that every message is a call."""
+_KEPT_HEADS = 64
 
 
 class ToolPrompts:
-    """Builds the tool model's prompts. `history_tokens` bounds what they tell of the talk before."""
+    """Builds the tool model's prompts. `history_tokens` bounds what they hold of the talk before."""
 
     def __init__(self, codec: Codec, history_tokens: int) -> None:
         self._codec, self._history_tokens = codec, history_tokens
-        self._heads: OrderedDict[bytes, _Head] = OrderedDict()
+        self._heads: OrderedDict[bytes, Head] = OrderedDict()
 
     async def turn(self, tools: ToolSet, messages: Sequence[Message], utterance: str) -> list[int]:
         """The whole prompt of one decision."""
-        head = self._heads.get(tools.key)
-        if head is None:
-            head = self._heads[tools.key] = await _learn_head(self._codec, tools)
-            if len(self._heads) > 64:
-                self._heads.popitem(last=False)
-        else:
-            self._heads.move_to_end(tools.key)
-        recent = await self._recent(messages, head.labels)
-        if head.labels:
-            ids = head.ids + [token for message in recent for token in message.ids["tool as text"]]
-            return ids + await self._codec.encode(f"Message: {utterance}") + head.shape.closing
-        told, role = in_roles(head.shape, recent, "tool")
-        if recent:  # the head already opens the first message
-            told = told[len(head.shape.after_system) :] + head.shape.joint(role, "user")
-        return head.ids + told + await self._codec.encode(utterance) + head.shape.closing
+        head = await self.head(tools)
+        return await head.layout.ids(head.talk(await self._recent(messages, head), utterance))
 
-    async def _recent(self, messages: Sequence[Message], labels: bool) -> list[Message]:
+    async def head(self, tools: ToolSet) -> Head:
+        """What stands before the talk, learned once for each set of tools and day."""
+        head = self._heads.get(tools.key)
+        if head is None or head.layout.day != self._codec.day:
+            head = self._heads[tools.key] = await Head.learn(self._codec, tools)
+            if len(self._heads) > _KEPT_HEADS:
+                self._heads.popitem(last=False)
+        self._heads.move_to_end(tools.key)
+        return head
+
+    async def _recent(self, messages: Sequence[Message], head: Head) -> list[Message]:
         """The last whole messages within the limit, beginning with the user's."""
-        key = "tool as text" if labels else "tool"
-        recent = [m for m in messages[-16:] if m.speaker != "note"]
-        new = [message for message in recent if key not in message.ids]
-        texts = [message.text.strip() for message in new]
-        if labels:
-            texts = [f"{message.speaker.capitalize()}: {text}\n" for message, text in zip(new, texts, strict=True)]
-        for message, ids in zip(new, await self._codec.encode_all(texts), strict=True):
-            message.ids[key] = ids
-        recent = recent[keep_recent([len(m.ids[key]) for m in recent], self._history_tokens) :]
+        recent = [message for message in messages[-16:] if message.speaker != "note"]
+        sizes = await head.layout.measure([(head.role(message), head.line(message)) for message in recent])
+        recent = recent[keep_recent(sizes, self._history_tokens) :]
         while recent and recent[0].speaker != "user":
             recent = recent[1:]
         return recent
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
-    """The fixed beginning of a tool prompt. `labels` says that history is told as labelled text in one user
-    message (the general instruction), not in the template's roles."""
+class Head:
+    """The fixed beginning of a tool prompt. Either the template describes the tools, and `before` is empty; or an
+    instruction does, and the talk stands as lines with `labels` in one user message. A model without a template is
+    given all of it as `one_text`."""
 
-    ids: list[int]
-    shape: Shape
+    layout: Layout
     labels: bool
+    before: Sequence[Said] = ()
+    one_text: bool = False
+
+    @classmethod
+    async def learn(cls, codec: Codec, tools: ToolSet) -> Head:
+        described = [{"type": "function", "function": _disguised(codec, tool)} for tool in tools.tools]
+        native = cls(await Layout.plain(codec, "tool"), labels=False)
+        samples = [native.talk(messages, "Hi!") for messages in _samples()]
+        if all(_describes(codec, described, talk) for talk in samples):
+            layout = await Layout.learn(codec, "tool", samples, described)
+            if layout is not None:
+                return cls(layout, labels=False)
+        signatures = (
+            f"{tool['name']}({', '.join(tool['parameters'].get('properties', {}))}): {tool['description']}"
+            for tool in tools.tools
+        )
+        instruction = Said("system", [Line((_INSTRUCTION + "\n".join(signatures)).strip(), {})])
+        before = [instruction, *_shots(tools)]
+        told = cls(native.layout, labels=True, before=before)
+        layout = await Layout.learn(codec, "tool as text", [told.talk(messages, "Hi!") for messages in _samples()])
+        if layout is not None:
+            return replace(told, layout=layout)
+        return replace(told, layout=await Layout.plain(codec, "tool as text"), one_text=True)
+
+    def role(self, message: Message) -> Role | None:
+        """In which it stands as a whole message, if it does."""
+        return None if self.labels or message.speaker == "note" else message.speaker
+
+    def line(self, message: Message) -> Line:
+        text = message.text.strip()
+        return Line(f"{message.speaker.capitalize()}: {in_lines(text)}" if self.labels else text, message.ids)
+
+    def talk(self, recent: Sequence[Message], utterance: str) -> Conversation:
+        """The conversation that a decision's prompt renders."""
+        utterance = utterance.strip()
+        if not self.labels:
+            said = [Said(role, [self.line(message)]) for message in recent if (role := self.role(message)) is not None]
+            return [*said, Said("user", [Line(utterance, volatile=True)])]
+        last = Line(f"Message: {in_lines(utterance)}".strip(), volatile=True)
+        lines = [*(self.line(message) for message in recent), last]
+        if self.one_text:
+            shots = [line for said in self.before for line in said.lines]
+            return [Said("user", [*shots, *lines[:-1], Line(f"{last.text}\nCalls:", volatile=True)])]
+        return [*self.before, Said("user", lines)]
 
 
-async def _learn_head(codec: Codec, tools: ToolSet) -> _Head:
-    probe = [{"role": "user", "content": "hello"}]
-    functions = [{"type": "function", "function": tool} for tool in tools.tools]
-    native = codec.render(probe, functions)
-    if native is not None and native != codec.render(probe):
-        shape = await learn_shape(codec, functions)
-        if shape is not None:
-            return _Head(shape.opening, shape, labels=False)
-    signatures = (
-        f"{tool['name']}({', '.join(tool['parameters'].get('properties', {}))}): {tool['description']}"
-        for tool in tools.tools
+def _samples() -> list[list[Message]]:
+    """Talks as they come. Each has messages of its own, since those keep their token ids."""
+    texts = (
+        [],
+        ["One?", "Two.", "3"],
+        ["Really?!", "Yes: 7 x 8 = 56."],
+        ["Really?!", "Yes: 7 x 8 = 56.", "So?", "Fine"],
     )
-    instruction = await codec.encode(_INSTRUCTION + "\n".join(signatures))
-    shape = await learn_shape(codec)
-    if shape is None:
-        newline, *pieces = [await codec.encode(text) for text in ("\n", "\n\n", "\nCalls: ", "\n", "\nCalls: ")]
-        bare = Shape(newline, [], *pieces)
-        return _Head(instruction + await _shots(codec, bare, tools), bare, labels=True)
-    return _Head(shape.opening + instruction + await _shots(codec, shape, tools), shape, labels=True)
+    return [[Message("assistant" if n % 2 else "user", text) for n, text in enumerate(talk)] for talk in texts]
 
 
-async def _shots(codec: Codec, shape: Shape, tools: ToolSet) -> list[int]:
-    """The tools' examples and as many of plain talk as earlier exchanges, up to where the next message opens."""
-    ids = list(shape.after_system)
+def _describes(codec: Codec, tools: list[dict[str, Any]], talk: Conversation) -> bool:
+    """Whether the template itself shows every tool."""
+    rendered = codec.render([{"role": said.role, "content": said.content} for said in talk], tools)
+    return rendered is not None and all(tool["function"]["name"] in rendered for tool in tools)
+
+
+def _disguised(codec: Codec, value: Any) -> Any:
+    """A tool as the template may print it: nothing in it is a control token."""
+    if isinstance(value, str):
+        return codec.disguise(value)
+    if isinstance(value, list):
+        return [_disguised(codec, item) for item in value]
+    if isinstance(value, dict):
+        return {codec.disguise(name): _disguised(codec, item) for name, item in value.items()}
+    return value
+
+
+def _shots(tools: ToolSet) -> list[Said]:
+    """The tools' examples and as many of plain talk as earlier exchanges."""
+    said = []
     for talk, (message, calls) in zip(cycle(_TALK), tools.examples, strict=False):
-        for said, answer in ((talk, []), (message, calls)):
-            ids += await codec.encode(f"Message: {said}") + shape.after_user
-            ids += await codec.encode(dumps(answer)) + shape.after_reply
-    return ids
+        for text, answer in ((talk, []), (message, calls)):
+            said += [
+                Said("user", [Line(f"Message: {in_lines(text)}", {})]),
+                Said("assistant", [Line(dumps(answer), {})]),
+            ]
+    return said
 
 
 def dumps(calls: list[Call]) -> str:

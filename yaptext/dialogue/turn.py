@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 import msgspec
@@ -13,6 +14,7 @@ import structlog
 from msgspec import UNSET, UnsetType
 
 from yaptext.dialogue.history import recent
+from yaptext.dialogue.reply import Lines
 from yaptext.dialogue.session import Session
 from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolcall import Decision
@@ -247,17 +249,27 @@ class Turn:
         if room < 1:
             raise TextTooLong(f"the prompt is {len(prompt)} tokens; limit is {engine.max_model_len - 1}")
         sampling = stage.sampling(self._start.sampling, self._seed, room, self._session.key_name)
+        most = sampling.max_tokens - stage.thinking_room if sampling.reasoning is not None else None
+        lines = Lines() if prompts.labelled else None
         self._mark_queue()
         async with aclosing(engine.stream(prompt, sampling)) as deltas:
             async for delta in deltas:
-                self._usage.prompt_tokens = delta.prompt_tokens
-                self._usage.cached_tokens = delta.cached_tokens
-                self._usage.completion_tokens += delta.tokens
+                usage = self._usage
+                usage.prompt_tokens, usage.cached_tokens = delta.prompt_tokens, delta.cached_tokens
+                usage.completion_tokens += delta.tokens
+                usage.reasoning_tokens += delta.reasoning
                 self._finish_reason = delta.finish_reason
+                told = delta if lines is None else _within(lines, delta)
                 if self._held is not None:
-                    self._held.append(delta)
+                    self._held.append(told)
                 else:
-                    self._pass_on(delta)
+                    self._pass_on(told)
+                if lines is not None and lines.over:
+                    self._finish_reason = "stop"
+                    return
+                if most is not None and usage.completion_tokens - usage.reasoning_tokens >= most:
+                    self._finish_reason = self._finish_reason or "length"
+                    return
 
     def _pass_on(self, delta: Delta) -> None:
         if self.over or not delta.text:
@@ -336,3 +348,11 @@ class Turn:
 
     def _since_received(self) -> float:
         return round((time.perf_counter() - self.received_at) * 1000, 2)
+
+
+def _within(lines: Lines, delta: Delta) -> Delta:
+    """The delta with what of its text belongs to the reply."""
+    text = lines.take(delta.text)
+    if delta.finish_reason is not None:
+        text += lines.rest()
+    return delta if text == delta.text else replace(delta, text=text)

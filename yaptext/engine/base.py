@@ -13,10 +13,40 @@ DECIDE, CHAT, WARM = 0, 1, 2
 behind what is only warmed."""
 
 
+Place = Literal["start", "after", "inside"]
+"""Where a text stands that is encoded by itself: at the start of a prompt, after a control token, or after other text.
+Some tokenizers put a space before the first two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """What a template says of thinking. `switched`: it has a switch; `on`: the model may think, as far as the template
+    decides that. `start` and `end` stand around the thinking, empty if the template knows of none. `opened`: a prompt
+    ends after `start`."""
+
+    switched: bool = False
+    on: bool = False
+    start: str = ""
+    end: str = ""
+    opened: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """How thinking is told from speech in what a model says: by vLLM's parser `parser`, or between `start` and `end`
+    if that is None. `opened`: the prompt ends after `start`."""
+
+    parser: str | None = None
+    start: str = ""
+    end: str = ""
+    opened: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one request is sampled. `json_schema` constrains the text to compact JSON of that schema, without
     white space between its parts. `top_k=0` is off. `alternatives` asks for that many of each token's likeliest.
+    `stop` and `stop_ids` end the text, and are no part of it. `reasoning` keeps thinking out of the text.
     Prompts of different `cache_salt` find nothing of each other in the prefix cache."""
 
     max_tokens: int
@@ -29,6 +59,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    reasoning: Reasoning | None = None
     json_schema: str | None = None
     alternatives: int = 0
     cache_salt: str = ""
@@ -38,7 +70,8 @@ class Sampling:
 class Delta:
     """What one engine step added to one stream. `text` may be empty (half a character), `tokens` may be more
     than one; `finish_reason` is set on the last. The prompt counts are the same on every delta. `alternatives` holds,
-    where they were asked for, each token's likeliest texts with their probability under the constraint."""
+    where they were asked for, each token's likeliest texts with their probability under the constraint. `reasoning` is
+    how many of `tokens` are thinking, whose text is left out."""
 
     text: str
     tokens: int
@@ -46,6 +79,7 @@ class Delta:
     cached_tokens: int
     finish_reason: str | None = None
     alternatives: Sequence[dict[str, float]] = ()
+    reasoning: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +105,25 @@ class Codec(Protocol):
     block_size: int
     """Tokens that the prefix cache shares as one unit."""
 
-    async def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of `text` alone, nothing added. Only with `special` do control tokens written out in the
-        text count as such; a user's text is never encoded so."""
+    leading: list[int]
+    """What the tokenizer puts before a text that no template wraps: the token for its beginning, or nothing."""
+    end_ids: list[int]
+    """Tokens that end a reply by the model's own configuration."""
+    ticks: bool
+    """Whether the template says the time of day: then no two prompts begin alike."""
+    bounded_by_bytes: bool
+    """True if no text takes more tokens than it has bytes in UTF-8."""
+
+    @property
+    def day(self) -> tuple[str, ...]:
+        """What the template says of the date now. What was rendered under another value is out of date."""
         ...
 
-    async def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    async def encode(self, text: str, *, place: Place = "inside") -> list[int]:
+        """Token ids of `text` alone, nothing added. Control tokens written out in it are text."""
+        ...
+
+    async def encode_all(self, texts: Sequence[str], *, place: Place = "inside") -> list[list[int]]:
         """The same of many texts, each by itself."""
         ...
 
@@ -84,9 +131,37 @@ class Codec(Protocol):
         """The longest start or end of `text` that takes at most `max_tokens` tokens."""
         ...
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str | None:
-        """The model's chat template over `messages`, ready for a reply; None where it has no template or
-        the template refuses these roles."""
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        reply: bool = True,
+        thinking: bool = False,
+    ) -> str | None:
+        """The model's chat template over `messages`, with `reply` ready for one, with `thinking` asked to think if it
+        has a switch for that; None where it has no template or the template refuses these roles."""
+        ...
+
+    def thinking(self, wanted: bool) -> Thinking:
+        """What the template says of thinking if that is asked for, or not."""
+        ...
+
+    def disguise(self, text: str) -> str:
+        """`text` with its control tokens made such that `split` takes them for text, and gives them back as they
+        were: for contents that are to be rendered."""
+        ...
+
+    def split(self, rendered: str) -> list[int | str]:
+        """What a template has rendered: its control tokens, and the texts between them."""
+        ...
+
+    async def encode_rendered(self, rendered: str) -> list[int]:
+        """Token ids of what a template has rendered, as the tokenizer itself reads it; what was disguised is text."""
+        ...
+
+    def show(self, ids: Sequence[int]) -> str:
+        """What the ids stand for, control tokens included."""
         ...
 
 
@@ -109,6 +184,10 @@ class Engine(Codec, Protocol):
     ) -> AsyncGenerator[Delta, None]: ...
 
     def load(self) -> Load: ...
+
+    def check_reasoning(self, reasoning: Reasoning) -> None:
+        """Raises `StartError` where this engine cannot tell such thinking from speech."""
+        ...
 
     async def check(self) -> None:
         """Raises `EngineDead` where the engine cannot work any more."""

@@ -72,6 +72,9 @@ def params_of(sampling: Sampling) -> SamplingParams:
         frequency_penalty=sampling.frequency_penalty,
         seed=sampling.seed,
         stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_ids) or None,
+        # Marks around thinking may be special tokens: its parser looks for their text.
+        skip_special_tokens=sampling.reasoning is None,
         structured_outputs=constraint,
         logprobs=sampling.alternatives or None,
         output_kind=RequestOutputKind.DELTA,

@@ -14,9 +14,10 @@ from typing import Any
 import structlog
 
 from yaptext.engine import cpu_awq, demo, opening, weights
-from yaptext.engine.base import CHAT, Delta, Engines, Load, Role, Sampling
+from yaptext.engine.base import CHAT, Delta, Engines, Load, Reasoning, Role, Sampling
 from yaptext.engine.codec import HubCodec
 from yaptext.engine.prefill import Prefill
+from yaptext.engine.template import template_file
 from yaptext.errors import EngineDead, EngineFailed, StartError
 from yaptext.observe.notify import notify
 from yaptext.settings import Settings
@@ -29,10 +30,13 @@ class VllmEngine(HubCodec):
     """One AsyncLLM. Opened by `open`, which blocks while weights load; see `Engine` for the contract."""
 
     def __init__(self, llm: Any, model: str, kind: weights.Kind, gauge: Any) -> None:
+        tokenizer = llm.get_tokenizer()
         super().__init__(
-            llm.get_tokenizer(),
+            tokenizer,
             max_model_len=llm.model_config.max_model_len,
             block_size=llm.vllm_config.cache_config.block_size,
+            template=None if tokenizer.chat_template else template_file(model),
+            end_ids=_end_ids(llm.model_config),
         )
         self._llm, self.model, self._gauge = llm, model, gauge
         self.blocks: int = llm.vllm_config.cache_config.num_gpu_blocks
@@ -78,6 +82,11 @@ class VllmEngine(HubCodec):
 
         from yaptext.engine.request import alternatives_of, params_of, prompt_of
 
+        thoughts = None
+        if sampling.reasoning is not None:
+            from yaptext.engine.reasoning import Thoughts
+
+            thoughts = Thoughts(sampling.reasoning, self._llm.get_tokenizer(), prompt)
         finished, waits = False, True
         self._prefill.begin(len(prompt))
         self._running += 1
@@ -97,13 +106,18 @@ class VllmEngine(HubCodec):
                     if waits:
                         waits = False
                         self._prefill.end(len(prompt), output.num_cached_tokens or 0)
+                    text, thought = completion.text, 0
+                    if thoughts is not None:
+                        text, thought = thoughts.take(text, completion.token_ids)
+                        text += thoughts.rest() if finished else ""
                     yield Delta(
-                        text=completion.text,
+                        text=text,
                         tokens=len(completion.token_ids),
                         prompt_tokens=len(output.prompt_token_ids or ()),
                         cached_tokens=output.num_cached_tokens or 0,
                         finish_reason=completion.finish_reason if finished else None,
                         alternatives=alternatives_of(completion.logprobs) if sampling.alternatives else (),
+                        reasoning=thought,
                     )
         except EngineDeadError as error:
             finished = True
@@ -133,6 +147,11 @@ class VllmEngine(HubCodec):
             prefill_tokens_per_s=self._prefill.tokens_per_s,
         )
 
+    def check_reasoning(self, reasoning: Reasoning) -> None:
+        from yaptext.engine.reasoning import check
+
+        check(reasoning, self._llm.get_tokenizer())
+
     async def check(self) -> None:
         if self._llm.errored:
             raise EngineDead("The engine died.")
@@ -143,6 +162,14 @@ class VllmEngine(HubCodec):
     def close(self, within_s: float = 5) -> None:
         self._llm.shutdown(timeout=within_s)
         self._llm.shutdown = lambda timeout=None: None  # __del__ calls it again, when the interpreter is half gone
+
+
+def _end_ids(config: Any) -> list[int]:
+    """What ends a reply by `eos_token_id` in the model's config and generation config: a number, a list or nothing."""
+    found = []
+    for ids in (config.hf_text_config.eos_token_id, config.try_get_generation_config().get("eos_token_id")):
+        found += [ids] if isinstance(ids, int) else list(ids or ())
+    return found
 
 
 def open_engines(settings: Settings) -> Engines:

@@ -203,6 +203,7 @@ async def status(request: Request) -> Response:
             "sessions": len(service.stage.sessions),
             "session_file_failing": service.stage.sessions.file_failing,
             "models": msgspec.to_builtins(service.stage.models),
+            "prompt": service.stage.prompt_facts,
             "engines": {
                 role: {
                     "model": engine.model,

@@ -137,11 +137,13 @@ class Final(Struct, frozen=True, tag="final"):
 
 class Usage(Struct):
     """Model tokens of one turn. `cached_tokens` and `tool_cached_tokens` are prompt tokens that the engine did
-    not compute again; `completion_tokens` counts the chat model's tokens only."""
+    not compute again; `completion_tokens` counts the chat model's tokens only, `reasoning_tokens` those of them that
+    were thinking, which is never sent."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     tool_prompt_tokens: int = 0
     tool_cached_tokens: int = 0
 
