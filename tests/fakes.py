@@ -159,6 +159,10 @@ class ScriptedEngine:
         pass
 
     @property
+    def has_template(self) -> bool:
+        return self.template != "none"
+
+    @property
     def day(self) -> tuple[str, ...]:
         return self.says
 

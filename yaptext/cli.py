@@ -72,6 +72,24 @@ def _parser() -> argparse.ArgumentParser:
     _client_options(warmup)
     warmup.set_defaults(command=_warmup)
 
+    prompt = commands.add_parser(
+        "prompt",
+        help="show what models are sent",
+        description="Prints the prompt that each model is sent, with its control tokens, and what that was made of. No "
+        "engine is opened. Settings such as CHAT_THINKING count. Exit status 1 if a model cannot be used.",
+    )
+    prompt.add_argument("models", nargs="+", metavar="MODEL", help="a folder or hub id")
+    prompt.add_argument("--role", choices=("chat", "tool"), default="chat", help="default: chat")
+    prompt.add_argument("--format", choices=("segments", "turns", "bare"), help="default: CHAT_PROMPT_FORMAT")
+    prompt.add_argument("--persona-style", metavar="STYLE", help="default: DEFAULT_PERSONA_STYLE")
+    prompt.add_argument(
+        "--history", metavar="FILE", type=Path, help="a transcript, lines that open with User: and Assistant:"
+    )
+    prompt.add_argument("--tools", metavar="FILE", type=Path, help="default: TOOLS_FILE")
+    prompt.add_argument("--utterance", metavar="TEXT", default="Hello!", help="default: Hello!")
+    prompt.add_argument("--json", action="store_true", help="one JSON object a model, one a line")
+    prompt.set_defaults(command=_prompt)
+
     from yaptext.tools.bench.options import add_options
 
     bench = commands.add_parser("bench", help="measure a running service, beside another server if one is named")
@@ -206,6 +224,22 @@ def _warmup(parsed: argparse.Namespace) -> int:
     return asyncio.run(
         warmup(url, key, parsed.message, session=parsed.session, history=parsed.history, persona=_persona(parsed))
     )
+
+
+def _prompt(parsed: argparse.Namespace) -> int:
+    logging.disable(logging.WARNING)  # of the hub client and transformers, about files that many models lack
+    from yaptext.commands.prompt import Options, prompt
+
+    options = Options(
+        role=parsed.role,
+        format=parsed.format,
+        persona_style=parsed.persona_style,
+        history=parsed.history,
+        tools=parsed.tools,
+        utterance=parsed.utterance,
+        as_json=parsed.json,
+    )
+    return prompt(Settings.load(), parsed.models, options)
 
 
 def _bench(parsed: argparse.Namespace) -> int:

@@ -69,7 +69,9 @@ class Settings(BaseSettings):
     tool_model: str | None = _env("TOOL_MODEL", None, "Tool model: a hub id or a local folder, for example `MadeAgents/Hammer2.1-1.5b` or `MadeAgents/Hammer2.1-3b`.")  # fmt: skip
     awq_chat_model: str | None = _env("AWQ_CHAT_MODEL", None, "Pre-quantized AWQ chat model, served instead of `CHAT_MODEL`.")  # fmt: skip
     awq_tool_model: str | None = _env("AWQ_TOOL_MODEL", None, "Pre-quantized AWQ tool model, served instead of `TOOL_MODEL`.")  # fmt: skip
-    quantization: Literal["auto", "none", "fp8", "awq", "gptq"] = _env("QUANTIZATION", "auto", "Weights: `auto` takes GPTQ or AWQ where the model's config or name says so, a finished AWQ folder of the quantizer, else FP8 on CUDA and float on CPU.")  # fmt: skip
+    quantization: Literal["auto", "none", "fp8", "awq", "gptq"] = _env("QUANTIZATION", "auto", "Weights: `auto` takes GPTQ or AWQ where the model's config or name says so, a finished AWQ folder of the quantizer, else FP8 on CUDA and float on CPU. `gptq` leaves a tool model that has float weights as `auto` would serve it.")  # fmt: skip
+    chat_quantization: Literal["auto", "none", "fp8", "awq", "gptq"] | None = _env("CHAT_QUANTIZATION", None, "The same for the chat model alone.")  # fmt: skip
+    tool_quantization: Literal["auto", "none", "fp8", "awq", "gptq"] | None = _env("TOOL_QUANTIZATION", None, "The same for the tool model alone.")  # fmt: skip
     awq_calibration: str = _env("AWQ_CALIBRATION", "builtin", "Text to calibrate AWQ with (quantizer): `builtin`, a `.txt` or `.jsonl` file, a folder of them, or a hub data set as `hub:NAME`.")  # fmt: skip
     awq_calibration_samples: int | None = _env("AWQ_CALIBRATION_SAMPLES", None, "Calibration samples (quantizer). Default: 128 on CUDA, 8 on CPU.", ge=1, le=4096)  # fmt: skip
     awq_calibration_tokens: int = _env("AWQ_CALIBRATION_TOKENS", 512, "Tokens of one calibration sample (quantizer).", ge=64, le=8192)  # fmt: skip
@@ -253,6 +255,10 @@ class Settings(BaseSettings):
         default = 2000 if self.on_cuda else 30_000
         return default if self.max_prefill_backlog_ms is None else self.max_prefill_backlog_ms
 
+    def quantization_of(self, role: Literal["chat", "tool"]) -> str:
+        chosen = self.chat_quantization if role == "chat" else self.tool_quantization
+        return chosen or self.quantization
+
     def batched_tokens(self, role: Literal["chat", "tool"]) -> int:
         chosen = self.chat_max_num_batched_tokens if role == "chat" else self.tool_max_num_batched_tokens
         return chosen or self.max_num_batched_tokens or (512 if role == "chat" and self.on_cuda else 2048)
@@ -260,6 +266,18 @@ class Settings(BaseSettings):
     def gpu_fraction(self, role: Literal["chat", "tool"], *, alone: bool) -> float:
         chosen = self.chat_gpu_frac if role == "chat" else self.tool_gpu_frac
         return chosen or (0.90 if alone else {"chat": 0.70, "tool": 0.20}[role])
+
+
+_QUANTIZATIONS = {
+    "awq_marlin": "awq",
+    "gptq_marlin": "gptq",
+    "compressed-tensors": "auto",
+    "compressed_tensors": "auto",
+    "float": "none",
+    "bf16": "none",
+    "bfloat16": "none",
+}
+"""vLLM's and others' words, and what they mean here: the checkpoint's own config says how it is quantized."""
 
 
 class Moved(NamedTuple):
@@ -291,6 +309,11 @@ def moved_names(environ: Mapping[str, str] | None = None) -> Moved:
         values["VLLM_ATTENTION_BACKEND"] = "auto" if backend == "AUTO" else backend
         if backend != "AUTO":
             notes.append("VLLM_ATTENTION_BACKEND is now an argument of the engine: it is passed on as one")
+    for name in ("QUANTIZATION", "CHAT_QUANTIZATION", "TOOL_QUANTIZATION"):
+        value = environ.get(name, "").lower()
+        if value in _QUANTIZATIONS:
+            values[name] = _QUANTIZATIONS[value]
+            notes.append(f"{name}={environ[name]} means {_QUANTIZATIONS[value]} here")
     if environ.get("KV_DTYPE", "").lower() == "int8":
         values["KV_DTYPE"] = "int8_per_token_head"
         notes.append("KV_DTYPE=int8 is now int8_per_token_head")

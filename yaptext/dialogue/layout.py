@@ -221,6 +221,10 @@ class Layout:
         text = self.render(talk)
         if text is None:
             raise EngineFailed("The chat template refuses this conversation.")
+        return await self.encode(text)
+
+    async def encode(self, text: str) -> list[int]:
+        """The ids of a rendered text, as the tokenizer reads it."""
         if self.is_plain:
             return [*self._codec.leading, *await self._codec.encode(text, place="start")]
         return await self._codec.encode_rendered(text)

@@ -93,8 +93,8 @@ class ChatPrompts:
                 return cls(codec, taken, limits, layout, lacking)
         lacking = None
         if format != "bare":
-            has_one = codec.render([{"role": "user", "content": "Hello"}]) is not None
-            lacking = "the chat template refuses a conversation" if has_one else "the model has no chat template"
+            refused = "the chat template refuses a conversation"
+            lacking = refused if codec.has_template else "the model has no chat template"
         return cls(codec, "bare", limits, await Layout.plain(codec, "chat"), lacking)
 
     @property

@@ -213,8 +213,7 @@ class Stage:
                 )
         if isinstance(self.decider, Decider):
             head = await self.decider.head()
-            form = "instruction" if head.labels else "template"
-            self._tell_prompt("tool", {"format": "bare" if head.one_text else form} | _facts(head.layout, None), None)
+            self._tell_prompt("tool", {"format": head.format} | _facts(head.layout, None), None)
 
     def _tell_prompt(self, role: str, facts: dict[str, Any], lacking: str | None) -> None:
         self.prompt_facts[role] = facts
@@ -314,13 +313,8 @@ class Stage:
 
 
 def _facts(layout: Layout, reasoning: Reasoning | None) -> dict[str, Any]:
-    thinking = "none"
-    if layout.thinking.switched:
-        thinking = "on" if layout.thinking.on else "off"
-    elif layout.thinking.on:
-        thinking = "always"
     parser = None if reasoning is None else reasoning.parser or f"{reasoning.start} {reasoning.end}"
-    facts: dict[str, Any] = {"exact": layout.exact, "prefix_stable": layout.stable, "thinking": thinking}
+    facts: dict[str, Any] = {"exact": layout.exact, "prefix_stable": layout.stable, "thinking": layout.thinking.word}
     return facts | ({"reasoning_parser": parser} if parser else {})
 
 

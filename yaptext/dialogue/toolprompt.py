@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ _TALK = (
 """Messages that call for nothing: one stands before each of the tools' own examples, or a small model learns from
 them that every message is a call."""
 _KEPT_HEADS = 64
+_WORDS = re.compile(r"[A-Za-z0-9]{3,}")
 
 
 class ToolPrompts:
@@ -48,7 +50,7 @@ class ToolPrompts:
     async def turn(self, tools: ToolSet, messages: Sequence[Message], utterance: str) -> list[int]:
         """The whole prompt of one decision."""
         head = await self.head(tools)
-        return await head.layout.ids(head.talk(await self._recent(messages, head), utterance))
+        return await head.layout.ids(head.talk(await self.recent(messages, head), utterance))
 
     async def head(self, tools: ToolSet) -> Head:
         """What stands before the talk, learned once for each set of tools and day."""
@@ -60,7 +62,7 @@ class ToolPrompts:
         self._heads.move_to_end(tools.key)
         return head
 
-    async def _recent(self, messages: Sequence[Message], head: Head) -> list[Message]:
+    async def recent(self, messages: Sequence[Message], head: Head) -> list[Message]:
         """The last whole messages within the limit, beginning with the user's."""
         recent = [message for message in messages[-16:] if message.speaker != "note"]
         sizes = await head.layout.measure([(head.role(message), head.line(message)) for message in recent])
@@ -102,6 +104,11 @@ class Head:
             return replace(told, layout=layout)
         return replace(told, layout=await Layout.plain(codec, "tool as text"), one_text=True)
 
+    @property
+    def format(self) -> str:
+        """`template`, `instruction`, or `bare` without a template."""
+        return "bare" if self.one_text else "instruction" if self.labels else "template"
+
     def role(self, message: Message) -> Role | None:
         """In which it stands as a whole message, if it does."""
         return None if self.labels or message.speaker == "note" else message.speaker
@@ -126,7 +133,7 @@ class Head:
 
 def _samples() -> list[list[Message]]:
     """Talks as they come. Each has messages of its own, since those keep their token ids."""
-    texts = (
+    texts: tuple[list[str], ...] = (
         [],
         ["One?", "Two.", "3"],
         ["Really?!", "Yes: 7 x 8 = 56."],
@@ -138,7 +145,12 @@ def _samples() -> list[list[Message]]:
 def _describes(codec: Codec, tools: list[dict[str, Any]], talk: Conversation) -> bool:
     """Whether the template itself shows every tool."""
     rendered = codec.render([{"role": said.role, "content": said.content} for said in talk], tools)
-    return rendered is not None and all(tool["function"]["name"] in rendered for tool in tools)
+    return rendered is not None and all(shows(rendered, tool["function"]) for tool in tools)
+
+
+def shows(prompt: str, tool: dict[str, Any]) -> bool:
+    """Whether a prompt holds a tool's name and the words of its description, as some templates escape the rest."""
+    return tool["name"] in prompt and all(word in prompt for word in _WORDS.findall(tool["description"]))
 
 
 def _disguised(codec: Codec, value: Any) -> Any:

@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from jsonschema import Draft202012Validator
 
+from yaptext.dialogue.toolschema import check_schema
 from yaptext.errors import BadMessage, SettingsError, YapError
 from yaptext.wire.messages import Call
 
 MAX_TOOLS = 64
 MAX_CALLS = 4
 MAX_TOOLS_BYTES = 32_768
-MAX_SCHEMAS = 128
-MAX_SCHEMA_DEPTH = 16
-_REFUSED_WORDS = {"pattern", "patternProperties", "format"}
-_ONE_SCHEMA = {"items", "additionalProperties", "not", "contains", "propertyNames"}
-_NAMED_SCHEMAS = {"properties", "$defs", "definitions"}
-_LISTED_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems"}
-_REFERENCE = re.compile(r"#(/(\$defs|definitions|properties)/[^/]+|/items)*")
-"""A `$ref` to what `_check_schema` looks at. Any other the grammar's library quotes on stderr."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _calls_decoder = msgspec.json.Decoder(list[Call])
@@ -40,7 +34,7 @@ class ToolSet:
     """A validated list of tools, with the JSON schema of the decisions it allows: `schema`, or `call_schema` where no
     is not among them."""
 
-    __slots__ = ("call_schema", "examples", "given", "key", "names", "schema", "tools")
+    __slots__ = ("_validators", "call_schema", "examples", "given", "key", "names", "schema", "tools")
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
         """Takes `{"name", "description", "parameters", "examples"}` or the same under `"function"`; all but the
@@ -54,6 +48,7 @@ class ToolSet:
             self.given = tools
             self.tools = [_plain(tool, index) for index, tool in enumerate(tools)]
             self.names = [tool["name"] for tool in self.tools]
+            self._validators: dict[str, Draft202012Validator] = {}
             self.examples = [
                 (example.message, [Call(name, example.arguments)])
                 for index, (name, tool) in enumerate(zip(self.names, tools, strict=True))
@@ -81,8 +76,8 @@ class ToolSet:
             raise SettingsError(f"TOOLS_FILE={str(path)!r} is not a list of tools: {error}") from None
 
     def parse(self, text: str) -> list[Call]:
-        """The calls of a finished decision, whose arguments the grammar has held to their schemas.
-        Raises `ValueError` for what is no list of calls of these tools."""
+        """The calls of a finished decision. Raises `ValueError` for what is no list of calls of these tools, and for
+        arguments that do not fit their schema: the grammar holds to most of its words, not to all."""
         try:
             calls = _calls_decoder.decode(text)
         except msgspec.DecodeError as error:
@@ -90,7 +85,15 @@ class ToolSet:
         unknown = [call.name for call in calls if call.name not in self.names]
         if unknown or len(calls) > MAX_CALLS:
             raise ValueError(f"{len(calls)} calls, {len(unknown)} of unknown tools")
+        for call in calls:
+            if not self._validator(call.name).is_valid(call.arguments):
+                raise ValueError(f"the arguments of {call.name} do not fit its schema")
         return calls
+
+    def _validator(self, name: str) -> Draft202012Validator:
+        if name not in self._validators:
+            self._validators[name] = Draft202012Validator(self.tools[self.names.index(name)]["parameters"])
+        return self._validators[name]
 
 
 def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
@@ -106,43 +109,8 @@ def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
         raise BadMessage(f"Expected str - at {where}.description")
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise BadMessage(f"parameters must be a JSON schema of type object - at {where}.parameters")
-    _check_schema(parameters, f"{where}.parameters")
+    check_schema(parameters, name, f"{where}.parameters")
     return {"name": name, "description": description, "parameters": parameters}
-
-
-def _check_schema(schema: Any, where: str) -> None:
-    """Refuses what is no JSON schema, and what costs the engine seconds to turn into a grammar: patterns, and
-    schemas that are very deep or very many."""
-    waiting, count = [(schema, 0)], 0
-    while waiting:
-        count += 1
-        if count > MAX_SCHEMAS:
-            raise BadMessage(f"more than {MAX_SCHEMAS} schemas in one tool - at {where}")
-        part, depth = waiting.pop()
-        if isinstance(part, bool):
-            continue
-        if not isinstance(part, dict):
-            raise BadMessage(f"Expected a schema (object or bool), got {type(part).__name__} - at {where}")
-        if depth > MAX_SCHEMA_DEPTH:
-            raise BadMessage(f"schemas are nested deeper than {MAX_SCHEMA_DEPTH} - at {where}")
-        for word in _REFUSED_WORDS & part.keys():
-            raise BadMessage(f"{word!r} is not possible in a tool's schema - at {where}")
-        reference = part.get("$ref", "#")
-        if not isinstance(reference, str) or not _REFERENCE.fullmatch(reference):
-            raise BadMessage(f"'$ref' must point to one of the schema's own $defs, as #/$defs/NAME - at {where}")
-        required = part.get("required", [])
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise BadMessage(f"'required' must be a list of str - at {where}")
-        inner: list[Any] = [part[word] for word in _ONE_SCHEMA & part.keys()]
-        for word in _NAMED_SCHEMAS & part.keys():
-            if not isinstance(part[word], dict):
-                raise BadMessage(f"{word!r} must be an object - at {where}")
-            inner += part[word].values()
-        for word in _LISTED_SCHEMAS & part.keys():
-            if not isinstance(part[word], list):
-                raise BadMessage(f"{word!r} must be a list - at {where}")
-            inner += part[word]
-        waiting += [(item, depth + 1) for item in inner]
 
 
 def _examples(tool: dict[str, Any], index: int) -> list[Example]:

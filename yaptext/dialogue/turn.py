@@ -221,6 +221,7 @@ class Turn:
         if self.over:
             return  # cut in the moment in which the decision came
         self._decision = decision
+        self._stage.metrics.decisions.labels(decision.reason or ("yes" if decision.calls else "no")).inc()
         self._usage.tool_prompt_tokens = decision.prompt_tokens
         self._usage.tool_cached_tokens = decision.cached_tokens
         self._timings.tool_ms = round(decision.tool_ms, 2)

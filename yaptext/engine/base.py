@@ -30,6 +30,11 @@ class Thinking:
     end: str = ""
     opened: bool = False
 
+    @property
+    def word(self) -> str:
+        """none, off, on, or always: on without a switch."""
+        return ("on" if self.on else "off") if self.switched else ("always" if self.on else "none")
+
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
@@ -109,6 +114,7 @@ class Codec(Protocol):
     """What the tokenizer puts before a text that no template wraps: the token for its beginning, or nothing."""
     end_ids: list[int]
     """Tokens that end a reply by the model's own configuration."""
+    has_template: bool
     ticks: bool
     """Whether the template says the time of day: then no two prompts begin alike."""
     bounded_by_bytes: bool

@@ -11,7 +11,8 @@ import asyncio
 import json
 import secrets
 from collections.abc import Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
@@ -28,6 +29,7 @@ _DISGUISE = "\ufffe"
 _UNSEEN = f"\uffff{secrets.token_hex(8)}."
 """What a control token is called, with a number, in a tokenizer that must not find it."""
 _STRETCH = "\uffff"
+_PLACES: tuple[Place, ...] = ("start", "after", "inside")
 _SPACES = " \t\r\n\u2581"
 
 
@@ -48,23 +50,21 @@ class HubCodec:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise StartError(f"{type(tokenizer).__name__} is no fast tokenizer: the model needs a tokenizer.json")
-        source = json.loads(backend.to_str())
-        self._whole = _load(source)
-        control = {token["content"]: token for token in source["added_tokens"] if _is_control(token)}
-        self._control = {content: token["id"] for content, token in control.items()}
-        self._cutter = _cutter(control.values())
-        plain = _without(source, set(control))
-        texts = {place: json.dumps(_placed(plain, place)) for place in ("start", "after", "inside")}
-        loaded = {text: _load(json.loads(text)) for text in set(texts.values())}
-        self._content: dict[Place, Tokenizer] = {place: loaded[text] for place, text in texts.items()}  # type: ignore[misc]
+        parts = _taken_apart(backend.to_str())
+        self._whole, self._content, self._cutter, self._control = (
+            parts.whole,
+            parts.content,
+            parts.cutter,
+            parts.control,
+        )
+        self.bounded_by_bytes = parts.bounded_by_bytes
         self._shown = tokenizer
         self._template = ChatTemplate(tokenizer, fallback=template)
         self.thinking, self.render = self._template.thinking, self._template.render
-        self.ticks = self._template.ticks
+        self.ticks, self.has_template = self._template.ticks, self._template.exists
         self.leading: list[int] = _leading(self._whole)
         own = tokenizer.eos_token_id
         self.end_ids: list[int] = sorted({*end_ids, *([] if own is None else [own])})
-        self.bounded_by_bytes = source["normalizer"] is None and plain["model"]["type"] in ("BPE", "WordLevel")
 
     @property
     def day(self) -> tuple[str, ...]:
@@ -123,8 +123,37 @@ class HubCodec:
         return str(self._shown.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _load(source: dict[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(source))
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A tokenizer as a codec needs it: `whole` as it is, `content` for texts without control tokens, `cutter` for
+    finding those, and their ids."""
+
+    whole: Tokenizer
+    content: dict[Place, Tokenizer]
+    cutter: Tokenizer
+    control: dict[str, int]
+    bounded_by_bytes: bool
+
+
+@lru_cache(maxsize=2)
+def _taken_apart(text: str) -> _Parts:
+    """Of a tokenizer.json. Two models often share one."""
+    source = json.loads(text)
+    control = {token["content"]: token for token in source["added_tokens"] if _is_control(token)}
+    plain = _without(source, set(control))
+    texts: dict[Place, str] = {place: json.dumps(_placed(plain, place)) for place in _PLACES}
+    loaded = {text: _load(text) for text in set(texts.values())}
+    return _Parts(
+        whole=_load(text),
+        content={place: loaded[text] for place, text in texts.items()},
+        cutter=_cutter(control.values()),
+        control={content: token["id"] for content, token in control.items()},
+        bounded_by_bytes=source["normalizer"] is None and source["model"]["type"] in ("BPE", "WordLevel"),
+    )
+
+
+def _load(text: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -56,6 +56,7 @@ class ChatTemplate:
         """`fallback` is the template where the tokenizer has none."""
         found = tokenizer.chat_template or fallback or {}
         self._sources: Mapping[str, str] = {"default": found} if isinstance(found, str) else dict(found)
+        self.exists = bool(self._sources)
         self._tokenizer, self._clock = tokenizer, clock
         self._formats = tuple(
             sorted({form for source in self._sources.values() for _, form in _FORMATS.findall(source)})

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from yaptext.engine import cpu_awq, demo, opening, weights
+from yaptext.engine import cpu_awq, demo, fault, opening, weights
 from yaptext.engine.base import CHAT, Delta, Engines, Load, Reasoning, Role, Sampling
 from yaptext.engine.codec import HubCodec
 from yaptext.engine.prefill import Prefill
@@ -56,20 +56,19 @@ class VllmEngine(HubCodec):
         blocks: int | None = None,
     ) -> VllmEngine:
         """Loads the checkpoint. Raises `StartError` with vLLM's reason."""
-        try:
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
+        with fault.noted() as note:
+            try:
+                from vllm.engine.arg_utils import AsyncEngineArgs
+                from vllm.v1.engine.async_llm import AsyncLLM
 
-            from yaptext.engine.request import decode_from_the_end
+                from yaptext.engine.request import decode_from_the_end
 
-            gauge = _make_gauge()
-            args = AsyncEngineArgs(**_arguments(settings, checkpoint, role, alone=alone, blocks=blocks))
-            llm = AsyncLLM.from_engine_args(args, stat_loggers=[gauge])
-        except Exception as error:  # vLLM raises whatever the failing layer raises
-            reason = str(error).strip().splitlines()
-            raise StartError(
-                f"the {role} engine cannot open {checkpoint.source}: {reason[-1] if reason else type(error).__name__}"
-            ) from error
+                gauge = _make_gauge()
+                args = AsyncEngineArgs(**_arguments(settings, checkpoint, role, alone=alone, blocks=blocks))
+                llm = AsyncLLM.from_engine_args(args, stat_loggers=[gauge])
+            except Exception as error:  # vLLM raises whatever the failing layer raises
+                why = fault.reason(error, note)
+                raise StartError(f"the {role} engine cannot open {checkpoint.source}: {why}") from error
         engine = cls(llm, checkpoint.source, checkpoint.kind, gauge)
         decode_from_the_end(llm.get_tokenizer())
         return engine

@@ -14,6 +14,8 @@ import structlog
 
 from yaptext.engine import shelf
 from yaptext.engine.base import Role
+from yaptext.engine.codec import HubCodec
+from yaptext.engine.template import template_file
 from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings import Settings
 
@@ -47,12 +49,12 @@ def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoi
     not what `QUANTIZATION` asks for.
     """
     if demo is not None:
-        return _best_of(settings, str(demo), "no model is configured: the embedded demo model serves")
+        return _best_of(settings, role, str(demo), "no model is configured: the embedded demo model serves")
     awq = settings.awq_chat_model if role == "chat" else settings.awq_tool_model
     plain = settings.chat_model if role == "chat" else settings.tool_model
     name = role.upper()
     if awq:
-        checkpoint = _describe(settings, awq, f"AWQ_{name}_MODEL")
+        checkpoint = _describe(settings, role, awq, f"AWQ_{name}_MODEL")
         if checkpoint.kind != "awq":
             raise StartError(f"AWQ_{name}_MODEL={awq} has {checkpoint.kind} weights: name it in {name}_MODEL")
         return checkpoint
@@ -61,22 +63,25 @@ def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoi
             f"{name}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it "
             f"(AWQ_{name}_MODEL does as well)"
         )
-    return _best_of(settings, plain, f"{name}_MODEL")
+    return _best_of(settings, role, plain, f"{name}_MODEL")
 
 
-def _best_of(settings: Settings, source: str, reason: str) -> Checkpoint:
+def _best_of(settings: Settings, role: Role, source: str, reason: str) -> Checkpoint:
     """The quantizer's finished result for `source` where AWQ may be served, else `source` itself."""
-    found = shelf.finished(settings.state, source) if settings.quantization in ("auto", "awq") else None
+    wanted = settings.quantization_of(role)
+    found = shelf.finished(settings.state, source) if wanted in ("auto", "awq") else None
     if found is not None:
         reason += f"; a finished AWQ folder for {Path(source).name}"
         source = str(found.folder)
-    return _describe(settings, source, reason)
+    return _describe(settings, role, source, reason)
 
 
-def _describe(settings: Settings, source: str, reason: str) -> Checkpoint:
+def _describe(settings: Settings, role: Role, source: str, reason: str) -> Checkpoint:
     config = read_config(settings, source)
     kind = kind_of(source, config)
-    wanted = settings.quantization
+    wanted = settings.quantization_of(role)
+    if wanted == "gptq" and role == "tool" and kind == "float" and settings.tool_quantization is None:
+        wanted = "auto"  # as the guide has it: GPTQ is about the chat model
     if wanted == "awq" and kind == "float":
         raise StartError(
             f"QUANTIZATION=awq, but {source} has float weights: no finished AWQ folder lies in "
@@ -92,14 +97,15 @@ def _describe(settings: Settings, source: str, reason: str) -> Checkpoint:
         online = False
         if wanted == "fp8":
             reason += "; FP8 weights need CUDA: float weights serve"
-    text = config.get("text_config") or config
-    context = int(text.get("max_position_embeddings") or 8192)
-    return Checkpoint(source, "fp8" if online else kind, context, reason, online_fp8=online)
+    return Checkpoint(source, "fp8" if online else kind, context_of(config), reason, online_fp8=online)
 
 
 def kind_of(source: str, config: dict[str, Any]) -> Kind:
     """What kind of weights a checkpoint holds: its config decides; where that says nothing, its name does."""
-    method = (config.get("quantization_config") or {}).get("quant_method", "")
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method", "")
+    if method == "compressed-tensors":
+        return _compressed(quantization)
     for kind in ("awq", "gptq", "fp8"):
         if kind in method:
             return kind
@@ -109,6 +115,71 @@ def kind_of(source: str, config: dict[str, Any]) -> Kind:
     if "gptq" in name:
         return "gptq"
     return "awq" if "awq" in name else "float"
+
+
+def _compressed(quantization: dict[str, Any]) -> Kind:
+    """What llm-compressor made: 4-bit whole numbers are its AWQ (and GPTQ, which is served alike)."""
+    groups = quantization.get("config_groups")
+    schemes = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+    if schemes and all((scheme.get("num_bits"), scheme.get("type")) == (4, "int") for scheme in schemes):
+        return "awq"
+    if schemes and all((scheme.get("num_bits"), scheme.get("type")) == (8, "float") for scheme in schemes):
+        return "fp8"
+    return "other"
+
+
+def open_codec(settings: Settings, source: str, *, max_model_len: int | None = None, block_size: int = 1) -> HubCodec:
+    """The tokenizer and template of a folder or hub model, without an engine. Raises `StartError`."""
+    from transformers import AutoTokenizer
+
+    config: dict[str, Any] = {}
+    generation: dict[str, Any] = {}
+    if not shelf.is_folder(source) or (Path(source) / "config.json").exists():
+        config = read_config(settings, source)
+        generation = _generation_config(settings, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, token=hub_token(settings))
+    except Exception as error:  # of dozens of types, as the hub client's below
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise StartError(f"cannot read the tokenizer of {source}: {detail}") from error
+    ends = [(config.get("text_config") or config).get("eos_token_id"), generation.get("eos_token_id")]
+    return HubCodec(
+        tokenizer,
+        max_model_len=max_model_len or context_of(config),
+        block_size=block_size,
+        template=None if tokenizer.chat_template else template_file(source),
+        end_ids=[token for found in ends for token in ([found] if isinstance(found, int) else found or [])],
+    )
+
+
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+_SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "default", "mrope")
+
+
+def context_of(config: dict[str, Any]) -> int:
+    """The model's own longest sequence in tokens, as vLLM finds it (0.32: `derive_max_model_len_and_key` and
+    `_get_and_verify_max_len`), but 2048 if the config does not say."""
+    text = config
+    for nested in ("thinker_config", "text_config", "llm_config", "language_config"):
+        text = text[nested] if isinstance(text.get(nested), dict) else text
+    found = [value for key in _CONTEXT_KEYS if isinstance(value := text.get(key), int) and value > 0]
+    own = text.get("model_max_length")
+    longest = own if isinstance(own, int) and own > 0 else min(found, default=2048)
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    if isinstance(rope, dict) and "gemma3" not in str(config.get("model_type")):
+        kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+        if kind not in _SCALED_ALREADY and isinstance(factor, int | float):
+            longest = int(longest * factor)
+    return longest
 
 
 def version(checkpoint: Checkpoint) -> str | None:
@@ -123,18 +194,8 @@ def version(checkpoint: Checkpoint) -> str | None:
 
 def read_config(settings: Settings, source: str) -> dict[str, Any]:
     """The config.json of a folder or hub model. Raises `StartError`, and `SettingsError` as `hub_token` does."""
-    folder = Path(source)
     try:
-        if folder.is_dir():
-            path = folder / "config.json"
-        elif source.startswith((".", "/", "~")):
-            raise StartError(f"{source} is not a folder")
-        else:
-            from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
-
-            logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already
-            path = Path(hf_hub_download(source, "config.json", token=hub_token(settings)))
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = _read_json(settings, source, "config.json")
     except YapError:
         raise
     except Exception as error:  # the hub client raises dozens of types; all mean the same here
@@ -143,6 +204,28 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise StartError(f"the config.json of {source} is not an object")
     return config
+
+
+def _read_json(settings: Settings, source: str, name: str) -> Any:
+    """One file of a folder or hub model. Raises `StartError`, `SettingsError`, `OSError`, `ValueError` and what the hub
+    client raises."""
+    folder = Path(source)
+    if folder.is_dir():
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    if source.startswith((".", "/", "~")):
+        raise StartError(f"{source} is not a folder")
+    from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
+
+    logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already
+    return json.loads(Path(hf_hub_download(source, name, token=hub_token(settings))).read_text(encoding="utf-8"))
+
+
+def _generation_config(settings: Settings, source: str) -> dict[str, Any]:
+    try:
+        found = _read_json(settings, source, "generation_config.json")
+    except Exception:  # most models without one are served all the same
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def leave_hub_if_down(settings: Settings) -> None:

@@ -19,6 +19,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.turns = self._counter("yaptext_turns", "Turns by outcome.", "outcome")
+        self.decisions = self._counter("yaptext_decisions", "Decisions: yes, no, or why there was none.", "outcome")
         self.errors = self._counter("yaptext_errors", "Error frames by code.", "code")
         self.tokens = self._counter("yaptext_tokens", "Tokens by kind.", "kind")
         self.connections = self._gauge("yaptext_connections", "Open WebSockets.")

@@ -61,11 +61,13 @@ class Task:
 
 def run(settings: Settings, options: Options) -> None:
     """Does all that is to do; nothing to do takes a moment, and loads nothing heavy. Raises `YapError`."""
-    if options.when_wanted and settings.quantization != "awq":
+    if options.when_wanted and "awq" not in (settings.quantization_of("chat"), settings.quantization_of("tool")):
         _log.info("quantize.not_wanted", reason=f"QUANTIZATION={settings.quantization}")
         return
     begun = time.monotonic()
     wanted = tasks(settings)
+    if options.when_wanted:
+        wanted = [task for task in wanted if any(settings.quantization_of(role) == "awq" for role in task.roles)]
     todo = [task for task in wanted if _reason(settings, task, options) is not None]
     if options.when_wanted:
         todo = [task for task in todo if not _is_awq(settings, task)]

@@ -1,0 +1,118 @@
+"""Which JSON schemas the arguments of a tool may have: those that the engine can turn into a grammar, and soon."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from yaptext.errors import BadMessage
+
+MAX_SCHEMAS = 128
+MAX_SCHEMA_DEPTH = 16
+_SLOW = {"pattern", "patternProperties", "format", "unevaluatedProperties", "unevaluatedItems"}
+_NOT_COMPILED = {
+    "uniqueItems", "multipleOf", "contains", "minContains", "maxContains", "propertyNames", "$dynamicRef", "$anchor",
+}  # fmt: skip
+"""xgrammar 0.2.8, and vLLM 0.32 in front of it."""
+_ONE_SCHEMA = {"items", "additionalProperties", "not", "if", "then", "else"}
+_NAMED_SCHEMAS = {"properties", "$defs", "definitions", "dependentSchemas"}
+_LISTED_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems"}
+_TYPES = {"object", "array", "string", "integer", "number", "boolean", "null"}
+_SIZES = ("Length", "Items", "Properties")
+_REFERENCE = re.compile(r"#(/(\$defs|definitions|properties)/[^/]+|/items)*")
+"""A `$ref` to what is looked at here. Any other the grammar's library quotes on stderr."""
+
+
+def check_schema(schema: Any, name: str, where: str) -> None:
+    """Raises `BadMessage`, which names the tool, the word and the place, for what is no JSON schema, for what no
+    grammar can be made of, and for what costs the engine seconds: patterns, and schemas that are deep or many."""
+
+    def refuse(problem: str) -> BadMessage:
+        return BadMessage(f"tool {name!r}: {problem} - at {where}")
+
+    waiting, count = [(schema, 0)], 0
+    while waiting:
+        count += 1
+        if count > MAX_SCHEMAS:
+            raise refuse(f"more than {MAX_SCHEMAS} schemas in one tool")
+        part, depth = waiting.pop()
+        if isinstance(part, bool):
+            continue
+        if not isinstance(part, dict):
+            raise refuse(f"Expected a schema (object or bool), got {type(part).__name__}")
+        if depth > MAX_SCHEMA_DEPTH:
+            raise refuse(f"schemas are nested deeper than {MAX_SCHEMA_DEPTH}")
+        for word in sorted((_SLOW | _NOT_COMPILED) & part.keys()):
+            if part[word] is not False:  # "uniqueItems": false asks for nothing
+                raise refuse(f"{word!r} is not possible in a tool's schema")
+        if (problem := _problem(part, schema)) is not None:
+            raise refuse(problem)
+        inner: list[Any] = [part[word] for word in _ONE_SCHEMA & part.keys()]
+        for word in _NAMED_SCHEMAS & part.keys():
+            if not isinstance(part[word], dict):
+                raise refuse(f"{word!r} must be an object")
+            if False in part[word].values():
+                raise refuse(f"{word!r} holds the schema false, which nothing fits")
+            inner += part[word].values()
+        for word in _LISTED_SCHEMAS & part.keys():
+            if not isinstance(part[word], list) or not part[word]:
+                raise refuse(f"{word!r} must be a list that is not empty")
+            inner += part[word]
+        waiting += [(item, depth + 1) for item in inner]
+
+
+def _problem(part: dict[str, Any], root: dict[str, Any]) -> str | None:
+    """What is wrong with the words of one schema that hold no schemas."""
+    if "$ref" in part:
+        reference = part["$ref"]
+        if not isinstance(reference, str) or not _REFERENCE.fullmatch(reference) or not _leads(reference, root):
+            return "'$ref' must point to one of the schema's own $defs, as #/$defs/NAME"
+    kinds = part.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not all(isinstance(kind, str) and kind in _TYPES for kind in kinds) or ("type" in part and not kinds):
+        return f"'type' must be one or some of {', '.join(sorted(_TYPES))}"
+    if "enum" in part and (not isinstance(part["enum"], list) or not part["enum"]):
+        return "'enum' must be a list that is not empty"
+    required = part.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        return "'required' must be a list of str"
+    if isinstance(part.get("properties"), dict) and (missing := [n for n in required if n not in part["properties"]]):
+        return f"'required' names {missing[0]!r}, which is not in 'properties'"
+    for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+        if word in part and (isinstance(part[word], bool) or not isinstance(part[word], int | float)):
+            return f"{word!r} must be a number"
+    lowest = max((part[word] for word in ("minimum", "exclusiveMinimum") if word in part), default=None)
+    highest = min((part[word] for word in ("maximum", "exclusiveMaximum") if word in part), default=None)
+    if lowest is not None and highest is not None and lowest >= highest and part.get("minimum") != part.get("maximum"):
+        return "'minimum' is above 'maximum'"
+    for size in _SIZES:
+        least, most = part.get(f"min{size}", 0), part.get(f"max{size}")
+        for word, bound in ((f"min{size}", least), (f"max{size}", most)):
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 0):
+                return f"{word!r} must be a whole number from 0 on"
+        if most is not None and least > most:
+            return f"'min{size}' is above 'max{size}'"
+    return _unfit_counts(part)
+
+
+def _unfit_counts(part: dict[str, Any]) -> str | None:
+    properties, listed = part.get("properties", {}), part.get("prefixItems", [])
+    closed = not part.get("additionalProperties")
+    if closed and isinstance(properties, dict) and part.get("minProperties", 0) > len(properties):
+        return f"'minProperties' is above the {len(properties)} of 'properties'"
+    if (
+        "items" in part
+        and part["items"] is False
+        and isinstance(listed, list)
+        and part.get("minItems", 0) > len(listed)
+    ):
+        return f"'minItems' is above the {len(listed)} of 'prefixItems'"
+    return None
+
+
+def _leads(reference: str, root: Any) -> bool:
+    for step in reference.split("/")[1:]:
+        if not isinstance(root, dict) or step not in root:
+            return False
+        root = root[step]
+    return True
