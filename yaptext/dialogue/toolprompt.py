@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from yaptext.dialogue.history import Message, in_lines, keep_recent
-from yaptext.dialogue.layout import Conversation, Layout, Line, Role, Said
+from yaptext.dialogue.layout import Conversation, Layout, Line, Role, Said, in_turn
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec
 from yaptext.wire.messages import Call
@@ -144,7 +144,9 @@ def _samples() -> list[list[Message]]:
 
 def _describes(codec: Codec, tools: list[dict[str, Any]], talk: Conversation) -> bool:
     """Whether the template itself shows every tool."""
-    rendered = codec.render([{"role": said.role, "content": said.content} for said in talk], tools)
+    rendered = codec.render(
+        [{"role": said.role, "content": said.content} for said in in_turn(talk, system=False)], tools
+    )
     return rendered is not None and all(shows(rendered, tool["function"]) for tool in tools)
 
 

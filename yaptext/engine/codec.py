@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _UNSEEN = f"\uffff{secrets.token_hex(8)}."
 """What a control token is called, with a number, in a tokenizer that must not find it."""
 _STRETCH = "\uffff"
 _PLACES: tuple[Place, ...] = ("start", "after", "inside")
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACES = " \t\r\n\u2581"
 
 
@@ -160,8 +162,9 @@ def _load(text: str) -> Tokenizer:
 
 
 def _is_control(token: dict[str, Any]) -> bool:
-    """Runs of spaces and newlines are added to some vocabularies, to be found in texts."""
-    return len(token["content"]) > 1 and bool(token["content"].strip(_SPACES))
+    """Runs of spaces and newlines are added to some vocabularies, and the bytes of which rare characters are made."""
+    content = token["content"]
+    return len(content) > 1 and bool(content.strip(_SPACES)) and not _BYTE.fullmatch(content)
 
 
 def _cutter(control: Iterable[dict[str, Any]]) -> Tokenizer:

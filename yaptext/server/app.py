@@ -109,8 +109,8 @@ def create_app(
             sessions = SessionStore.of(settings)
             engines = open_engines(settings)
         try:
-            stage = await Stage.open(settings, engines, tools, sessions)
             with lifecycle.starting():
+                stage = await Stage.open(settings, engines, tools, sessions)
                 await _warm_up(stage)
             gc.collect()
             gc.freeze()  # what is here now stays: a full collection need not look at it while streams wait
