@@ -97,6 +97,102 @@ def common(texts: Iterable[Sequence[int]]) -> int:
 
 
 @pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        ({"uniqueItems": True, "type": "array"}, "uniqueItems"),
+        ({"multipleOf": 5, "type": "integer"}, "multipleOf"),
+        ({"contains": {}, "type": "array"}, "contains"),
+        ({"propertyNames": {"maxLength": 3}, "type": "object"}, "propertyNames"),
+        ({"unevaluatedProperties": False, "type": "object"}, "unevaluatedProperties"),
+        ({"unevaluatedItems": False, "type": "array"}, "unevaluatedItems"),
+        ({"pattern": "a", "type": "string"}, "pattern"),
+        ({"type": "text"}, "type"),
+        ({"enum": []}, "enum"),
+        ({"minimum": 5, "exclusiveMinimum": True}, "exclusiveMinimum"),
+        ({"minimum": 5, "maximum": 2}, "minimum"),
+        ({"minLength": 3, "maxLength": 2}, "minLength"),
+        ({"minItems": -1}, "minItems"),
+        ({"type": "object", "required": ["b"], "properties": {"a": {}}}, "required"),
+        ({"type": "object", "properties": {"a": {}}, "minProperties": 2}, "minProperties"),
+        ({"$ref": "#/$defs/nowhere"}, "$ref"),
+        ({"anyOf": []}, "anyOf"),
+    ],
+)
+def test_a_word_that_no_grammar_is_made_of_is_named(tmp_path: Path, words: dict[str, Any], word: str) -> None:
+    """With the tool: to the client that sends it, or in one line at the start."""
+    tool = light(parameters={"type": "object", "properties": {"a": words}})
+    assert "'light'" in refusal(tool) and word in refusal(tool)
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([tool]))
+    with pytest.raises(SettingsError, match=f"TOOLS_FILE=.*'light'.*{word.replace('$', '.')}"):
+        ToolSet.from_file(file)
+
+
+_small = st.integers(0, 5)
+_schemas = st.recursive(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(["string", "integer", "number", "boolean", "null", ["string", "null"]]),
+            "enum": st.lists(st.sampled_from(["a", 1, None]), max_size=2),
+            "const": st.just(3),
+            "minimum": _small,
+            "maximum": _small,
+            "minLength": _small,
+            "maxLength": _small,
+            "uniqueItems": st.booleans(),
+            "multipleOf": _small,
+            "not": st.just({"type": "string"}),
+        },
+    ),
+    lambda inner: st.fixed_dictionaries(
+        {"type": st.sampled_from(["object", "array"])},
+        optional={
+            "properties": st.dictionaries(st.sampled_from("ab"), inner | st.booleans(), max_size=2),
+            "required": st.lists(st.sampled_from("ab"), max_size=2, unique=True),
+            "additionalProperties": inner | st.booleans(),
+            "minProperties": _small,
+            "maxProperties": _small,
+            "items": inner | st.booleans(),
+            "prefixItems": st.lists(inner, max_size=2),
+            "minItems": _small,
+            "maxItems": _small,
+            "anyOf": st.lists(inner, max_size=2),
+            "allOf": st.lists(inner, max_size=2),
+            "contains": inner,
+            "dependentRequired": st.just({"a": ["b"]}),
+        },
+    ),
+    max_leaves=4,
+)
+
+
+@given(properties=st.dictionaries(st.sampled_from("abc"), _schemas, max_size=2))
+@often
+def test_what_is_accepted_is_a_grammar_for_the_engine(properties: dict[str, Any]) -> None:
+    """vLLM's own check and xgrammar take every schema that is not refused here."""
+    import xgrammar
+    from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+
+    try:
+        tools = ToolSet([{"name": "t", "parameters": {"type": "object", "properties": properties}}])
+    except BadMessage:
+        return
+    assert not has_xgrammar_unsupported_json_features(json.loads(tools.schema))
+    xgrammar.Grammar.from_json_schema(tools.schema, any_whitespace=False)
+
+
+async def test_a_call_that_does_not_fit_its_schema_is_no_call() -> None:
+    """The grammar does not hold to every word: what comes out is checked again, and counted as invalid."""
+    parameters = {"type": "object", "properties": {"a": {"not": {"type": "integer"}}}, "required": ["a"]}
+    tools = ToolSet([{"name": "t", "parameters": parameters}])
+    for value, expected in (("3", ([], "invalid")), ('"x"', ([Call("t", {"a": "x"})], None))):
+        decider = open_decider(answering(f'[{{"name":"t","arguments":{{"a":{value}}}}}]'))
+        found = await decider.decide(tools, [], "U")
+        assert (found.calls, found.reason) == expected
+
+
+@pytest.mark.parametrize(
     ("tool", "where"),
     [
         ({}, ".name"),

@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from yaptext.engine.weights import Checkpoint, choose, wants_demo
+from yaptext.engine.weights import Checkpoint, choose, context_of, wants_demo
 from yaptext.errors import SettingsError, StartError
 from yaptext.settings import Settings
 
@@ -104,6 +104,66 @@ def test_only_the_name_of_the_folder_counts(tmp_path: Path) -> None:
     shelf = tmp_path / "awq-and-gptq"
     shelf.mkdir()
     assert chosen(model(shelf)).kind == "float"
+
+
+def compressed(**scheme: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": scheme, "input_activations": None}}
+    return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
+        ({"num_bits": 4, "type": "int", "symmetric": False, "group_size": 128}, "awq"),
+        ({"num_bits": 8, "type": "float"}, "fp8"),
+        ({"num_bits": 8, "type": "int"}, "other"),
+        ({}, "other"),
+    ],
+)
+def test_compressed_tensors_are_what_their_scheme_says(tmp_path: Path, scheme: dict[str, Any], kind: str) -> None:
+    """llm-compressor's AWQ is one, and is taken where AWQ is asked for."""
+    folder = model(tmp_path, **compressed(**scheme))
+    assert chosen(folder).kind == kind
+    settings = Settings.load(AWQ_TOOL_MODEL=folder, AWQ_CHAT_MODEL=folder, YAP_TEXT_DEVICE="cpu")
+    for role in ("chat", "tool"):
+        if kind == "awq":
+            assert choose(settings, role).kind == "awq"
+        else:
+            with pytest.raises(StartError, match=f"AWQ_{role.upper()}_MODEL.* has {kind} weights"):
+                choose(settings, role)
+
+
+def test_a_gptq_chat_model_stands_beside_a_float_tool_model(tmp_path: Path) -> None:
+    """QUANTIZATION=gptq is about the chat model, as in the guide; by role each says what it wants."""
+    chat, tool = model(tmp_path, "chat", **quantized("gptq_marlin")), model(tmp_path, "tool")
+    names = {"CHAT_MODEL": chat, "TOOL_MODEL": tool, "YAP_TEXT_DEVICE": "cuda"}
+    settings = Settings.load(QUANTIZATION="gptq", **names)
+    assert (choose(settings, "chat").kind, choose(settings, "tool").kind) == ("gptq", "fp8")
+    settings = Settings.load(CHAT_QUANTIZATION="gptq", TOOL_QUANTIZATION="none", **names)
+    assert (choose(settings, "chat").kind, choose(settings, "tool").kind) == ("gptq", "float")
+    with pytest.raises(StartError, match=r"QUANTIZATION=gptq, but .* has float weights"):
+        choose(Settings.load(TOOL_QUANTIZATION="gptq", **names), "tool")
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"n_positions": 1024}, 1024),
+        ({"max_seq_len": 2048}, 2048),
+        ({"seq_length": 32768}, 32768),
+        ({"text_config": {"max_position_embeddings": 131072}}, 131072),
+        ({"max_position_embeddings": 8192, "model_max_length": 131072}, 131072),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
+        ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 2048),
+        ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": None}, 4096),
+        ({}, 8192),
+    ],
+)
+def test_the_context_is_what_the_config_calls_it(config: dict[str, Any], context: int) -> None:
+    """By the names that models have for it, as vLLM reads them."""
+    assert context_of(config) == context
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors", "bitsandbytes", "mxfp4"])

@@ -33,7 +33,7 @@ async def _step() -> None:
 class Forgetful(ScriptedEngine):
     """A token a character, and no memory. An utterance that begins with `flood` is answered at length."""
 
-    async def encode(self, text: str, *, special: bool = False) -> list[int]:
+    async def encode(self, text: str, *, place: Any = "inside") -> list[int]:
         return list(map(ord, text))
 
     async def clip(self, text: str, max_tokens: int, *, keep: Any) -> str:

@@ -271,6 +271,7 @@ class Stage:
             bytes=len((told or text).encode()),
             prefix_tokens=len(prefix),
             cached_tokens=cached,
+            prefix_stable=self.prompts.layout.stable,
             ms=round((time.perf_counter() - begun) * 1000, 2),
         )
 

@@ -147,7 +147,7 @@ def _describes(codec: Codec, tools: list[dict[str, Any]], talk: Conversation) ->
     rendered = codec.render(
         [{"role": said.role, "content": said.content} for said in in_turn(talk, system=False)], tools
     )
-    return rendered is not None and all(shows(rendered, tool["function"]) for tool in tools)
+    return rendered is not None and all(tool["function"]["name"] in rendered for tool in tools)
 
 
 def shows(prompt: str, tool: dict[str, Any]) -> bool:

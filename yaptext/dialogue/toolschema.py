@@ -43,7 +43,7 @@ def check_schema(schema: Any, name: str, where: str) -> None:
         if depth > MAX_SCHEMA_DEPTH:
             raise refuse(f"schemas are nested deeper than {MAX_SCHEMA_DEPTH}")
         for word in sorted((_SLOW | _NOT_COMPILED) & part.keys()):
-            if part[word] is not False:  # "uniqueItems": false asks for nothing
+            if (word, part[word]) != ("uniqueItems", False):  # which asks for nothing
                 raise refuse(f"{word!r} is not possible in a tool's schema")
         if (problem := _problem(part, schema)) is not None:
             raise refuse(problem)

@@ -167,13 +167,13 @@ _SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepsee
 
 def context_of(config: dict[str, Any]) -> int:
     """The model's own longest sequence in tokens, as vLLM finds it (0.32: `derive_max_model_len_and_key` and
-    `_get_and_verify_max_len`), but 2048 if the config does not say."""
+    `_get_and_verify_max_len`), but 8192 if the config does not say."""
     text = config
     for nested in ("thinker_config", "text_config", "llm_config", "language_config"):
         text = text[nested] if isinstance(text.get(nested), dict) else text
     found = [value for key in _CONTEXT_KEYS if isinstance(value := text.get(key), int) and value > 0]
     own = text.get("model_max_length")
-    longest = own if isinstance(own, int) and own > 0 else min(found, default=2048)
+    longest = own if isinstance(own, int) and own > 0 else min(found, default=8192)
     rope = text.get("rope_parameters") or text.get("rope_scaling")
     if isinstance(rope, dict) and "gemma3" not in str(config.get("model_type")):
         kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")

@@ -174,10 +174,14 @@ class Done(Struct, frozen=True, omit_defaults=True, tag="done", kw_only=True):
 
 
 class Warmed(Struct, frozen=True, tag="warmed", kw_only=True):
+    """`prefix_stable` is false if the chat template moves the persona or the history about: then a later turn finds
+    only a part of them cached."""
+
     segment: Literal["persona_static", "history"]
     bytes: int
     prefix_tokens: int
     cached_tokens: int
+    prefix_stable: bool = True
     ms: float
 
 
