@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from made import CONTROL, KINDS, PLAIN, SPECIAL, TEMPLATES, with_template
 
 from yaptext.dialogue.history import Message
-from yaptext.dialogue.prompt import ChatPrompts, Limits
+from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
 from yaptext.dialogue.toolprompt import ToolPrompts
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.codec import HubCodec
@@ -330,3 +330,18 @@ def test_only_control_tokens_count_as_control() -> None:
     (run,) = asyncio.run(codec.encode("\n\n\n"))
     assert run == tokenizer.convert_tokens_to_ids("\n\n\n")
     assert set(codec._control) == {*SPECIAL, *PLAIN}
+
+
+@given(
+    text=st.text(st.sampled_from("a \u0958\u0344e\u0301\u4f60\U0001f642\ufdfa"), max_size=80),
+    limit=st.integers(0, 60),
+    keep=st.sampled_from(["start", "end"]),
+)
+@few
+@each_kind
+def test_what_is_cut_is_within_its_limit_under_any_normalizer(kind: str, text: str, limit: int, keep: Any) -> None:
+    """NFC makes two characters of some, so that a text can have more tokens than bytes."""
+    codec = codec_of(kind, "chatml")
+    fitted = asyncio.run(fit(codec, text, limit, keep=keep, exact=True))
+    assert len(asyncio.run(codec.encode(fitted))) <= limit
+    assert text.startswith(fitted) if keep == "start" else text.endswith(fitted)

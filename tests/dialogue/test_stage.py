@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+import structlog
 from fakes import Script, ScriptedEngine
 
 from yaptext.dialogue.stage import Stage
@@ -48,3 +49,23 @@ async def test_priming_meets_every_kernel_on_cuda(device: str, most: int) -> Non
     }
     assert set(off.values()) == {device == "cuda"}
     assert len({tuple(prompt) for prompt, _, _ in tool.requests}) == 1, "the fixed tool prompt"
+
+
+async def test_what_prompts_are_made_of_is_one_line_for_each_role(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a warning where it is not what was asked for, or where the parts do not fit together into the context."""
+    with structlog.testing.capture_logs() as lines:
+        await Stage.open(
+            Settings.load(), Engines(chat=ScriptedEngine(), tool=ScriptedEngine()), ToolSet.from_file(None)
+        )
+    facts = {"exact": True, "prefix_stable": True, "thinking": "none", "event": "prompt.taken", "log_level": "info"}
+    assert [line for line in lines if line["event"] == "prompt.taken"] == [
+        {"role": "chat", "format": "segments", **facts},
+        {"role": "tool", "format": "instruction", **facts},
+    ]
+    with structlog.testing.capture_logs() as lines:
+        narrow = ScriptedEngine(template="none", max_model_len=1200)
+        await Stage.open(Settings.load(DEPLOY_MODELS="chat"), Engines(chat=narrow, tool=None), ToolSet.from_file(None))
+    warnings = {line["event"]: line for line in lines if line["log_level"] == "warning"}
+    assert set(warnings) == {"prompt.fallback", "prompt.narrow"}
+    assert warnings["prompt.fallback"]["reason"] == "the model has no chat template"
+    assert warnings["prompt.narrow"]["room"] < warnings["prompt.narrow"]["wanted"]
