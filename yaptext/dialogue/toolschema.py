@@ -57,6 +57,8 @@ def check_schema(schema: Any, name: str, where: str) -> None:
         for word in _LISTED_SCHEMAS & part.keys():
             if not isinstance(part[word], list) or not part[word]:
                 raise refuse(f"{word!r} must be a list that is not empty")
+            if word == "allOf" and len(part[word]) > 1:
+                raise refuse("'allOf' of more than one schema is not possible: write them as one")
             inner += part[word]
         waiting += [(item, depth + 1) for item in inner]
 
@@ -100,13 +102,8 @@ def _unfit_counts(part: dict[str, Any]) -> str | None:
     closed = not part.get("additionalProperties")
     if closed and isinstance(properties, dict) and part.get("minProperties", 0) > len(properties):
         return f"'minProperties' is above the {len(properties)} of 'properties'"
-    if (
-        "items" in part
-        and part["items"] is False
-        and isinstance(listed, list)
-        and part.get("minItems", 0) > len(listed)
-    ):
-        return f"'minItems' is above the {len(listed)} of 'prefixItems'"
+    if part.get("items", False) is False and isinstance(listed, list) and part.get("minItems", 0) > len(listed):
+        return f"'minItems' is above the {len(listed)} of 'prefixItems', and 'items' allows no more"
     return None
 
 
