@@ -143,7 +143,7 @@ def check_frames(frames: list[Frame], *, decides: bool = True) -> None:
     text: dict[int, str] = defaultdict(str)
     for frame in frames:
         turn = frame.get("turn")
-        if not turn or (frame["type"] == "ack" and frame["for"] != "start"):
+        if not turn or (frame["type"] == "ack" and frame["for"] == "set_persona"):
             continue
         kinds = seen[turn]
         kind = frame["type"]
@@ -164,7 +164,7 @@ def check_frames(frames: list[Frame], *, decides: bool = True) -> None:
         kinds.append(kind)
     running: set[int] = set()
     for frame in frames:
-        if frame["type"] == "ack" and frame["for"] == "start":
+        if frame["type"] == "ack" and frame["for"] != "set_persona":
             assert not running, f"ack of turn {frame['turn']} while {running} had no done"
             running.add(frame["turn"])
         elif frame["type"] in ("done", "error"):

@@ -154,6 +154,11 @@ TEMPLATES: dict[str, str] = {
         "<s><|im_start|>system\nCall functions:{% for t in tools %} {{ t.function.name }}: {{ t.function.description }}{% endfor %}"
         "<|im_end|>\n" + _CHATML
     ),
+    "calls in roles": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+        "{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
     "strict alternation": _ALTERNATES + _CHATML,
     "no system role": _NO_SYSTEM + _CHATML,
     "labels": (

@@ -178,3 +178,27 @@ async def test_thinking_that_cannot_be_parsed_ends_the_start(engine: Any, folder
             pass
     async with talking(other, DEPLOY_MODELS="chat", REASONING_PARSER="none", CHAT_MAX_OUT="4") as talk:
         assert (await turn(talk.socket(), FRANCE))["usage"]["reasoning_tokens"] == 0
+
+
+async def test_weights_of_llm_compressor_answer(state_folder: Path, tmp_path: Path) -> None:
+    """Its 4 bits with zero points, in `compressed-tensors`, as vLLM's own project writes AWQ."""
+    from compressed import compress
+
+    from yaptext.engine import demo
+    from yaptext.engine.vllm import open_engines
+    from yaptext.settings import Settings
+
+    packed = compress(demo.folder(state_folder), tmp_path / "packed")
+    variables = {"DEPLOY_MODELS": "chat", "CHAT_TEMPERATURE": "0", "CHAT_MAX_OUT": "16"}
+    opened = open_engines(
+        Settings.load(CHAT_MODEL=str(packed), YAP_TEXT_DEVICE="cpu", YAP_TEXT_STATE_DIR=str(tmp_path), **variables)
+    ).chat
+    assert opened is not None
+    try:
+        async with talking(opened, **variables) as talk:
+            socket = talk.socket()
+            socket.start(FRANCE)
+            await socket.until("done")
+            assert "Paris" in socket.of("final")[0]["normalized_text"]
+    finally:
+        await opened.aclose()

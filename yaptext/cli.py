@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import resource
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from yaptext import __version__, keyfile
 from yaptext.errors import SettingsError, YapError
-from yaptext.settings import Settings, forget_secrets, moved_names, variables
+from yaptext.settings import Settings, forget_secrets, moved_names, unknown_names, variables
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk with a running service")
     _client_options(chat)
+    chat.add_argument("--tools", metavar="FILE", type=Path, help="JSON list of tools, instead of the service's own")
+    chat.add_argument("--await-tools", action="store_true", help="ask for the result of each call")
+    chat.add_argument(
+        "--tool-command",
+        metavar="COMMAND",
+        help="run for each call: it gets the call as JSON, and prints the result",
+    )
     chat.set_defaults(command=_chat)
 
     warmup = commands.add_parser("warmup", help="run one turn and print its figures and text as JSON")
@@ -156,6 +164,8 @@ def _start_logs(settings: Settings) -> None:
     log = structlog.get_logger(__name__)
     for note in moved_names().notes:
         log.warning("setting.moved", note=note)
+    for note in unknown_names():
+        log.warning("setting.unknown", note=note)
 
 
 def _serve(_: argparse.Namespace) -> int:
@@ -211,10 +221,15 @@ def _address(parsed: argparse.Namespace) -> tuple[str, str]:
 
 
 def _chat(parsed: argparse.Namespace) -> int:
-    from yaptext.tools.chat import chat
+    from yaptext.tools.chat import Tools, chat
 
     url, key = _address(parsed)
-    return asyncio.run(chat(url, key, session=parsed.session, persona=_persona(parsed)))
+    try:
+        given = json.loads(parsed.tools.read_text(encoding="utf-8")) if parsed.tools else None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--tools {parsed.tools} cannot be read: {error}") from None
+    tools = Tools(given, parsed.tool_command, parsed.await_tools)
+    return asyncio.run(chat(url, key, session=parsed.session, persona=_persona(parsed), tools=tools))
 
 
 def _warmup(parsed: argparse.Namespace) -> int:
@@ -227,7 +242,6 @@ def _warmup(parsed: argparse.Namespace) -> int:
 
 
 def _prompt(parsed: argparse.Namespace) -> int:
-    logging.disable(logging.WARNING)  # of the hub client and transformers, about files that many models lack
     from yaptext.commands.prompt import Options, prompt
 
     options = Options(
@@ -239,7 +253,11 @@ def _prompt(parsed: argparse.Namespace) -> int:
         utterance=parsed.utterance,
         as_json=parsed.json,
     )
-    return prompt(Settings.load(), parsed.models, options)
+    logging.disable(logging.WARNING)  # of the hub client and transformers, about files that many models lack
+    try:
+        return prompt(Settings.load(), parsed.models, options)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _bench(parsed: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ are resolved by the properties at the end.
 from __future__ import annotations
 
 import ctypes
+import difflib
 import itertools
 import os
 from collections.abc import Mapping
@@ -102,23 +103,37 @@ class Settings(BaseSettings):
     chat_thinking_max_out: int = _env("CHAT_THINKING_MAX_OUT", 1024, "Most tokens of thinking before a reply, beside `CHAT_MAX_OUT`; for models that think.", ge=1, le=32_768)  # fmt: skip
     reasoning_parser: str = _env("REASONING_PARSER", "auto", "How thinking is told from speech: `auto` by the marks in the chat template, a parser of vLLM by its name (`deepseek_r1`, `qwen3`, ...), or `none`: all is sent.", pattern=r"^[A-Za-z0-9_]+$")  # fmt: skip
     chat_max_out: int = _env("CHAT_MAX_OUT", 200, "Most tokens of one reply.", ge=1, le=4096)
+    chat_soft_max_out: int | None = _env("CHAT_SOFT_MAX_OUT", None, "Tokens after which a reply ends with its sentence, `finish_reason` soft_limit. Default: none.", ge=1, le=4096)  # fmt: skip
     history_max_tokens: int = _env("HISTORY_MAX_TOKENS", 3000, "Most tokens of history in a prompt; the most recent whole messages stay.", ge=0)  # fmt: skip
     user_utt_max_tokens: int = _env("USER_UTT_MAX_TOKENS", 350, "Most tokens of an utterance; its beginning stays.", ge=1)  # fmt: skip
-    persona_max_tokens: int = _env("PERSONA_MAX_TOKENS", 1500, "Most tokens of a persona; a longer one is refused.", ge=1)  # fmt: skip
+    persona_max_tokens: int = _env("PERSONA_MAX_TOKENS", 2500, "Most tokens of a persona; a longer one is refused.", ge=1)  # fmt: skip
     exact_token_trim: bool = _env("EXACT_TOKEN_TRIM", True, "1 trims by the model's tokenizer; 0 by an estimate of 4 bytes a token.")  # fmt: skip
     chat_prompt_format: Literal["segments", "turns", "bare"] = _env("CHAT_PROMPT_FORMAT", "segments", "`segments`: persona and history as the system message; `turns`: history as the template's own roles; `bare`: plain text, for models without a chat template.")  # fmt: skip
     default_persona_style: str = _env("DEFAULT_PERSONA_STYLE", "wholesome", "Persona of a session that names none.")  # fmt: skip
+    personas_dir: Path | None = _env("PERSONAS_DIR", None, "Folder of persona styles of your own, `NAME.toml` with `title` and `text`, laid over the built-in ones; read at the start and on SIGHUP.")  # fmt: skip
 
     # --- sampling of the chat model
+    warm_next_turn: bool = _env("WARM_NEXT_TURN", True, "After each turn computes what the next prompts begin with, at the lowest priority, while the user listens; 0 leaves it to the next turn.")  # fmt: skip
+    interrupted_mark: str = _env("INTERRUPTED_MARK", "", "Put behind a reply that the user cut short, as later prompts show it, for example `[interrupted]`.")  # fmt: skip
+    speakable: bool = _env("SPEAKABLE", False, "1: replies are sent as text to be read aloud, without markdown, emoji, stage directions, HTML, code fences and raw links, for turns that do not say `speakable` themselves.")  # fmt: skip
+    allow_empty_utterance: bool = _env("ALLOW_EMPTY_UTTERANCE", False, "1 takes an utterance that is blank; otherwise it is a `bad_message`.")  # fmt: skip
+    chat_timeout_s: float = _env("CHAT_TIMEOUT_S", 60.0, "Seconds that the generation of a reply may take; then it ends with what it has, `finish_reason` timeout. 0 = unlimited. `GEN_TIMEOUT_S` is its old name.", ge=0)  # fmt: skip
+
     chat_temperature: float | None = _env("CHAT_TEMPERATURE", None, "Sampling temperature; 0 is greedy. Default 0.8; the demo model is too small for any but 0.", ge=0, le=2)  # fmt: skip
     chat_top_p: float = _env("CHAT_TOP_P", 0.95, "Nucleus sampling.", gt=0, le=1)
     chat_top_k: int = _env("CHAT_TOP_K", 40, "Top-k sampling; 0 is off.", ge=0, le=1000)
     chat_min_p: float = _env("CHAT_MIN_P", 0.05, "Minimum probability relative to the best token.", ge=0, le=1)  # fmt: skip
+    chat_presence_penalty: float = _env("CHAT_PRESENCE_PENALTY", 0.0, "Presence penalty; 0 is off.", ge=-2, le=2)
+    chat_frequency_penalty: float = _env("CHAT_FREQUENCY_PENALTY", 0.0, "Frequency penalty; 0 is off.", ge=-2, le=2)
+    chat_logit_bias: dict[str, float] = _env("CHAT_LOGIT_BIAS", {}, "JSON object that makes tokens likelier or not, -100 to 100 each, by their text: `{\" delve\": -5}`.")  # fmt: skip
     chat_repetition_penalty: float = _env("CHAT_REPETITION_PENALTY", 1.05, "Repetition penalty; 1 is off.", gt=0, le=2)  # fmt: skip
 
     # --- the decision
     tools_file: Path | None = _env("TOOLS_FILE", None, "JSON list of tools (name, description, parameters). Default: the built-in five.")  # fmt: skip
     tool_optional: bool = _env("TOOL_OPTIONAL", False, "1: where the tool engine cannot start, chat serves without it: decisions are `no` with reason `not_available`, `/status` says `degraded`. One that dies later still ends the process, to be restarted.")  # fmt: skip
+    await_tools: bool = _env("AWAIT_TOOLS", False, "1: a turn whose decision is yes ends after its `toolcall`, and goes on with the client's `tool_result`, for turns that do not say `await_tools` themselves.")  # fmt: skip
+    tool_result_max_tokens: int = _env("TOOL_RESULT_MAX_TOKENS", 1000, "Most tokens of what a tool returned; its beginning stays.", ge=1)  # fmt: skip
+    max_tool_rounds: int = _env("MAX_TOOL_ROUNDS", 4, "Most decisions for one utterance: after so many `tool_result` frames none is asked, and the reply comes.", ge=1, le=16)  # fmt: skip
     tool_max_out: int = _env("TOOL_MAX_OUT", 96, "Most tokens of a decision.", ge=2, le=1024)
     tool_yes_threshold: float | None = _env("TOOL_YES_THRESHOLD", None, "A decision is yes from this probability on, which the `toolcall` frame then tells as `p`; costs the tool engine some time. Default: whatever the tool model finds likeliest, word by word.", ge=0, le=1)  # fmt: skip
     tool_history_tokens: int = _env("TOOL_HISTORY_TOKENS", 200, "Most tokens of recent history the tool model sees.", ge=0)  # fmt: skip
@@ -199,7 +214,7 @@ class Settings(BaseSettings):
     @property
     def reloads(self) -> bool:
         """Whether SIGHUP means to read the key file anew. Without one and without a supervisor the terminal is gone."""
-        return bool(self.key_file or self.notify_socket)
+        return bool(self.key_file or self.personas_dir or self.notify_socket)
 
     @property
     def origins(self) -> frozenset[str] | None:
@@ -280,6 +295,35 @@ _QUANTIZATIONS = {
 """vLLM's and others' words, and what they mean here: the checkpoint's own config says how it is quantized."""
 
 
+_RENAMED = {
+    "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
+    "HUGGINGFACE_HUB_TOKEN": "HF_TOKEN",
+    "HUGGINGFACE_TOKEN": "HF_TOKEN",
+    "HF_HUB_ENABLE_HF_TRANSFER": "HF_XET_HIGH_PERFORMANCE",
+    "GEN_TIMEOUT_S": "CHAT_TIMEOUT_S",
+    "CHAT_MAX_LEN": "CHAT_MAX_MODEL_LEN",
+    "TOOL_MAX_LEN": "TOOL_MAX_MODEL_LEN",
+    "MAX_NUM_BATCHED_TOKENS_CHAT": "CHAT_MAX_NUM_BATCHED_TOKENS",
+    "MAX_NUM_BATCHED_TOKENS_TOOL": "TOOL_MAX_NUM_BATCHED_TOKENS",
+    "AWQ_NSAMPLES": "AWQ_CALIBRATION_SAMPLES",
+    "AWQ_SEQLEN": "AWQ_CALIBRATION_TOKENS",
+    "AWQ_CALIB_DATASET": "AWQ_CALIBRATION",
+    "AWQ_CACHE_DIR": "YAP_TEXT_STATE_DIR",
+    "CHAT_MAX_TOKENS": "CHAT_MAX_OUT",
+    "TOOL_MAX_TOKENS": "TOOL_MAX_OUT",
+}
+"""Names of earlier stacks."""
+_GONE = {
+    "WARMUP_ON_START": "every start is warmed",
+    "PREFETCH_CHAT": "models are fetched at the start",
+    "NUKE_ALL": "systemd stops and restarts the service",
+    "STREAM_RATE_TOKS_PER_S": "tokens are sent as they come",
+}
+_INTERNAL = {"YAP_TEXT_ENGINE_FAULT", "YAP_TEXT_TEST_STATE", "TOOL_TIMEOUT_S"}
+_OURS = ("CHAT_", "TOOL_", "AWQ_", "HF_AWQ_", "YAP_TEXT_")
+_NEAR = 0.85
+
+
 class Moved(NamedTuple):
     """What old names and values became: `values` by today's variable name, and one `note` each."""
 
@@ -295,12 +339,11 @@ def moved_names(environ: Mapping[str, str] | None = None) -> Moved:
 
     def rename(old: str, new: str) -> None:
         if environ.get(old) and not environ.get(new) and new not in values:
-            values[new] = environ[old]
+            values[new] = "0" if new == "CHAT_TIMEOUT_S" and environ[old].startswith("-") else environ[old]
             notes.append(f"{old} is now {new}")
 
-    rename("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN")
-    rename("HUGGINGFACE_HUB_TOKEN", "HF_TOKEN")
-    rename("HF_HUB_ENABLE_HF_TRANSFER", "HF_XET_HIGH_PERFORMANCE")
+    for old, new in _RENAMED.items():
+        rename(old, new)
     backend = environ.get("VLLM_ATTENTION_BACKEND", "").upper()
     if backend == "XFORMERS":
         values["VLLM_ATTENTION_BACKEND"] = "FLASH_ATTN"
@@ -314,10 +357,39 @@ def moved_names(environ: Mapping[str, str] | None = None) -> Moved:
         if value in _QUANTIZATIONS:
             values[name] = _QUANTIZATIONS[value]
             notes.append(f"{name}={environ[name]} means {_QUANTIZATIONS[value]} here")
+    tool_timeout = environ.get("TOOL_TIMEOUT_S", "")
+    if tool_timeout and not environ.get("TOOL_HARD_TIMEOUT_MS"):
+        seconds = _number(tool_timeout)
+        if seconds is not None:
+            values["TOOL_HARD_TIMEOUT_MS"] = str(round(seconds * 1000) if seconds > 0 else 86_400_000)
+            notes.append("TOOL_TIMEOUT_S is now TOOL_HARD_TIMEOUT_MS, in milliseconds")
     if environ.get("KV_DTYPE", "").lower() == "int8":
         values["KV_DTYPE"] = "int8_per_token_head"
         notes.append("KV_DTYPE=int8 is now int8_per_token_head")
     return Moved(values, notes)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def unknown_names(environ: Mapping[str, str] | None = None) -> list[str]:
+    """One note for each variable that looks like ours and is none: a slip would otherwise change nothing and say
+    nothing. `environ` defaults to the process's own."""
+    environ = os.environ if environ is None else environ
+    known = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    notes = []
+    for name in sorted(environ):
+        if name in _GONE:
+            notes.append(f"{name} has no meaning here: {_GONE[name]}")
+        elif name not in known and name not in _RENAMED and name not in _INTERNAL:
+            near = difflib.get_close_matches(name, known, 1, _NEAR) if "_" in name else []
+            if near or name.startswith(_OURS):
+                notes.append(f"{name} is not known" + (f"; do you mean {near[0]}?" if near else ""))
+    return notes
 
 
 class _MovedNames(PydanticBaseSettingsSource):
@@ -343,7 +415,7 @@ def forget_secrets() -> None:
     """Takes keys and tokens out of the environment, which processes inherit that are started from here on, and out of
     what /proc/PID/environ shows: the memory that this process was started with, of which a forked one has a copy."""
     entries = ctypes.POINTER(ctypes.c_void_p).in_dll(ctypes.CDLL(None), "environ")
-    names = (*SECRETS, "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+    names = (*SECRETS, "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
     for place in itertools.takewhile(bool, map(entries.__getitem__, itertools.count())):
         variable, _, value = ctypes.string_at(place).partition(b"=")
         if os.fsdecode(variable) in names:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yaptext.dialogue.history import Message, Transcript, keep_recent, parse
+from yaptext.dialogue.heard import heard_part
+from yaptext.dialogue.history import Message, Transcript, keep_recent, of_items, parse
+from yaptext.dialogue.layout import Line
+from yaptext.wire.messages import HistoryItem
 
 often = settings(max_examples=200, deadline=None)
 
@@ -32,8 +37,18 @@ def told(messages: Sequence[Message]) -> list[tuple[str, str]]:
 
 def transcript(text: str) -> Transcript:
     found = Transcript()
-    found.replace(text)
+    found.replace(parse(text))
     return found
+
+
+def of_one_form(rest: st.SearchStrategy[Any], *, unlabelled: bool = False) -> st.SearchStrategy[list[tuple[Any, Any]]]:
+    """Labelled lines of one transcript: all its labels are capitalized, or none is."""
+
+    def lines(lower: bool) -> st.SearchStrategy[list[tuple[Any, Any]]]:
+        labels = st.sampled_from([label for label in sorted(LABELS) if label.islower() == lower])
+        return st.lists(st.tuples(st.none() | labels if unlabelled else labels, rest), max_size=8)
+
+    return st.booleans().flatmap(lines)
 
 
 # parse
@@ -56,7 +71,16 @@ def transcript(text: str) -> Transcript:
         ("User: hi\nUser: again", [("user", "hi"), ("user", "again")]),
         ("User:\nAssistant: hello\nUser:   ", [("assistant", "hello")]),
         ("just text", [("note", "just text")]),
-        ("just text\nof two lines\nUser: hi", [("note", "just text\nof two lines"), ("user", "hi")]),
+        ("just text\nof two lines\nUser: hi", [("note", "just text"), ("note", "of two lines"), ("user", "hi")]),
+        ("\ufeffUser: hi", [("user", "hi")]),
+        ("**User:** hi\n**Assistant:** yes", [("user", "hi"), ("assistant", "yes")]),
+        ("**User**: hi\n__AI__: yes", [("user", "hi"), ("assistant", "yes")]),
+        ("[12:01] User: hi\n[12:02] AI: yes", [("user", "hi"), ("assistant", "yes")]),
+        ("12:01 User: hi\n12:02:30 Bot: yes", [("user", "hi"), ("assistant", "yes")]),
+        ("You: hi\nAI: yes", [("user", "hi"), ("assistant", "yes")]),
+        ("User\uff1a\u4f60\u597d\nAssistant\uff1a\u662f", [("user", "\u4f60\u597d"), ("assistant", "\u662f")]),
+        ("User: def f(\nuser: str,\n)\nAI: ok", [("user", "def f(\nuser: str,\n)"), ("assistant", "ok")]),
+        ("user: hi\nassistant: yes", [("user", "hi"), ("assistant", "yes")]),
         ("Superuser: hi", [("note", "Superuser: hi")]),
         ("Note: hi\nUser: x\nSystem: y", [("note", "Note: hi"), ("user", "x\nSystem: y")]),
         ("User: naïve 🫠 漢字", [("user", "naïve 🫠 漢字")]),
@@ -79,7 +103,7 @@ def test_letters_that_only_fold_to_a_label_are_read(label: str) -> None:
     assert "merhaba" in parse(f"{label}: merhaba")[0].text
 
 
-@given(st.lists(st.tuples(st.sampled_from(sorted(LABELS)), sentences), max_size=8), breaks)
+@given(of_one_form(sentences), breaks)
 @often
 def test_a_written_transcript_reads_as_what_was_said(said: list[tuple[str, str]], line_break: str) -> None:
     """What one side writes, with whatever line breaks, the other reads."""
@@ -87,9 +111,7 @@ def test_a_written_transcript_reads_as_what_was_said(said: list[tuple[str, str]]
     assert told(parse(text)) == [(LABELS[label], sentence) for label, sentence in said]
 
 
-@given(
-    st.lists(st.tuples(st.none() | st.sampled_from(sorted(LABELS)), st.lists(words, max_size=4)), max_size=8), breaks
-)
+@given(of_one_form(st.lists(words, max_size=4), unlabelled=True), breaks)
 @often
 def test_no_word_is_lost_or_moved(lines: list[tuple[str | None, list[str]]], line_break: str) -> None:
     """All words but the labels stand in the messages, in the order of the text."""
@@ -101,11 +123,12 @@ def test_no_word_is_lost_or_moved(lines: list[tuple[str | None, list[str]]], lin
 @given(st.text())
 @often
 def test_any_text_is_a_transcript(text: str) -> None:
-    """Nothing that a client sends as history fails; only the first message can be without a speaker."""
+    """Nothing that a client sends as history fails; what has no speaker stands before all that has one."""
     messages = parse(text)
     assert all(message.text == message.text.strip() != "" for message in messages)
-    assert "note" not in [message.speaker for message in messages[1:]]
-    if ":" not in text:
+    speakers = [message.speaker for message in messages]
+    assert "note" not in speakers[speakers.count("note") :]
+    if ":" not in text and "\uff1a" not in text:
         assert [word for message in messages for word in message.text.split()] == text.split()
 
 
@@ -177,7 +200,7 @@ def test_what_stays_the_same_keeps_its_messages() -> None:
     """A client that sends its whole transcript each turn has only what is new read anew."""
     talk = transcript("User: a\nAssistant: b")
     before = list(talk.messages)
-    talk.replace("User: a\nAssistant: b\nUser: c")
+    talk.replace(parse("User: a\nAssistant: b\nUser: c"))
     assert talk.messages[:2] == before
     assert told(talk.messages) == [("user", "a"), ("assistant", "b"), ("user", "c")]
 
@@ -198,7 +221,7 @@ def test_messages_stay_up_to_the_first_difference(text: str, same: int) -> None:
     """Speaker and text both count; what follows a difference is new."""
     talk = transcript("User: a\nAssistant: b\nUser: c")
     before = list(talk.messages)
-    talk.replace(text)
+    talk.replace(parse(text))
     assert told(talk.messages) == told(parse(text))
     assert [new is old for new, old in zip(talk.messages, before, strict=False)] == [
         index < same for index in range(min(len(talk.messages), 3))
@@ -237,7 +260,7 @@ def test_a_reply_is_cut_to_what_was_heard(heard: int, left: str | None) -> None:
     """Characters count from the first that was sent; a reply of which nothing was heard goes."""
     talk = Transcript()
     talk.add_turn("hi", " Hello friend.")
-    talk.cut_reply(heard)
+    talk.cut_reply(heard, None)
     assert told(talk.messages) == [("user", "hi")] + ([("assistant", left)] if left else [])
 
 
@@ -245,9 +268,9 @@ def test_a_cut_reply_is_a_new_message() -> None:
     """Token ids of the longer text are not taken for those of the shorter."""
     talk = Transcript()
     talk.add_turn("hi", "Hello friend.")
-    talk.messages[-1].ids["chat"] = [1, 2, 3]
-    talk.cut_reply(5)
-    assert talk.messages[-1].ids == {}
+    talk.messages[-1].lines["turns"] = Line("Hello friend.")
+    talk.cut_reply(5, None)
+    assert talk.messages[-1].lines == {}
 
 
 @pytest.mark.parametrize("heard", [14, 15, 1000])
@@ -256,7 +279,7 @@ def test_a_reply_that_was_heard_whole_stays_as_it_is(heard: int) -> None:
     talk = Transcript()
     talk.add_turn("hi", "Hello friend.\n")
     before = talk.messages[-1]
-    talk.cut_reply(heard)
+    talk.cut_reply(heard, None)
     assert talk.messages[-1] is before
 
 
@@ -265,7 +288,7 @@ def test_only_a_reply_is_cut(text: str) -> None:
     """Where the last word is not the assistant's, there is nothing to cut."""
     talk = transcript(text)
     before = list(talk.messages)
-    talk.cut_reply(1)
+    talk.cut_reply(1, None)
     assert talk.messages == before
 
 
@@ -275,9 +298,79 @@ def test_what_was_heard_is_a_beginning_of_what_was_sent(reply: str, heard: int) 
     """Cutting never adds, and cutting again at the same place changes nothing."""
     talk = Transcript()
     talk.add_turn("hi", reply)
-    talk.cut_reply(heard)
+    talk.cut_reply(heard, None)
     once = told(talk.messages)
-    talk.cut_reply(heard)
+    talk.cut_reply(heard, None)
     assert told(talk.messages) == once
     for _, text in once[1:]:
         assert reply[:heard].startswith(text)
+
+
+# What was heard
+
+
+@pytest.mark.parametrize(
+    ("reply", "text", "left"),
+    [
+        ("Hello there. How are you?", "Hello there.", "Hello there."),
+        ("Hello there. How are you?", "hello  THERE", "Hello there"),
+        ("Hello *there*! How \U0001f642 are you?", "Hello there! How are", "Hello *there*! How \U0001f642 are"),
+        ("Hello there.", "Hello there.", "Hello there."),
+        ("Hello there.", "Good bye", None),
+        ("Hello there.", "", None),
+        ("It is 42 degrees.", "It is forty-two degrees.", "It is"),
+        ("Stra\u00dfe und Haus", "STRASSE und", "Stra\u00dfe und"),
+    ],
+)
+def test_what_a_voice_spoke_is_found_in_the_reply(reply: str, text: str, left: str | None) -> None:
+    """Whatever its case and spaces, and without what no voice says; from the first word that differs on nothing was."""
+    talk = Transcript()
+    talk.add_turn("hi", reply)
+    talk.cut_reply(None, text)
+    assert told(talk.messages) == [("user", "hi")] + ([("assistant", left)] if left else [])
+
+
+@given(
+    st.text(st.sampled_from("ab \u0301\U0001f468\u200d\U0001f469\U0001f1eb\U0001f1f7\U0001f44d\U0001f3fd")),
+    st.integers(0, 40),
+)
+@often
+def test_a_cut_is_never_inside_a_grapheme(reply: str, heard: int) -> None:
+    """An accent stays with its letter, a family stays one picture."""
+    graphemes = regex.findall(r"\X", reply)
+    part = heard_part(reply, heard, None)
+    assert any(part == "".join(graphemes[:count]) for count in range(len(graphemes) + 1))
+    assert len(part) <= heard
+
+
+@given(sentences, st.integers(0, 200), st.randoms())
+@often
+def test_heard_text_is_heard_chars(reply: str, heard: int, random: Any) -> None:
+    """The words of a beginning, spoken in another case and with other spaces, cut where their characters do."""
+    part = heard_part(reply, heard, None)
+    spoken = "".join(
+        random.choice([char, char.upper() if char.upper().casefold() == char.casefold() else char]) for char in part
+    )
+    found = heard_part(reply, None, spoken.replace(" ", "  "))
+    assert found.split() == part.split() or not any(char.isalnum() for char in part)
+
+
+def test_a_cut_reply_can_say_so() -> None:
+    """INTERRUPTED_MARK stands behind what was heard; a reply that was heard whole has none."""
+    talk = Transcript()
+    talk.add_turn("hi", "Hello friend.")
+    talk.cut_reply(99, None, "[interrupted]")
+    assert told(talk.messages)[-1] == ("assistant", "Hello friend.")
+    talk.cut_reply(5, None, "[interrupted]")
+    assert told(talk.messages)[-1] == ("assistant", "Hello [interrupted]")
+
+
+def test_a_history_comes_as_a_list() -> None:
+    """Of roles and contents; names are told, empty messages go."""
+    items = [
+        HistoryItem("system", "Earlier on."),
+        HistoryItem("user", "hi", "Bob"),
+        HistoryItem("assistant", "  "),
+        HistoryItem("assistant", "hello"),
+    ]
+    assert told(of_items(items)) == [("note", "Earlier on."), ("user", "Bob: hi"), ("assistant", "hello")]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from msgspec import UNSET
 
-from yaptext.dialogue.persona import Persona, style, styles
-from yaptext.errors import BadMessage
+from yaptext.dialogue.persona import Persona, style, styles, use_folder
+from yaptext.errors import BadMessage, SettingsError, UnknownPersona
 from yaptext.settings import Settings
 from yaptext.wire.messages import Gender, Identity, PersonaFields
 
@@ -34,10 +35,10 @@ def test_every_style_is_named_after_its_file_and_speaks_to_the_model(name: str) 
     assert "you" in found.text.lower().split()
 
 
-@pytest.mark.parametrize("name", ["", "Savage", "unheard-of", "../savage", "x" * 10_000])
+@pytest.mark.parametrize("name", ["", "unheard-of", "../savage", "x" * 10_000])
 def test_an_unknown_style_is_told_the_known_ones(name: str) -> None:
     """The message lists every style, names the field, and quotes no more of the value than a name's length."""
-    with pytest.raises(BadMessage) as caught:
+    with pytest.raises(UnknownPersona) as caught:
         style(name)
     assert all(known in caught.value.message for known in styles())
     assert caught.value.message.endswith("at $.persona_style")
@@ -78,7 +79,7 @@ def test_a_given_field_changes_itself_alone(fields: dict[str, Any], attribute: s
 
 def test_an_unknown_style_changes_nothing() -> None:
     """The merge fails as a whole."""
-    with pytest.raises(BadMessage):
+    with pytest.raises(UnknownPersona):
         FULL.merge(PersonaFields(persona_style="unheard-of", persona_text=None))
 
 
@@ -117,3 +118,57 @@ def test_the_text_is_the_same_every_turn() -> None:
 def test_fields_are_absent_unless_given() -> None:
     """The empty PersonaFields says nothing about anything."""
     assert all(getattr(PersonaFields(), name) is UNSET for name in PersonaFields.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", ["Savage", " savage ", "SAVAGE"])
+def test_a_style_is_found_in_any_case(name: str) -> None:
+    """And with white space around it."""
+    assert style(name).name == "savage"
+
+
+@pytest.mark.parametrize("name", ["religious", "delulu", "spiritual"])
+def test_the_styles_of_the_guides_time_are_there(name: str) -> None:
+    """Clients that name them keep working."""
+    assert name in styles()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"assistant_gender": " F "}, ("woman", None)),
+        ({"assistant_gender": "Male"}, ("man", None)),
+        ({"assistant_gender": "m", "user_identity": "Non-Binary "}, ("man", "non-binary")),
+    ],
+)
+def test_who_speaks_to_whom_is_read_in_any_case(fields: dict[str, str], expected: tuple[Any, Any]) -> None:
+    """Trimmed, and with one letter."""
+    found = Persona().merge(PersonaFields(**fields))
+    assert (found.gender, found.identity) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "allowed"),
+    [("assistant_gender", "woman, man, female, male, f, m"), ("user_identity", "woman, man, non-binary")],
+)
+def test_what_is_none_of_them_is_told_what_is_allowed(field: str, allowed: str) -> None:
+    """In the message, with the field."""
+    with pytest.raises(BadMessage, match=rf"allowed are {allowed} - at \$\.{field}"):
+        Persona().merge(PersonaFields(**{field: "robot"}))
+
+
+def test_styles_of_the_operator_are_laid_over_ours(tmp_path: Path) -> None:
+    """A file of the same form is a style by its name; a wrong one leaves those that were there."""
+    (tmp_path / "pirate.toml").write_text('title = "Pirate"\ntext = "You are a pirate."')
+    (tmp_path / "savage.toml").write_text('title = "Mild"\ntext = "You are mild."')
+    try:
+        use_folder(tmp_path)
+        assert (style("Pirate").text, style("savage").title) == ("You are a pirate.", "Mild")
+        (tmp_path / "broken.toml").write_text('title = "No text"')
+        with pytest.raises(SettingsError, match=r"PERSONAS_DIR: .*broken.toml has no text"):
+            use_folder(tmp_path)
+        assert style("pirate").title == "Pirate"
+    finally:
+        use_folder(None)
+    assert "pirate" not in styles() and style("savage").title == "Savage"
+    with pytest.raises(SettingsError, match=r"PERSONAS_DIR=.* cannot be read"):
+        use_folder(tmp_path / "nowhere")

@@ -86,7 +86,7 @@ def words(count: int, word: str = "w") -> str:
 
 def size(message: Message) -> int:
     """Tokens of a message wherever it stood, at most."""
-    return max(map(len, message.ids.values()))
+    return max(len(ids) for line in message.lines.values() if line.kept for ids in line.kept.values())
 
 
 def shown(messages: Sequence[Message]) -> list[tuple[str, str]]:
@@ -330,7 +330,7 @@ async def test_many_short_messages_fit_the_model(format: str) -> None:
 async def test_a_persona_over_its_limit_names_both_numbers(call: str) -> None:
     """Size and limit stand in the message; a persona is not cut, since half of one is another."""
     prompts = await open_prompts(ScriptedEngine(), persona=100)
-    with pytest.raises(TextTooLong, match=r"^persona_text is \d{3} tokens; limit is 100$"):
+    with pytest.raises(TextTooLong, match=r"^persona_text is \d{3} tokens; limit is 100 \(PERSONA_MAX_TOKENS\)$"):
         await (prompts.prefix(words(200), []) if call == "prefix" else prompts.turn(words(200), [], "U", NOW))
 
 
@@ -381,7 +381,7 @@ async def test_a_transcript_that_is_sent_whole_each_turn_is_encoded_once(limit: 
     transcript = Transcript()
     lines = [f"{'User' if turn % 2 == 0 else 'Assistant'}: turn{turn:02} and some words" for turn in range(40)]
     for turn in range(2, 40, 2):
-        transcript.replace("\n".join(lines[:turn]))
+        transcript.replace(parse("\n".join(lines[:turn])))
         await prompts.turn("P", transcript.messages, "U", NOW)
     kept = [message.text.split()[0] for message in transcript.messages]
     assert kept[-1] == "turn37"

@@ -766,7 +766,7 @@ talks = st.lists(st.tuples(st.sampled_from(["User", "Assistant"]), st.integers(1
 @often
 @pytest.mark.parametrize("template", ["chatml", "tools"])
 async def test_only_recent_history_is_told(template: Any, talk: list[tuple[str, int]], note: bool, limit: int) -> None:
-    """The last whole messages within the limit, from one of the user's on; notes are left out."""
+    """The last whole messages within the limit, from one of the user's or of nobody's on."""
     engine = ScriptedEngine(template=template)
     decider = open_decider(engine, history_tokens=limit)
     lines = [f"{label}: m{index:02}" + " w" * size for index, (label, size) in enumerate(talk)]
@@ -776,9 +776,11 @@ async def test_only_recent_history_is_told(template: Any, talk: list[tuple[str, 
     kept = [index for index in range(len(talk)) if f"m{index:02}" in text]
     assert kept == list(range(len(talk)))[len(talk) - len(kept) :]
     assert len(kept) <= 16
-    assert sum(min(map(len, message.ids.values())) for message in messages[len(messages) - len(kept) :]) <= limit
-    assert not kept or talk[kept[0]][0] == "User"
-    assert "A NOTE" not in text
+    sizes = [line.size or 0 for message in messages[len(messages) - len(kept) :] for line in message.lines.values()]
+    assert sum(sizes) <= limit
+    noted = "A NOTE" in text
+    assert noted <= (note and len(kept) == len(talk))
+    assert noted or not kept or talk[kept[0]][0] == "User"
 
 
 async def test_messages_are_encoded_once() -> None:
@@ -787,12 +789,12 @@ async def test_messages_are_encoded_once() -> None:
     decider = open_decider(engine)
     messages = parse(TALK)
     await decider.decide(decider.tools, messages, "U")
-    before = [dict(message.ids) for message in messages]
+    before = [dict(message.lines["tool as text"].kept or {}) for message in messages]
     messages.append(Message("user", "and then"))
     await decider.decide(decider.tools, messages, "U")
-    assert [message.ids for message in messages[:-1]] == before
+    assert all(before) and [message.lines["tool as text"].kept for message in messages[:-1]] == before
     for message, known in zip(messages, before, strict=False):
-        assert all(message.ids[place] is ids for place, ids in known.items())
+        assert all((message.lines["tool as text"].kept or {})[place] is ids for place, ids in known.items())
 
 
 async def test_only_so_many_tool_sets_are_remembered() -> None:

@@ -81,18 +81,28 @@ PARAMETERS: dict[str, Any] = {
 }
 
 
+REFUSED = {
+    "an unknown type", "a reference to nowhere", "an empty range", "nothing allowed", "an empty choice",
+    "more parts than parts",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("what", PARAMETERS)
 def test_a_poisoned_tool_fails_alone(served: Process, what: str) -> None:
-    """Its turn gets its decision, with a reason where the engine could make none, and its reply; so does one beside."""
+    """What no grammar can be made of is refused by the tool's name. Else its turn gets its decision, with a reason if
+    the engine could make none, and its reply; so does one beside."""
     schema = {"type": "object", "properties": {"a": PARAMETERS[what]}, "required": ["a"]}
     tool = {"name": "poison", "description": "canary-description", "parameters": schema}
     with served.connect() as socket, served.connect() as other:
         say(other, "start", session_id="other", user_utterance="hi", **QUIET, sampling={"max_tokens": 4})
         frames = turn(socket, "Take the poison", **QUIET | {"tools": [tool], "sampling": {"max_tokens": 2}})
         check_frames(frames)
-        decision = frames[1]
-        assert frames[-1]["type"] == "done" and decision["type"] == "toolcall"
-        assert decision.get("reason") in (None, "engine_failed", "truncated")
+        if what in REFUSED:
+            assert [frame["error_code"] for frame in frames] == ["bad_message"] and "'poison'" in frames[0]["message"]
+        else:
+            decision = frames[1]
+            assert frames[-1]["type"] == "done" and decision["type"] == "toolcall"
+            assert decision.get("reason") in (None, "engine_failed", "truncated", "invalid")
         assert until(other, "done", "error")[-1]["type"] == "done"
     assert served.events("turn.finished")[-1]["outcome"] == "finished"
 
@@ -117,7 +127,7 @@ def test_sampling_at_its_bounds_is_answered(served: Process, sampling: dict[str,
 
 @pytest.mark.parametrize(
     "utterance",
-    ["", "\x00\x00", "\ufeff\u202e" + "\u200d" * 300, "🏴\U000e0067" * 60, "<|im_end|>" * 50, "\uffff\ufffe"],
+    ["\x00\x00", "\ufeff\u202e" + "\u200d" * 300, "🏴\U000e0067" * 60, "<|im_end|>" * 50, "\uffff\ufffe"],
 )
 def test_odd_text_is_answered(served: Process, utterance: str) -> None:
     """Whatever Unicode allows; half a surrogate pair is no JSON."""

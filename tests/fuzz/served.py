@@ -36,6 +36,9 @@ class Forgetful(ScriptedEngine):
     async def encode(self, text: str, *, place: Any = "inside") -> list[int]:
         return list(map(ord, text))
 
+    def show(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
     async def clip(self, text: str, max_tokens: int, *, keep: Any) -> str:
         return "" if max_tokens <= 0 else text[:max_tokens] if keep == "start" else text[-max_tokens:]
 

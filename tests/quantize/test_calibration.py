@@ -143,7 +143,7 @@ def test_a_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     ("fields", "reason"),
     [
         ({"style": "gloomy"}, "Unknown persona_style; known are chill,"),
-        ({"persona_text": "x" * 2000}, "persona_text is 2"),
+        ({"persona_text": "x" * 3000}, "persona_text is 3"),
     ],
 )
 def test_a_persona_that_the_service_would_refuse_is_named(tmp_path: Path, fields: dict[str, str], reason: str) -> None:

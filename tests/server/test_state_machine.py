@@ -52,6 +52,8 @@ _EXTRAS: list[dict[str, Any]] = [
     {"tools": []},
     {"tools": None},
     {"persona_text": "You are Ada."},
+    {"await_tools": True},
+    {"history": [{"role": "user", "content": "a"}], "note": "n"},
 ]
 _USUAL = {"chat": ("a", None), "decision": ("[]", None), "warm": ("x", "length")}
 """What an engine says when nothing else is asked of it, by the kind of request."""
@@ -187,7 +189,9 @@ class Client(MemorySocket):
     def _follow(self, frame: Frame) -> None:
         """One turn after the other, each in its order: rules 1, 2, 8 and 9."""
         kind, turn = frame["type"], frame.get("turn")
-        if kind == "ack" and frame["for"] == "start":
+        if kind == "done" and turn and "usage" not in frame:
+            return  # of a turn on another socket, which this one cancelled
+        if kind == "ack" and frame["for"] != "set_persona":
             assert self.hearing is None, "rule 3: an ack before the old turn's done"
             self.hearing, self.text, self.decided = turn, "", False
             self.heard_of = (self.key, frame["session_id"])
@@ -232,6 +236,8 @@ class Lives(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.turns: list[tuple[Client, Turn]] = []
         self.faults: list[AssertionError] = []
+        self.asked: dict[tuple[str, str], tuple[int, Any]] = {}
+        """Calls that wait for their results."""
         self.replies: dict[tuple[str, str], str] = {}
         """What was heard last in each session, where nothing has come since."""
         self.fed: dict[int, list[str]] = {}
@@ -274,7 +280,9 @@ class Lives(RuleBasedStateMachine):
         if kind == "error" and turn is None:
             assert frame["error_code"] not in ("internal", "engine_failed"), frame
             return
-        if kind in ("pong", "warmed") or (kind == "ack" and frame["for"] == "set_persona"):
+        if kind == "done" and turn and "usage" not in frame:
+            return  # the answer to who cancelled it
+        if kind in ("pong", "warmed", "session") or (kind == "ack" and frame["for"] == "set_persona"):
             return
         if kind == "done" and turn == 0:
             client.cancelled_nothing -= 1
@@ -283,15 +291,24 @@ class Lives(RuleBasedStateMachine):
         if kind == "ack":
             session = self.stage.sessions._sessions[client.key, frame["session_id"]]
             self.replies.pop(session.key, None)
+            client.current = session.current
+            assert client.current is not None and client.current.number == turn
             for other, earlier in self.turns:
-                if earlier._session is session and earlier.number == turn:
-                    client.current = earlier
+                if earlier is client.current:
                     break
                 if earlier._session is session or other is client:
-                    assert earlier.finished.is_set(), "rule 3: the old turn ends first"
+                    assert earlier.over, "rule 3: the old turn ends first"
             return
+        if kind in ("toolcall", "token"):
+            for other, earlier in self.turns:
+                if earlier is client.current:
+                    break
+                if earlier._session is client.current._session or other is client:
+                    assert earlier.finished.is_set(), "rule 3: no engine is asked before the old turn has let go"
         if kind == "error":
             assert frame["error_code"] == "engine_failed", frame
+        elif kind == "done" and frame.get("finish_reason") == "tool_calls":
+            self.asked[client.current._session.key] = (turn, client.current._calls)
         elif kind == "done" and not frame.get("cancelled"):
             assert frame["usage"]["completion_tokens"] == len(self.fed.get(id(client.current), [])), "rule 8"
         elif kind == "final":
@@ -310,15 +327,44 @@ class Lives(RuleBasedStateMachine):
     _client, _rounds = st.integers(0, 3), st.none() | st.none() | st.integers(0, 6)
     _heard = st.none() | st.integers(0, 12)
 
-    @rule(number=_client, session=st.sampled_from("st"), heard=_heard, rounds=_rounds, what=st.integers(0, 5))
+    @rule(number=_client, session=st.sampled_from("st"), heard=_heard, rounds=_rounds, what=st.integers(0, 7))
     def start(self, number: int, session: str, heard: int | None, rounds: int | None, what: int) -> None:
         client = self.one(number)
         extra: dict[str, Any] = _EXTRAS[what]
         client.start("hello", session, **extra, **({} if heard is None else {"heard_chars": heard}))
         self.go(rounds)
 
-    @rule(number=_client, heard=_heard, rounds=_rounds)
-    def cancel(self, number: int, heard: int | None, rounds: int | None) -> None:
+    @rule(number=_client, session=st.sampled_from("st"), rounds=_rounds, right=st.booleans())
+    def answer(self, number: int, session: str, rounds: int | None, right: bool) -> None:
+        """The results of calls, for those that a turn waits for or for others."""
+        client = self.one(number)
+        turn, calls = self.asked.get((client.key, session), (1, []))
+        results = [{"id": call.id, "content": {"done": True}} for call in calls]
+        client.say("tool_result", session_id=session, turn=turn if right else 999, results=results)
+        self.go(rounds)
+
+    @rule(number=_client, session=st.sampled_from("st"), rounds=_rounds)
+    def cancel_session(self, number: int, session: str, rounds: int | None) -> None:
+        """On whatever socket its turn runs."""
+        client = self.one(number)
+        self.loop.settle()
+        if not client.open or client.serving.done():
+            return
+        found = self.stage.sessions.find((client.key, session))
+        running = found.current if found is not None else None
+        if running is not None and running.over:
+            running = None
+        client.cancelled_nothing += running is None
+        if running is not None and running._cancelled_at is None:
+            for other in self.clients:
+                other.cuts[running] = None
+        client.say("cancel", session_id=session)
+        self.go(rounds)
+        if running is not None and rounds is None and self.engine.free.is_set():
+            assert running.finished.is_set(), "a cancel reaches its session on any socket"
+
+    @rule(number=_client, heard=_heard, rounds=_rounds, as_text=st.booleans())
+    def cancel(self, number: int, heard: int | None, rounds: int | None, as_text: bool) -> None:
         client = self.one(number)
         self.loop.settle()  # what came before it is acted on: then it is known what it means
         if not client.open or client.serving.done():
@@ -331,14 +377,19 @@ class Lives(RuleBasedStateMachine):
             client.cuts[running] = heard
         elif running is None and heard is not None and client.connection._session is not None:
             self.replies.pop(client.connection._session.key, None)
-        client.say("cancel", **({} if heard is None else {"heard_chars": heard}))
+        words = "".join(self.fed.get(id(running), []))
+        as_text &= (
+            heard is not None and running is not None and not client.text[:heard].isspace() and client.text == words
+        )
+        said = {"heard_text": client.text[:heard]} if as_text else {} if heard is None else {"heard_chars": heard}
+        client.say("cancel", **said)
         self.go(rounds)
         if running is not None and rounds is None and self.engine.free.is_set():
             assert running.finished.is_set(), "rule 5: a cancel is acted on, also while the socket is stalled"
             assert not any(stream.turn is running for stream in self.engine.streams)
         assert running is not None or rounds is not None or client.cancelled_nothing == 0, "rule 4: it is answered"
 
-    @rule(number=_client, rounds=_rounds, what=st.integers(0, 6))
+    @rule(number=_client, rounds=_rounds, what=st.integers(0, 7))
     def say(self, number: int, rounds: int | None, what: int) -> None:
         client = self.one(number)
         frames = [
@@ -347,6 +398,7 @@ class Lives(RuleBasedStateMachine):
             {"type": "set_persona", "persona_text": None},
             {"type": "warm_persona", "persona_style": "wholesome"},
             {"type": "warm_history", "history_text": "User: a"},
+            {"type": "get_session", "session_id": "t"},
             {"type": "start", "session_id": ""},
             {"type": "start", "session_id": "s", "user_utterance": "x", "assistant_gender": "x"},
         ]

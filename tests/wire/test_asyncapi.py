@@ -25,8 +25,11 @@ from yaptext.wire.messages import (
     encode,
 )
 
-SENT = {"start", "cancel", "warm_persona", "warm_history", "set_persona", "ping", "end"}
-RECEIVED = {"ack", "toolcall", "token", "final", "done", "warmed", "pong", "error"}
+SENT = {
+    "start", "tool_result", "cancel", "warm_persona", "warm_history", "set_persona", "get_session", "forget", "ping",
+    "end",
+}  # fmt: skip
+RECEIVED = {"ack", "toolcall", "token", "final", "done", "warmed", "session", "forgotten", "pong", "error"}
 CODES = {
     "authentication_failed", "server_at_capacity", "bad_message", "text_too_long", "unknown_persona", "not_deployed",
     "rate_limited", "slow_client", "engine_failed", "going_away", "internal",
@@ -34,25 +37,30 @@ CODES = {
 FIELDS: dict[str, set[str]] = {
     "start": {
         "session_id", "user_utterance", "persona_text", "persona_style", "assistant_gender", "user_identity",
-        "history_text", "tools", "sampling", "heard_chars",
+        "history_text", "history", "tools", "await_tools", "sampling", "heard_chars", "heard_text", "speakable", "note",
     },
-    "cancel": {"heard_chars"},
+    "tool_result": {"session_id", "turn", "results", "sampling"},
+    "cancel": {"heard_chars", "heard_text", "session_id"},
+    "get_session": {"session_id"},
+    "forget": {"session_id"},
     "warm_persona": {"persona_text", "persona_style", "assistant_gender", "session_id"},
-    "warm_history": {"history_text", "session_id", "persona_text", "persona_style", "assistant_gender"},
+    "warm_history": {"history_text", "history", "session_id", "persona_text", "persona_style", "assistant_gender"},
     "set_persona": {"persona_style", "assistant_gender", "user_identity", "persona_text", "session_id"},
     "ping": set(),
     "end": set(),
     "ack": {
         "for", "ok", "session_id", "turn", "seed", "now", "assistant_gender", "persona_style",
-        "persona_text_override", "models",
+        "persona_text_override", "models", "ignored",
     },
     "toolcall": {"status", "raw", "turn", "tool_ms", "reason"},
     "token": {"text", "turn"},
     "final": {"normalized_text", "turn"},
-    "done": {"turn", "usage", "timings", "finish_reason", "cancelled", "cancel_ms", "tokens_sent"},
-    "warmed": {"segment", "bytes", "prefix_tokens", "cached_tokens", "ms"},
+    "done": {"turn", "session_id", "usage", "timings", "finish_reason", "cancelled", "cancel_ms", "tokens_sent"},
+    "warmed": {"segment", "persona_style", "messages", "prefix_tokens", "cached_tokens", "prefix_stable", "ms"},
+    "session": {"session_id", "known", "turns", "persona_style", "persona_text", "history"},
+    "forgotten": {"session_id", "known"},
     "pong": set(),
-    "error": {"error_code", "message", "turn", "retry_after_ms", "capacity"},
+    "error": {"error_code", "message", "turn", "session_id", "retry_after_ms", "capacity"},
 }  # fmt: skip
 
 
@@ -169,7 +177,16 @@ def test_the_document_names_the_service_and_where_it_listens() -> None:
         Token(text="x", turn=1),
         Done(turn=1, usage=Usage(), timings=Timings(), finish_reason="stop"),
         Done(turn=0, cancelled=True, cancel_ms=0.0, tokens_sent=0),
-        Warmed(segment="history", bytes=1, prefix_tokens=1, cached_tokens=0, ms=1.0),
+        Warmed(
+            segment="history",
+            persona_style=None,
+            persona_text_override=False,
+            messages=0,
+            bytes=1,
+            prefix_tokens=1,
+            cached_tokens=0,
+            ms=1.0,
+        ),
         Pong(),
     ],
     ids=lambda message: type(message).__name__,

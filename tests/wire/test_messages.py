@@ -14,7 +14,6 @@ from msgspec import UNSET
 from yaptext.errors import BadMessage, Internal, ServerAtCapacity, WireError
 from yaptext.wire.messages import (
     Ack,
-    Call,
     Cancel,
     Capacity,
     ClientMessage,
@@ -22,6 +21,11 @@ from yaptext.wire.messages import (
     End,
     Error,
     Final,
+    Forget,
+    Forgotten,
+    GetSession,
+    HistoryItem,
+    IdentifiedCall,
     Models,
     PersonaFields,
     Ping,
@@ -33,6 +37,8 @@ from yaptext.wire.messages import (
     Timings,
     Token,
     ToolCall,
+    ToolResult,
+    ToolResultItem,
     Usage,
     Warmed,
     WarmHistory,
@@ -41,6 +47,7 @@ from yaptext.wire.messages import (
     encode,
     error_frame,
     gender,
+    read,
 )
 
 often = settings(max_examples=150, deadline=None)
@@ -69,6 +76,7 @@ SAMPLING: dict[str, Any] = {
     "presence_penalty": -0.5,
     "frequency_penalty": 0.5,
     "max_tokens": 50,
+    "soft_max_tokens": 20,
     "seed": 3,
     "stop": ["\n", "END"],
 }
@@ -80,7 +88,12 @@ FULL: dict[str, tuple[dict[str, Any], ClientMessage]] = {
             "history_text": "User: hi",
             "tools": [{"name": "t"}],
             "sampling": SAMPLING,
+            "history": [{"role": "user", "content": "hi", "name": "Bob"}],
+            "await_tools": False,
             "heard_chars": 4,
+            "heard_text": "hell",
+            "speakable": False,
+            "note": "in Paris",
             **PERSONA,
         },
         Start(
@@ -89,26 +102,48 @@ FULL: dict[str, tuple[dict[str, Any], ClientMessage]] = {
             history_text="User: hi",
             tools=[{"name": "t"}],
             sampling=SamplingFields(**SAMPLING),
+            history=[HistoryItem("user", "hi", "Bob")],
+            await_tools=False,
             heard_chars=4,
+            heard_text="hell",
+            speakable=False,
+            note="in Paris",
             **PERSONA,
         ),
     ),
-    "cancel": ({"heard_chars": 0}, Cancel(heard_chars=0)),
+    "tool_result": (
+        {"session_id": "s", "turn": 2, "results": [{"id": "c", "content": {"a": 1}}], "sampling": SAMPLING},
+        ToolResult(
+            session_id="s", turn=2, results=[ToolResultItem("c", {"a": 1})], sampling=SamplingFields(**SAMPLING)
+        ),
+    ),
+    "cancel": (
+        {"heard_chars": 0, "heard_text": "", "session_id": "s"},
+        Cancel(heard_chars=0, heard_text="", session_id="s"),
+    ),
+    "get_session": ({"session_id": "s"}, GetSession("s")),
+    "forget": ({"session_id": "s"}, Forget("s")),
     "warm_persona": ({"session_id": "s", **PERSONA}, WarmPersona(session_id="s", **PERSONA)),
     "warm_history": (
-        {"history_text": "User: hi", "session_id": "s", **PERSONA},
-        WarmHistory(history_text="User: hi", session_id="s", **PERSONA),
+        {"history_text": "User: hi", "history": [], "session_id": "s", **PERSONA},
+        WarmHistory(history_text="User: hi", history=[], session_id="s", **PERSONA),
     ),
     "set_persona": ({"session_id": "s", **PERSONA}, SetPersona(session_id="s", **PERSONA)),
     "ping": ({}, Ping()),
     "end": ({}, End()),
 }
-REQUIRED = {"start": ("session_id", "user_utterance"), "warm_history": ("history_text",)}
+REQUIRED = {
+    "start": ("session_id", "user_utterance"),
+    "tool_result": ("session_id", "turn", "results"),
+    "get_session": ("session_id",),
+    "forget": ("session_id",),
+}
+_PLACEHOLDERS = {"turn": 1, "results": []}
 
 
 def frame(type: Any = "start", **fields: Any) -> str:
     """A frame of that type with its required fields, and `fields` laid over."""
-    return json.dumps({"type": type} | {name: "x" for name in REQUIRED.get(type, ())} | fields)
+    return json.dumps({"type": type} | {name: _PLACEHOLDERS.get(name, "x") for name in REQUIRED.get(type, ())} | fields)
 
 
 def refusal(text: str | bytes) -> str:
@@ -200,9 +235,33 @@ def test_unknown_fields_are_ignored(type: str, extra: dict[str, Any]) -> None:
     assert decode(frame(type, **extra)) == decode(frame(type))
 
 
-def test_unknown_fields_are_ignored_inside_sampling() -> None:
-    """What an old service does not know of `sampling` is an extra field like any other."""
-    assert start(sampling={"temperature": 0.5, "typical_p": 0.9}).sampling == SamplingFields(temperature=0.5)
+def test_unknown_fields_inside_sampling_are_refused() -> None:
+    """A slip there would otherwise change nothing and say nothing."""
+    assert refusal(frame(sampling={"temprature": 0.5})) == "Object contains unknown field temprature - at $.sampling"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("chat_prompt", "persona_text"), ("gender", "assistant_gender"), ("personality", "persona_style")],
+)
+def test_names_of_older_clients_are_read(old: str, new: str) -> None:
+    """As today's, unless that is there too."""
+    assert getattr(start(**{old: "f"}), new) == "f"
+    both = read(frame(**{old: "f", new: "m"}))
+    assert (getattr(both.message, new), both.ignored) == ("m", [old])
+
+
+def test_an_utterance_by_its_old_name() -> None:
+    """Also one that is required."""
+    found = decode('{"type": "start", "session_id": "s", "message": "hi"}')
+    assert isinstance(found, Start) and found.user_utterance == "hi"
+
+
+def test_what_is_not_known_is_told() -> None:
+    """Sorted, and no more of a name than its beginning."""
+    assert read(frame(b=1, a={"x": []}, **{"z" * 100: 1})).ignored == ["a", "b", "z" * 64]
+    assert read(frame("ping", a=1)).ignored == ["a"]
+    assert read(frame()).ignored == []
 
 
 # Client -> server: what is refused
@@ -216,14 +275,15 @@ def test_the_example_of_the_protocol() -> None:
 @pytest.mark.parametrize(("type", "name"), [(type, name) for type, names in REQUIRED.items() for name in names])
 def test_a_missing_required_field_is_named(type: str, name: str) -> None:
     """The client learns which field it forgot."""
-    fields = {field: "x" for field in REQUIRED[type] if field != name}
+    fields = {field: _PLACEHOLDERS.get(field, "x") for field in REQUIRED[type] if field != name}
     assert f"missing required field {name}" in refusal(json.dumps({"type": type, **fields}))
 
 
 @pytest.mark.parametrize(("type", "name"), [(type, name) for type, (fields, _) in FULL.items() for name in fields])
 def test_a_wrong_type_names_the_field(type: str, name: str) -> None:
-    """true fits no field of any message."""
-    message = refusal(frame(type, **{name: True}))
+    """true fits no field of any message but those of yes and no."""
+    wrong: Any = 5 if name in ("await_tools", "speakable") else True
+    message = refusal(frame(type, **{name: wrong}))
     assert message.startswith(("Expected", "Invalid"))
     assert message.endswith(f"at $.{name}")
 
@@ -234,17 +294,25 @@ def test_a_wrong_type_inside_sampling_names_the_field(name: str) -> None:
     assert refusal(frame(sampling={name: True})).endswith(f"at $.sampling.{name}")
 
 
-@pytest.mark.parametrize("name", ["assistant_gender", "user_identity", "type"])
-@pytest.mark.parametrize("wrong", ["robot", "", "Woman", "robot" * 100])
-def test_a_value_out_of_its_set_names_the_field(name: str, wrong: str) -> None:
-    """Whatever is said instead, however long: the client learns which field it got wrong."""
-    assert f"at $.{name}" in refusal(json.dumps(json.loads(frame()) | {name: wrong}))
+@pytest.mark.parametrize("wrong", ["robot", "", "Start", "robot" * 100])
+def test_an_unknown_type_is_quoted_with_the_known_ones(wrong: str) -> None:
+    """However long it is: the client learns what it may send."""
+    message = refusal(json.dumps(json.loads(frame()) | {"type": wrong}))
+    assert message.startswith(f"Unknown type {wrong[:64]!r}; known are start, tool_result, cancel, ")
+    assert message.endswith(" - at $.type") and len(message) < 300
 
 
-@pytest.mark.parametrize("name", ["session_id", "user_utterance"])
-def test_null_is_no_required_value(name: str) -> None:
-    """What is required cannot be cleared."""
-    assert refusal(frame(**{name: None})) == f"Expected str, got null - at $.{name}"
+def test_an_unknown_role_is_told_the_known_ones() -> None:
+    """With the place in the list."""
+    message = refusal(frame(history=[{"role": "user", "content": ""}, {"role": "tool", "content": ""}]))
+    assert message == "Invalid enum value; allowed are user, assistant, system - at $.history[1].role"
+
+
+def test_null_is_no_session_but_may_be_an_utterance() -> None:
+    """Without one the assistant speaks; it has to be said that there is none."""
+    assert refusal(frame(session_id=None)) == "Expected str, got null - at $.session_id"
+    assert start(user_utterance=None).user_utterance is None
+    assert "missing required field user_utterance" in refusal('{"type": "start", "session_id": "s"}')
 
 
 @pytest.mark.parametrize("type", ["nope", "", "Start", 5, None, ["start"]])
@@ -300,6 +368,7 @@ BOUNDS = [
     ("presence_penalty", [-2, 2], [-2.01, 2.01]),
     ("frequency_penalty", [-2, 2], [-2.01, 2.01]),
     ("max_tokens", [1, 4096], [0, -1, 4097, 1.5]),
+    ("soft_max_tokens", [1, 4096], [0, 4097]),
     ("seed", [0, 2**63 - 1], [-1, 2**63, 1.5]),
     ("stop", [[], ["x"], ["x" * 64] * 8], [[""], ["x" * 65], ["x"] * 9, "x", [1]]),
 ]
@@ -424,7 +493,12 @@ clients = st.one_of(
         heard_chars=st.none() | counts,
         **personas,
     ),
-    st.builds(Cancel, heard_chars=st.none() | counts),
+    st.builds(Cancel, heard_chars=st.none() | counts, heard_text=st.none() | texts, session_id=st.none() | session_ids),
+    st.builds(
+        ToolResult, session_id=session_ids, turn=counts, results=st.lists(st.builds(ToolResultItem, texts, json_values))
+    ),
+    st.builds(GetSession, session_ids),
+    st.builds(Forget, session_ids),
     st.builds(WarmPersona, session_id=st.none() | session_ids, **personas),
     st.builds(WarmHistory, history_text=texts, session_id=st.none() | session_ids, **personas),
     st.builds(SetPersona, session_id=st.none() | session_ids, **personas),
@@ -432,7 +506,7 @@ clients = st.one_of(
     st.just(End()),
 )
 milliseconds = st.floats(0, 1e9)
-usages = st.builds(Usage, *[counts] * 5)
+usages = st.builds(Usage, *[counts] * 6)
 timings = st.builds(Timings, *[st.none() | milliseconds] * 4)
 turns = st.integers(1, 2**31)
 servers = st.one_of(
@@ -440,7 +514,9 @@ servers = st.one_of(
     st.builds(
         ToolCall,
         status=st.sampled_from(["yes", "no"]),
-        raw=st.lists(st.builds(Call, texts, st.dictionaries(texts, json_values, max_size=2)), max_size=4),
+        raw=st.lists(
+            st.builds(IdentifiedCall, texts, texts, st.dictionaries(texts, json_values, max_size=2)), max_size=4
+        ),
         turn=turns,
         tool_ms=milliseconds,
         reason=st.just(UNSET) | texts,
@@ -452,12 +528,16 @@ servers = st.one_of(
     st.builds(
         Warmed,
         segment=st.sampled_from(["persona_static", "history"]),
+        persona_style=st.none() | texts,
+        persona_text_override=st.booleans(),
+        messages=counts,
         bytes=counts,
         prefix_tokens=counts,
         cached_tokens=counts,
         ms=milliseconds,
     ),
     st.just(Pong()),
+    st.builds(Forgotten, texts, st.booleans()),
     st.builds(
         Error, error_code=texts, message=texts, turn=st.just(UNSET) | turns, retry_after_ms=st.just(UNSET) | counts
     ),

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Speaker = Literal["user", "assistant", "note"]
+from yaptext.dialogue.heard import Spoken, heard_part
+from yaptext.dialogue.layout import Line
+from yaptext.wire.messages import HistoryItem
 
-_LABEL = re.compile(r"^\s*(user|human|assistant|ai|bot)\s*:[^\S\n]*", re.IGNORECASE | re.ASCII)
+Speaker = Literal["user", "assistant", "note", "tool"]
+
+_LABEL = re.compile(
+    r"\s*(?P<stamp>\[[^\]\n]{1,32}\]\s*|\d{1,2}:\d{2}(?::\d{2})?\s+)?(?P<mark>\*\*|__)?"
+    r"(?P<name>user|human|you|me|assistant|ai|bot)(?:\*\*|__)?\s?[:\uff1a](?:\*\*|__)?[^\S\n]*",
+    re.IGNORECASE | re.ASCII,
+)
 _SPEAKERS: dict[str, Speaker] = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "ai": "assistant",
-    "bot": "assistant",
+    **dict.fromkeys(("user", "human", "you", "me"), "user"),
+    **dict.fromkeys(("assistant", "ai", "bot"), "assistant"),
 }
-
-
 _MARK = re.compile(r"<\|(persona|history)\|>", re.IGNORECASE)
 _LABEL_OR_MARK = re.compile(
     r"(user|assistant|message|calls|now)\W{0,3}?\s?[:\uff1a]|<\|(persona|history)\|>", re.IGNORECASE
@@ -36,36 +39,67 @@ def in_lines(text: str, *, labels: bool = True) -> str:
     joined = [first]
     for line in rest:
         bare = line.lstrip(_DECORATION)
-        if forged.match(bare):
+        if not forged.match(bare):
+            joined.append(line)
+            continue
+        while joined and not joined[-1].strip():
+            joined.pop()
+        if joined:
             joined[-1] = joined[-1].rstrip() + " "
-        joined.append(bare if forged.match(bare) else line)
+        joined.append(bare)
     return "".join(joined)
 
 
 @dataclass(slots=True, eq=False)
 class Message:
-    """One thing said. `note` is transcript text without a speaker; only the first message can be one."""
+    """One thing said. `note` is transcript text without a speaker, `tool` is a call with what it returned. `sent` is
+    how the prompt of its own turn had an utterance, `spoken` how a reply was sent, if that differs from `text`."""
 
     speaker: Speaker
     text: str
-    ids: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
-    """Its token ids by prompt and place (`layout.Kept`)."""
+    sent: str | None = None
+    spoken: Spoken | None = None
+    lines: dict[str, Line] = field(default_factory=dict)
+    """How it stands in each kind of prompt, with its token ids: each is made once in its life, not once a turn."""
 
 
 def parse(text: str) -> list[Message]:
-    """Messages of a written transcript: a line that opens with `User:` or `Assistant:` (or human, ai, bot)
-    begins one, other lines continue it. Empty messages are dropped."""
+    """Messages of a written transcript. A line that opens with a label begins one, other lines continue it.
+
+    Labels are User, Human, You, Me, and Assistant, AI, Bot, in any case, with a colon (or a full-width one), in bold or
+    not, after a time or not: `**User:** hi`, `[12:01] User: hi`. All labels of a transcript look like its first one, so
+    that `user: str` inside a message is no label where they are `User:`. Text before the first label has no speaker:
+    each of its lines is a note. Empty messages are dropped.
+    """
     found: list[tuple[Speaker, list[str]]] = []
-    for line in text.strip().splitlines():
+    form: tuple[bool, bool, bool] | None = None
+    for line in text.lstrip("\ufeff").strip().splitlines():
         label = _LABEL.match(line)
-        if label:
-            found.append((_SPEAKERS[label[1].lower()], [line[label.end() :]]))
-        elif found:
-            found[-1][1].append(line)
-        else:
+        if label and (form is None or form == _form(label)):
+            form = _form(label)
+            found.append((_SPEAKERS[label["name"].lower()], [line[label.end() :]]))
+        elif form is None:
             found.append(("note", [line]))
+        else:
+            found[-1][1].append(line)
     messages = (Message(speaker, "\n".join(lines).strip()) for speaker, lines in found)
     return [message for message in messages if message.text]
+
+
+def _form(label: re.Match[str]) -> tuple[bool, bool, bool]:
+    """How a label is written: with a time, in bold, in small letters."""
+    return bool(label["stamp"]), bool(label["mark"]), label["name"].islower()
+
+
+def of_items(items: Iterable[HistoryItem]) -> list[Message]:
+    """Messages of a history that comes as a list. Whoever has a name is told by it."""
+    found = []
+    for item in items:
+        text = item.content.strip()
+        if text:
+            speaker: Speaker = "note" if item.role == "system" else item.role
+            found.append(Message(speaker, f"{item.name.strip()}: {text}" if item.name and item.name.strip() else text))
+    return found
 
 
 def recent(text: str, max_chars: int) -> str:
@@ -74,8 +108,8 @@ def recent(text: str, max_chars: int) -> str:
     cut = _in_steps(len(text) - max_chars, max_chars)
     if not cut:
         return text
-    line = text.find("\n", cut)
-    return text[line + 1 :] if line >= 0 else text[cut:]
+    _, _, whole_lines = text[cut:].partition("\n")
+    return whole_lines if whole_lines.strip() else text[cut:]
 
 
 def keep_recent(sizes: Sequence[int], limit: int) -> int:
@@ -99,8 +133,8 @@ def _in_steps(excess: int, limit: int) -> int:
     return max(0, -(-excess // step) * step)
 
 
-_REMEMBERED_CHARS = 65_536
-"""A client's transcript that is longer is encoded anew each turn rather than kept with its token ids."""
+REMEMBERED_CHARS = 65_536
+"""A client's transcript that is longer is encoded again each turn rather than kept with its token ids."""
 
 
 class Transcript:
@@ -112,28 +146,47 @@ class Transcript:
         self.messages: list[Message] = []
         self._sent: list[Message] = []
 
-    def replace(self, text: str, warmed: Sequence[Message] = ()) -> None:
+    def replace(self, new: list[Message], warmed: Sequence[Message] = (), *, remember: bool = True) -> None:
         """Takes a client's own transcript. Messages that stood in the last one keep their token ids, also
         those that a prompt had no room for; the first one takes them from `warmed`."""
-        new = parse(text)
         for index, (old, message) in enumerate(zip(self._sent or warmed, new, strict=False)):
             if old.speaker != message.speaker or old.text != message.text:
                 break
             new[index] = old
-        self._sent = new if len(text) <= _REMEMBERED_CHARS else []
+        self._sent = new if remember else []
         self.messages = list(new)
 
-    def add_turn(self, utterance: str, reply: str) -> None:
-        self.messages.append(Message("user", utterance))
-        if reply.strip():  # kept as it was sent, since `heard_chars` counts in it
-            self.messages.append(Message("assistant", reply))
+    def add_turn(
+        self,
+        utterance: str | None,
+        reply: str,
+        *,
+        sent: str | None = None,
+        results: Sequence[str] = (),
+        spoken: Spoken | None = None,
+    ) -> None:
+        """`sent` is the utterance as it stood in the prompt, `spoken` the reply as the client got it, if they differ;
+        `results` are what tools returned in between."""
+        if utterance is not None:
+            self.messages.append(Message("user", utterance, sent=sent))
+        self.messages += [Message("tool", result) for result in results]
+        if reply.strip():
+            self.messages.append(Message("assistant", reply, spoken=spoken))
 
-    def cut_reply(self, heard_chars: int) -> None:
-        """Cuts the last reply to what the user heard of it. A reply of which nothing was heard goes."""
+    def cut_reply(self, chars: int | None, text: str | None, mark: str = "") -> None:
+        """Cuts the last reply to what the user heard of it, and has `mark` say so. A reply of which nothing was heard
+        goes."""
         if not self.messages or self.messages[-1].speaker != "assistant":
             return
         last = self.messages[-1]
-        if heard_chars >= len(last.text):
-            return
-        heard = last.text[:heard_chars].rstrip()
-        self.messages[-1:] = [Message("assistant", heard)] if heard else []
+        if last.spoken is not None:
+            chars, text = last.spoken.own(last.text, len(heard_part(last.spoken.text, chars, text))), None
+        heard = heard_part(last.text, chars, text)
+        if heard != last.text:
+            self.messages[-1:] = [Message("assistant", kept)] if (kept := cut_short(heard, mark)) else []
+
+
+def cut_short(heard: str, mark: str) -> str:
+    """A reply of which only this was heard, as the next prompts show it."""
+    heard = heard.rstrip()
+    return f"{heard} {mark}" if heard and mark else heard

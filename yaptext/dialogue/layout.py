@@ -25,20 +25,22 @@ _BREAKS = (
 """Lines that end and begin as those of prompts do."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Line:
     """One line of a message, or several, without white space at its ends. `kept` is where its ids are kept. What is
-    `volatile` changes with every turn, and so does all that follows."""
+    `volatile` changes with every turn, and so does all that follows. A `loose` line is encoded together with the one
+    before: some tokenizers read a newline and a slash as one."""
 
     text: str
     kept: Kept | None = None
     volatile: bool = False
+    loose: bool = field(init=False)
+    size: int | None = field(init=False, default=None)
+    """Its tokens, once they were measured."""
 
-    @property
-    def loose(self) -> bool:
-        """Whether it is encoded together with the line before: some tokenizers read a newline and a slash as one."""
+    def __post_init__(self) -> None:
         first = self.text[:1]
-        return not (first.isascii() and (first.isalnum() or first in ("<", "(")))
+        self.loose = not (first.isascii() and (first.isalnum() or first in ("<", "(")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,19 @@ class Said:
 
 
 Conversation = Sequence[Said]
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A call of a tool, and the text that it returned."""
+
+    name: str
+    arguments: dict[str, Any]
+    content: str
+
+
+Rounds = Sequence[Sequence[Called]]
+"""Calls that were made for the last message of a conversation, those of each decision together."""
 
 
 def in_turn(talk: Iterable[Said], *, system: bool) -> list[Said]:
@@ -75,7 +90,7 @@ def in_turn(talk: Iterable[Said], *, system: bool) -> list[Said]:
     if system:
         return [head, *turns]
     first, *rest = turns[0].lines
-    apart = replace(first, text=f"\n{first.text}", kept=None)
+    apart = Line(f"\n{first.text}", volatile=first.volatile)
     return [Said("user", [*head.lines, apart, *rest]), *turns[1:]]
 
 
@@ -131,7 +146,8 @@ class Layout:
 
     `exact`: the ids are those of the rendered text; `stable`: what stands before a volatile line stays when more is
     said; `pieces`: prompts are put together from stretches; `system`: the template takes system messages. A reply ends
-    at `stop_ids`, or, if the template marks its end by no control token, at the text `stop`.
+    at `stop_ids`, or, if the template marks its end by no control token, at the text `stop`. `calls`: the template
+    shows calls of tools, and what they returned, in a form of its own.
     """
 
     def __init__(
@@ -142,7 +158,7 @@ class Layout:
         self._codec, self._kind, self._tools, self.asks_to_think = codec, kind, tools, thinking
         self.thinking = codec.thinking(thinking)
         self.day = codec.day
-        self.exact = self.stable = self.pieces = False
+        self.exact = self.stable = self.pieces = self.calls = False
         self.system = tools is None
         self.stop_ids: tuple[int, ...] = ()
         self.stop: tuple[str, ...] = ()
@@ -170,6 +186,7 @@ class Layout:
         layout._find_stops()
         layout.pieces = not codec.ticks and await layout._find_joints() and await layout._agrees(samples)
         layout.exact = True
+        layout.calls = tools is None and layout._shows_calls()
         layout.stable = not codec.ticks and await layout._stays(samples[-2:])
         return layout
 
@@ -196,13 +213,16 @@ class Layout:
 
     async def measure(self, lines: Sequence[tuple[Role | None, Line]], *, alone: bool = True) -> list[int]:
         """Tokens of each line: of one among others, or of a message in that role, or (not `alone`) its first line."""
+        new = [(role, line) for role, line in lines if line.size is None]
         stretches = []
-        for role, line in lines:
+        for role, line in new:
             stretch = self._usual(role, alone)
             stretch.text, stretch.kept = line.text, line.kept
             stretches.append(stretch)
         await self._encode(stretches)
-        return [len(stretch.ids) for stretch in stretches]
+        for (_, line), stretch in zip(new, stretches, strict=True):
+            line.size = len(stretch.ids)
+        return [line.size or 0 for _, line in lines]
 
     def _usual(self, role: Role | None, alone: bool) -> _Stretch:
         if not self.pieces or role is None:
@@ -214,11 +234,11 @@ class Layout:
         before, following = self._joints[other, role], self._joints[role, other]
         return _Stretch("after" if before.control else "inside", before.right, suffix=following.left)
 
-    async def ids(self, talk: Conversation) -> list[int]:
-        """The whole prompt, ready for a reply."""
-        if self.pieces:
+    async def ids(self, talk: Conversation, rounds: Rounds = ()) -> list[int]:
+        """The whole prompt, ready for a reply; after `rounds` of calls only if the template shows them."""
+        if self.pieces and not rounds:
             return (await self._assemble(talk))[0]
-        text = self.render(talk)
+        text = self.render(talk, rounds)
         if text is None:
             raise EngineFailed("The chat template refuses this conversation.")
         return await self.encode(text)
@@ -242,17 +262,41 @@ class Layout:
             same += 1
         return prompts[0][: max(0, same - 1)]  # the last may be the same by chance
 
-    def render(self, talk: Conversation) -> str | None:
+    def render(self, talk: Conversation, rounds: Rounds = ()) -> str | None:
         """The text of the prompt; control tokens in contents are disguised."""
         if self.is_plain:
             return talk[0].content
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": said.role, "content": self._codec.disguise(said.content)}
             for said in in_turn(talk, system=self.system)
         ]
-        return self._render(messages)
+        return self._render([*messages, *self._called(rounds)])
 
-    def _render(self, messages: list[dict[str, str]], *, reply: bool = True) -> str | None:
+    def _called(self, rounds: Rounds) -> list[dict[str, Any]]:
+        """Calls and what they returned, as messages. Some templates want ids of nine letters and digits."""
+        messages: list[dict[str, Any]] = []
+        for number, calls in enumerate(rounds):
+            ids = [f"c{number:04d}{index:04d}" for index in range(len(calls))]
+            functions = [{"name": call.name, "arguments": disguised(self._codec, call.arguments)} for call in calls]
+            asked = [
+                {"id": id, "type": "function", "function": function}
+                for id, function in zip(ids, functions, strict=True)
+            ]
+            messages.append({"role": "assistant", "content": "", "tool_calls": asked})
+            messages += [
+                {"role": "tool", "name": call.name, "tool_call_id": id, "content": self._codec.disguise(call.content)}
+                for id, call in zip(ids, calls, strict=True)
+            ]
+        return messages
+
+    def _shows_calls(self) -> bool:
+        messages, _ = self._marked()
+        made = [[Called("lookup", {"query": "MARKQUERY"}, "MARKRESULT")]]
+        told = self._render([*messages[:-2], *self._called(made)]) or ""
+        places = [told.find(mark) for mark in (_MARKS["user"], "lookup", "MARKQUERY", "MARKRESULT")]
+        return -1 not in places and places[0] < min(places[1:]) and places[3] == max(places)
+
+    def _render(self, messages: list[dict[str, Any]], *, reply: bool = True) -> str | None:
         return self._codec.render(messages, self._tools, reply=reply, thinking=self.asks_to_think)
 
     # --- learning
@@ -286,7 +330,10 @@ class Layout:
             return False
         opening, *between, closing = pieces
         self._opening = await Joint.learn(self._codec, opening, opening=True)
-        self._closing = await Joint.learn(self._codec, closing)
+        end = await Joint.learn(self._codec, closing)
+        if end.right:  # nothing follows it
+            end = replace(end, ids=[*end.ids, *await self._codec.encode(end.right, place="after")], right="")
+        self._closing = end
         roles = [message["role"] for message in messages]
         for (before, after), text in zip(pairwise(roles), between, strict=True):
             self._joints[before, after] = await Joint.learn(self._codec, text)
@@ -340,32 +387,57 @@ class Layout:
         """The ids, and how many of them stand before the first stretch with a volatile line."""
         turns = list(talk) if self.is_plain else in_turn(talk, system=self.system)
         parts: list[_Stretch | Sequence[int]] = [self._opening.ids]
-        stretch = _Stretch("after" if self._opening.control else "start", self._opening.right)
+        new: list[_Stretch] = []
+        kind = self._kind
+        stretch: _Stretch | None = None
+        """Begun in an earlier message, if no control token stands between."""
+        place: Place = "after" if self._opening.control else "start"
+        prefix = self._opening.right
+        first_volatile: int | None = None
         for said, following in zip(turns, [*turns[1:], None], strict=True):
-            for number, line in enumerate(said.lines):
-                if number and not line.loose:
-                    stretch.suffix += "\n"
-                    parts.append(stretch)
-                    stretch = _Stretch("inside", "")
+            joint = self._closing if following is None else self._joints[said.role, following.role]
+            lines, count = said.lines, len(said.lines)
+            begin = 0
+            while begin < count:
+                end = begin + 1
+                while end < count and lines[end].loose:
+                    end += 1
+                suffix = "\n" if end < count else joint.left
+                line = lines[begin]
+                if stretch is None and end == begin + 1 and (end < count or joint.control) and line.kept is not None:
+                    known = line.kept.get((kind, place, prefix, suffix))
+                    if known is not None:
+                        parts.append(known)
+                        begin, place, prefix = end, "inside", ""
+                        continue
+                if stretch is None:
+                    stretch = _Stretch(place, prefix)
                     stretch.add(line)
                 else:
-                    stretch.add(line, "\n" if number else "")
-            joint = self._closing if following is None else self._joints[said.role, following.role]
-            stretch.suffix += joint.left
+                    stretch.add(line, "" if not begin else "\n")
+                for line in lines[begin + 1 : end]:
+                    stretch.add(line, "\n")
+                stretch.suffix += suffix
+                if end < count or joint.control or following is None:
+                    if stretch.volatile and first_volatile is None:
+                        first_volatile = len(parts)
+                    parts.append(stretch)
+                    new.append(stretch)
+                    stretch = None
+                begin, place, prefix = end, "inside", ""
             if joint.control:
-                parts += [stretch, joint.ids]
-                stretch = _Stretch("after", joint.right)
-        parts.append(stretch)
-        await self._encode([part for part in parts if isinstance(part, _Stretch)])
+                parts.append(joint.ids)
+                place, prefix = "after", joint.right
+        if prefix:
+            new.append(_Stretch(place, prefix))
+            parts.append(new[-1])
+        await self._encode(new)
         ids: list[int] = []
         stable = None
-        for part in parts:
-            if isinstance(part, _Stretch):
-                if part.volatile and stable is None:
-                    stable = len(ids)
-                ids += part.ids
-            else:
-                ids += part
+        for index, part in enumerate(parts):
+            if index == first_volatile:
+                stable = len(ids)
+            ids += part.ids if isinstance(part, _Stretch) else part
         return ids, len(ids) if stable is None else stable
 
     async def _encode(self, stretches: Iterable[_Stretch]) -> None:
@@ -383,6 +455,17 @@ class Layout:
                 stretch.ids = ids
                 if stretch.kept is not None:
                     stretch.kept[self._kind, place, stretch.prefix, stretch.suffix] = ids
+
+
+def disguised(codec: Codec, value: Any) -> Any:
+    """Any JSON as a template may print it: nothing in it is a control token."""
+    if isinstance(value, str):
+        return codec.disguise(value)
+    if isinstance(value, list):
+        return [disguised(codec, item) for item in value]
+    if isinstance(value, dict):
+        return {codec.disguise(name): disguised(codec, item) for name, item in value.items()}
+    return value
 
 
 def split(text: str | None, marks: Sequence[str]) -> list[str] | None:

@@ -6,11 +6,13 @@ import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
-from msgspec import UNSET, UnsetType
+from msgspec import UnsetType
 
-from yaptext.errors import BadMessage, SettingsError
-from yaptext.wire.messages import Gender, Identity, PersonaFields, gender
+from yaptext.errors import SettingsError, UnknownPersona
+from yaptext.wire.messages import Gender, Identity, PersonaFields, gender, identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,30 +25,58 @@ class Style:
 
 
 @cache
+def _built_in() -> dict[str, Style]:
+    return _of_folder(resources.files("yaptext.dialogue") / "personas")
+
+
+_own: dict[str, Style] = {}
+"""The operator's, by `use_folder`."""
+
+
 def styles() -> dict[str, Style]:
-    folder = resources.files("yaptext.dialogue") / "personas"
+    """Every style by its name: the operator's laid over the built-in ones."""
+    return dict(sorted((_built_in() | _own).items()))
+
+
+def use_folder(folder: Path | None) -> None:
+    """Takes the styles of `PERSONAS_DIR`: `NAME.toml` with `title` and `text`. Raises `SettingsError`, and then those
+    that were there stay."""
+    global _own  # noqa: PLW0603  # one folder of one process, read again on SIGHUP
+    _own = {} if folder is None else _of_folder(folder)
+
+
+def _of_folder(folder: Any) -> dict[str, Style]:
     found = {}
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".toml"):
+    try:
+        files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
+    except OSError as error:
+        raise SettingsError(f"PERSONAS_DIR={str(folder)!r} cannot be read: {error}") from None
+    for file in files:
+        name = file.name.removesuffix(".toml").strip().lower()
+        try:
             data = tomllib.loads(file.read_text(encoding="utf-8"))
-            name = file.name.removesuffix(".toml")
-            found[name] = Style(name, data["title"], " ".join(data["text"].split()))
+            found[name] = Style(name, str(data["title"]), " ".join(str(data["text"]).split()))
+        except KeyError as error:
+            raise SettingsError(f"PERSONAS_DIR: {file} has no {error.args[0]}") from None
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"PERSONAS_DIR: {file} is no persona: {error}") from None
     return found
 
 
 def style(name: str) -> Style:
-    """Raises `BadMessage` with the list of known styles."""
+    """By its name, trimmed and in any case. Raises `UnknownPersona` with the list of known styles."""
     known = styles()
-    if name not in known:
-        raise BadMessage(f"Unknown persona_style; known are {', '.join(known)} - at $.persona_style")
-    return known[name]
+    found = known.get(name.strip().lower())
+    if found is None:
+        raise UnknownPersona(f"Unknown persona_style; known are {', '.join(known)} - at $.persona_style")
+    return found
 
 
 def check_style(name: str) -> None:
     """Raises `SettingsError` where the default style does not exist."""
     try:
         style(name)
-    except BadMessage:
+    except UnknownPersona:
         raise SettingsError(f"DEFAULT_PERSONA_STYLE={name!r} is not allowed: known are {', '.join(styles())}") from None
 
 
@@ -60,14 +90,15 @@ class Persona:
     text: str | None = None
 
     def merge(self, fields: PersonaFields) -> Persona:
-        """This persona with the client's fields laid over: absent keeps, null clears. Raises `BadMessage`."""
+        """This persona with the client's fields laid over: absent keeps, null clears. Raises `BadMessage`,
+        `UnknownPersona`."""
         changes: dict[str, str | None] = {}
         if not isinstance(fields.persona_style, UnsetType):
             changes["style"] = None if fields.persona_style is None else style(fields.persona_style).name
         if not isinstance(fields.assistant_gender, UnsetType):
             changes["gender"] = None if fields.assistant_gender is None else gender(fields.assistant_gender)
-        if fields.user_identity is not UNSET:
-            changes["identity"] = fields.user_identity
+        if not isinstance(fields.user_identity, UnsetType):
+            changes["identity"] = None if fields.user_identity is None else identity(fields.user_identity)
         if not isinstance(fields.persona_text, UnsetType):
             changes["text"] = fields.persona_text
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]
@@ -76,7 +107,9 @@ class Persona:
         """The text of the persona segment. It holds nothing that changes from turn to turn."""
         if self.text is not None:
             return self.text
-        chosen = style(self.style or default_style)
+        known = styles()
+        # One may have gone from the operator's folder meanwhile.
+        chosen = known.get(self.style or "") or known.get(default_style) or known["wholesome"]
         who = f"You are Yap, a {self.gender}" if self.gender else "You are Yap, a companion"
         whom = {
             None: "the user",

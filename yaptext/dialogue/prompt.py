@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import structlog
 
 from yaptext.dialogue.history import Message, in_lines, keep_recent
-from yaptext.dialogue.layout import Conversation, Kept, Layout, Line, Role, Said
+from yaptext.dialogue.layout import Conversation, Layout, Line, Role, Rounds, Said
 from yaptext.engine.base import Codec
 from yaptext.errors import TextTooLong
 from yaptext.settings import Settings
 
 Format = Literal["segments", "turns", "bare"]
 _log = structlog.get_logger(__name__)
-_LABELS = {"user": "User: ", "assistant": "Assistant: ", "note": ""}
+_LABELS = {"user": "User: ", "assistant": "Assistant: ", "note": "", "tool": "Tool: "}
+_SPEAK_FIRST = "(The user has not said anything yet. Begin the conversation.)"
+_GO_ON = "(The user is silent. Go on.)"
+"""Stand where an utterance does, if there is none."""
+_HISTORY = Line("<|history|>")
 _KEPT_PERSONAS = 256
 _OVERHEAD_TOKENS = 96
 """Room for template pieces, segment marks and the time line."""
@@ -70,6 +74,20 @@ class Limits:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What stands beside the utterance of one turn alone: `note` just before it; after it what its tools returned, as
+    `results` in words, or as `rounds` for a template that has a form for them."""
+
+    note: str = ""
+    results: Sequence[str] = ()
+    rounds: Rounds = ()
+
+    def lines(self, said: str) -> list[Line]:
+        texts = (in_lines(self.note.strip()), said, *map(in_lines, self.results))
+        return [Line(text, volatile=True) for text in texts if text]
+
+
 class ChatPrompts:
     """Builds the chat model's prompts. `format` is what was taken: the one that was asked for, else the next that the
     template allows, and `lacking` says why."""
@@ -79,8 +97,7 @@ class ChatPrompts:
     ) -> None:
         self._codec, self._limits = codec, limits
         self.format, self.layout, self.lacking = format, layout, lacking
-        self._personas: OrderedDict[str, Kept] = OrderedDict()
-        self._mark: Kept = {}
+        self._personas: OrderedDict[str, Line] = OrderedDict()
 
     @classmethod
     async def open(cls, codec: Codec, format: Format, limits: Limits, *, thinking: bool = False) -> ChatPrompts:
@@ -110,22 +127,52 @@ class ChatPrompts:
         ids = await self.layout.prefix(_ways(self.format, self._persona(persona), messages))
         return ids[: len(ids) // self._codec.block_size * self._codec.block_size]
 
-    async def turn(self, persona: str, messages: list[Message], utterance: str, now: str) -> list[int]:
+    async def turn(
+        self, persona: str, messages: list[Message], utterance: str | None, now: str, around: Around | None = None
+    ) -> list[int]:
         """The whole prompt of one turn. `messages` is trimmed in place to the history limit, `utterance` is
         within its limit already. Raises `TextTooLong` for a persona over its limit."""
         await self._stand(persona, messages)
-        return await self.layout.ids(self.talk(persona, messages, utterance, now))
+        rounds: Rounds = ()
+        if around is not None and around.rounds and self.layout.calls:
+            rounds, around = around.rounds, replace(around, results=())
+        return await self.layout.ids(self.talk(persona, messages, utterance, now, around), rounds)
 
-    def talk(self, persona: str, messages: Sequence[Message], utterance: str, now: str) -> Conversation:
+    def talk(
+        self,
+        persona: str,
+        messages: Sequence[Message],
+        utterance: str | None,
+        now: str,
+        around: Around | None = None,
+    ) -> Conversation:
         """The conversation that the prompt of a turn renders."""
-        return _talk(self.format, self._persona(persona), messages, utterance, now)
+        if utterance is None:
+            utterance = _GO_ON if messages else _SPEAK_FIRST
+        return _talk(self.format, self._persona(persona), messages, utterance, now, around or Around())
+
+    def sent(self, utterance: str, now: str) -> str | None:
+        """How a turn's prompt has the utterance, if later ones have to repeat that to find it in the cache."""
+        return f"({now}) {utterance.strip()}" if self.format == "turns" else None
+
+    async def check_persona(self, text: str) -> None:
+        """Raises `TextTooLong` for a persona over its limit."""
+        (size,) = await self.layout.measure([("system", self._persona(text))], alone=self.format == "turns")
+        if size > self._limits.persona:
+            raise TextTooLong(
+                f"persona_text is {size} tokens; limit is {self._limits.persona} (PERSONA_MAX_TOKENS) "
+                "- at $.persona_text"
+            )
 
     def _persona(self, text: str) -> Line:
-        kept = self._personas.setdefault(text, {})
-        self._personas.move_to_end(text)
-        if len(self._personas) > self._limits.kept_personas:
-            self._personas.popitem(last=False)
-        return Line(f"<|persona|>\n{in_lines(text, labels=False)}".strip(), kept)
+        line = self._personas.get(text)
+        if line is None:
+            line = self._personas[text] = Line(f"<|persona|>\n{in_lines(text, labels=False)}".strip(), {})
+            if len(self._personas) > self._limits.kept_personas:
+                self._personas.popitem(last=False)
+        else:
+            self._personas.move_to_end(text)
+        return line
 
     async def _stand(self, persona: str, messages: list[Message]) -> None:
         """Checks the persona, and drops the oldest messages over the limit."""
@@ -135,7 +182,7 @@ class ChatPrompts:
         alone = self.format == "turns" and not any(message.speaker == "note" for message in messages)
         (size,) = await layout.measure([("system", self._persona(persona))], alone=alone)
         if size > limits.persona:
-            raise TextTooLong(f"persona_text is {size} tokens; limit is {limits.persona}")
+            raise TextTooLong(f"persona_text is {size} tokens; limit is {limits.persona} (PERSONA_MAX_TOKENS)")
         limit = max(0, min(limits.history, self.room - size))
         while True:
             before = list(messages)  # more may come meanwhile
@@ -174,17 +221,27 @@ class ChatPrompts:
 
 
 def _role(message: Message) -> Role | None:
-    return None if message.speaker == "note" else message.speaker
+    """In a prompt of roles. What a tool returned belongs to what the user asked for."""
+    return None if message.speaker == "note" else "user" if message.speaker == "tool" else message.speaker
 
 
 def _line(format: Format, message: Message) -> Line:
-    text = message.text.strip()
-    if format != "turns":
-        text = _LABELS[message.speaker] + in_lines(text)
-    return Line(text, message.ids)
+    line = message.lines.get(format)
+    if line is None:
+        text = message.text.strip()
+        text = (message.sent or text).strip() if format == "turns" else _LABELS[message.speaker] + in_lines(text)
+        line = message.lines[format] = Line(text, {})
+    return line
 
 
-def _talk(format: Format, persona: Line, messages: Sequence[Message], utterance: str, now: str) -> Conversation:
+def _talk(
+    format: Format,
+    persona: Line,
+    messages: Sequence[Message],
+    utterance: str,
+    now: str,
+    around: Around = Around(),
+) -> Conversation:
     """The one place that lays out a chat prompt."""
     utterance = utterance.strip()
     if format == "turns":
@@ -192,16 +249,16 @@ def _talk(format: Format, persona: Line, messages: Sequence[Message], utterance:
             Said("system", [persona, *(_line(format, message) for message in messages if message.speaker == "note")]),
             *(Said(role, [_line(format, message)]) for message in messages if (role := _role(message)) is not None),
         ]
-        return [*said, Said("user", [Line(f"({now}) {utterance}".strip(), volatile=True)])]
+        return [*said, Said("user", around.lines(f"({now}) {utterance}".strip()))]
     lines = [persona]
     if messages:
-        lines.append(Line("<|history|>"))
+        lines.append(_HISTORY)
     lines += [_line(format, message) for message in messages]
     if format == "bare":
-        last = f"({now})\nUser: {in_lines(utterance)}".strip() + "\nAssistant:"
-        return [Said("user", [*lines, Line(last, volatile=True)])]
+        last = around.lines(f"User: {in_lines(utterance)}".strip())
+        return [Said("user", [*lines, Line(f"({now})", volatile=True), *last, Line("Assistant:", volatile=True)])]
     lines.append(Line(f"Now: {now}.", volatile=True))
-    return [Said("system", lines), Said("user", [Line(utterance, volatile=True)])]
+    return [Said("system", lines), Said("user", around.lines(utterance) or [Line("", volatile=True)])]
 
 
 def _ways(format: Format, persona: Line, messages: Sequence[Message]) -> list[Conversation]:

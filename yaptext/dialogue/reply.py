@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from yaptext.engine.base import Reasoning, Thinking
+from yaptext.engine.base import Delta, Reasoning, Thinking
 
 _LABELS = {"user:": 4, "assistant:": 3}
 """With the letters from which the very start of a reply is held back: it need not wait because it begins with an A."""
@@ -30,6 +30,8 @@ class Lines:
         self._held = ""
         self._at_start = self._first = True
         self._after_label = False
+        self.waiting = True
+        """What comes next may begin, or be part of, a label."""
         self.over = False
 
     def take(self, text: str) -> str:
@@ -67,6 +69,7 @@ class Lines:
                 told += self._held[:before]
                 self._held = line
                 self._at_start = self._first = False
+        self.waiting = bool(self._held) or self._at_start or self._after_label
         return told
 
     def _may_become_label(self, bare: str) -> bool:
@@ -77,3 +80,29 @@ class Lines:
         """What was held back, where the text ends without a label."""
         held, self._held = self._held, ""
         return "" if self.over else held
+
+
+_SENTENCE_ENDS = re.compile(r"[.!?\u2026\u061f\u06d4\u0964\u0965\u1362][\"'\u201d\u2019)\]*]*$")
+_FULL_WIDTH_ENDS = re.compile(r"[\u3002\uff01\uff1f\uff0e][\"'\u201d\u2019\u300d\u300f)\]*]*$")
+_ABBREVIATED = re.compile(r"(?:^|[\s(])(?:Dr|Mr|Mrs|Ms|Prof|St|vs|etc|e\.g|i\.e|z\.B|No|approx|\w)\.$", re.IGNORECASE)
+_REMEMBERED = 32
+
+
+class Sentences:
+    """Ends a reply with its sentence, once it has so many tokens: a voice that stops in mid-sentence sounds broken."""
+
+    def __init__(self, after_tokens: int) -> None:
+        self._left = after_tokens
+        self._end = ""
+
+    def ends(self, delta: Delta) -> bool:
+        """Whether the sentence before `delta` was the last. A point ends one only if white space follows."""
+        if self._left <= 0 and delta.text:
+            if _FULL_WIDTH_ENDS.search(self._end):
+                return True
+            ended = _SENTENCE_ENDS.search(self._end) and not _ABBREVIATED.search(self._end)
+            if ended and delta.text[0].isspace():
+                return True
+        self._left -= delta.tokens - delta.reasoning
+        self._end = (self._end + delta.text)[-_REMEMBERED:]
+        return False

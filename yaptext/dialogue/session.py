@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from yaptext.dialogue.history import Transcript
+from yaptext.dialogue.layout import Rounds
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.sessionfile import SessionFile
 from yaptext.settings import Settings
+from yaptext.wire.messages import IdentifiedCall
 
 if TYPE_CHECKING:
     from yaptext.dialogue.toolset import ToolSet
@@ -22,10 +27,34 @@ SessionKey = tuple[str, str]
 _FLUSH_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Calls that a client was asked to make in turn `turn`, and what came of those before for the same utterance."""
+
+    turn: int
+    utterance: str | None
+    calls: Sequence[IdentifiedCall]
+    made: Sequence[IdentifiedCall] = ()
+    results: Sequence[str] = ()
+    done: Rounds = ()
+    """The rounds of calls before this one."""
+    note: str = ""
+    speakable: bool = False
+    """Of the turn that asked first."""
+    rounds: int = 1
+
+    @property
+    def all_calls(self) -> list[tuple[str, dict[str, Any]]]:
+        """Every call for this utterance, without its id."""
+        return [(call.name, call.arguments) for call in (*self.made, *self.calls)]
+
+
 class Session:
     """One user of one key. It outlives its sockets; two sockets may share it."""
 
-    __slots__ = ("current", "key", "persona", "seed", "tools", "transcript", "turns", "used_at")
+    __slots__ = (
+        "asked", "current", "forgotten", "key", "persona", "seed", "tools", "transcript", "turns", "used_at", "warming",
+    )  # fmt: skip
 
     def __init__(self, key: SessionKey) -> None:
         self.key = key
@@ -35,6 +64,10 @@ class Session:
         self.transcript = Transcript()
         self.turns = 0
         self.current: Turn | None = None
+        self.asked: Asked | None = None
+        """Calls whose results the last turn waits for."""
+        self.warming: asyncio.Task[None] | None = None
+        self.forgotten = False
         self.used_at = 0.0
 
     @property
@@ -106,8 +139,16 @@ class SessionStore:
 
     def keep(self, session: Session) -> None:
         """To be called when a session has changed."""
-        if self._file is not None:
+        if self._file is not None and not session.forgotten:
             self._file.put(session)
+
+    def forget(self, key: SessionKey) -> tuple[Session | None, Future[None] | None]:
+        """Takes a session out, and has the file erase it, whether somebody waits for that or not. A turn that
+        still runs in it is not kept. The future is done when nothing can be read in the file; None without a file."""
+        session = self._sessions.pop(key, None)
+        if session is not None:
+            session.forgotten = True
+        return session, None if self._file is None else self._file.forget(key)
 
     def start(self) -> None:
         """Begins to write the file, once the engines' processes run."""

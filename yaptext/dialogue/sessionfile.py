@@ -13,7 +13,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -97,6 +98,7 @@ class SessionFile:
         self._guard = threading.Lock()
         self._waiting: dict[SessionKey, tuple[float, Kept]] = {}
         self._writing: Mapping[SessionKey, tuple[float, Kept]] = {}
+        self._forgotten: dict[SessionKey, Future[None]] = {}
         self.failing = False
         """The last write or the load went wrong: a restart would not find what has changed since."""
         self._sweep_at = 0.0
@@ -142,6 +144,12 @@ class SessionFile:
             if len(self._waiting) > self._max:
                 del self._waiting[next(iter(self._waiting))]
 
+    def forget(self, key: SessionKey) -> Future[None]:
+        """Has a session deleted; the future is done when nothing of it can be read in the file. Never waits."""
+        with self._guard:
+            self._waiting.pop(key, None)
+            return self._forgotten.setdefault(key, Future())
+
     def close(self, timeout_s: float) -> None:
         """Writes what waits, within the time; tells how many sessions could not be. Blocks."""
         self._stop.set()
@@ -167,7 +175,8 @@ class SessionFile:
     def _write(self) -> None:
         with self._guard:
             self._writing, self._waiting = self._waiting, {}
-        due = self._clock() >= self._sweep_at
+            forgotten = dict(self._forgotten)
+        due = self._clock() >= self._sweep_at or bool(forgotten)
         if not self._writing and not due:
             return
         try:
@@ -175,16 +184,22 @@ class SessionFile:
                 self._database = self._connect()
             elif not self._path.exists():
                 raise FileNotFoundError(f"{self._path} was removed")
-            self._save(self._database)
+            self._save(self._database, forgotten)
             if due:  # also from the log of writes nothing deleted can be read
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._sweep_at = self._clock() + _SWEEP_S
+            with self._guard:
+                for key, done in forgotten.items():
+                    self._forgotten.pop(key, None)
+                    if done.set_running_or_notify_cancel():
+                        done.set_result(None)
         except (OSError, sqlite3.Error, YapError) as error:
             if self._database is not None:
                 self._database.close()
                 self._database = None
             with self._guard:
-                self._waiting = {**self._writing, **self._waiting}
+                again = {key: kept for key, kept in self._writing.items() if key not in self._forgotten}
+                self._waiting = {**again, **self._waiting}
             self._fail(error)
         else:
             if self.failing:
@@ -192,13 +207,14 @@ class SessionFile:
             self.failing = False
         self._writing = {}
 
-    def _save(self, database: sqlite3.Connection) -> None:
-        """One transaction: what has changed, and the bounds of number and age."""
+    def _save(self, database: sqlite3.Connection, forgotten: Iterable[SessionKey]) -> None:
+        """One transaction: what has changed, what is forgotten, and the bounds of number and age."""
         step = self._wall() - self._clock() - self._wall_offset
         database.execute("BEGIN IMMEDIATE")
         if abs(step) > _CLOCK_STEP_S:  # the clock was set, or the machine slept: nobody's session is older for that
             self._wall_offset += step
             database.execute("UPDATE session SET used_at = used_at + ?", (step,))
+        database.executemany("DELETE FROM session WHERE id = ?", [(self._seal.id(key),) for key in forgotten])
         rows = (
             (id := self._seal.id(kept.key), used_at + self._wall_offset, self._seal.close(id, kept))
             for used_at, kept in self._writing.values()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
+import msgspec
 import structlog
+from msgspec import UNSET, UnsetType
 
 from yaptext.dialogue import history
 from yaptext.dialogue.layout import Layout
@@ -21,10 +23,22 @@ from yaptext.dialogue.session import Session, SessionStore
 from yaptext.dialogue.toolcall import Decider, NoDecider
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import WARM, Engine, Engines, Reasoning, Sampling, exhaust
-from yaptext.errors import EngineFailed, NotDeployed, StartError, TextTooLong, UnknownPersona, WireError
+from yaptext.errors import BadMessage, EngineFailed, NotDeployed, StartError, TextTooLong, UnknownPersona, WireError
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
-from yaptext.wire.messages import Ack, Models, PersonaFields, SamplingFields, Warmed, WarmHistory, WarmPersona
+from yaptext.wire.messages import (
+    Ack,
+    Forgotten,
+    HistoryItem,
+    Models,
+    PersonaFields,
+    SamplingFields,
+    SessionState,
+    Start,
+    Warmed,
+    WarmHistory,
+    WarmPersona,
+)
 
 _log = structlog.get_logger(__name__)
 _TEMPERATURE = 0.8
@@ -44,6 +58,28 @@ _REWARM_WITHIN_S, _REWARM_SHARE, _REWARM_PAUSE_S = 600.0, 0.5, 0.02
 """Who spoke that long before a restart may well come back (a cold start takes minutes). The other half of the cache is
 for who comes anew."""
 _WARMED_TRANSCRIPTS = 64
+_NEXT_AFTER_S, _STEP_TOKENS = 0.1, 64
+"""A turn that follows at once is not to wait for warming; one engine step cannot be interrupted, so each is small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A history as a client sent it: `text` finds it again, `size` is its length in characters."""
+
+    messages: list[history.Message]
+    text: str
+
+    @property
+    def size(self) -> int:
+        return len(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """A transcript that was warmed, with its token ids, and by which session."""
+
+    messages: list[history.Message]
+    session_id: str | None
 
 
 @dataclass(slots=True)
@@ -56,11 +92,12 @@ class Stage:
     decider: Decider | NoDecider | None
     reasoning: Reasoning | None = None
     """How the chat model's thinking is kept out of its replies, if it thinks."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """By token, of `CHAT_LOGIT_BIAS`."""
     prompt_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By role: what prompts are made of, for `/status`."""
-    warmed: dict[tuple[str, str], list[history.Message]] = field(default_factory=dict)
-    """Transcripts that were warmed, by name of the key and text, with their token ids, until the turn that they were
-    warmed for."""
+    warmed: dict[tuple[str, str], Warm] = field(default_factory=dict)
+    """Transcripts that were warmed, by name of the key and text, until the turn that they were warmed for."""
 
     @classmethod
     async def open(
@@ -91,6 +128,8 @@ class Stage:
         sessions.start()
         stage = cls(settings, engines, sessions, Metrics(), prompts, decider, reasoning)
         await stage.describe_prompts()
+        if engines.chat is not None:
+            stage.logit_bias = await _token_bias(engines.chat, settings.chat_logit_bias)
         return stage
 
     async def prime(self) -> None:
@@ -124,6 +163,16 @@ class Stage:
         """Most characters of a client's transcript that are looked at."""
         return max(4096, 16 * self.settings.history_max_tokens)
 
+    def reply_tokens(self, given: SamplingFields | None) -> int:
+        """Most tokens of a reply that are spoken."""
+        wanted = given.max_tokens if given is not None else None
+        return wanted or self.settings.chat_max_out
+
+    @property
+    def note_chars(self) -> int:
+        """Most characters of a turn's note."""
+        return 4 * self.settings.user_utt_max_tokens
+
     def merge(self, persona: Persona, fields: PersonaFields) -> Persona:
         """The persona with a client's fields laid over. Raises `BadMessage`, and `TextTooLong` for a text that is
         over the limit at any rate of characters a token."""
@@ -135,8 +184,43 @@ class Stage:
     def persona(self, session: Session) -> str:
         return session.persona.compose(self.settings.default_persona_style)
 
+    async def check_persona(self, persona: Persona) -> None:
+        """Raises `TextTooLong` for a text that is over its limit in tokens."""
+        if self.prompts is not None and persona.text is not None:
+            await self.prompts.check_persona(persona.text)
+
+    def told(self, frame: Start | WarmHistory) -> Told | None:
+        """The history of a frame, in whatever form; None if it has none. Raises `BadMessage` for two."""
+        text, items = frame.history_text, frame.history
+        has_text, has_items = not isinstance(text, UnsetType) and text is not None, isinstance(items, list)
+        if has_text and has_items:
+            raise BadMessage("history and history_text say two things; send one - at $.history")
+        if isinstance(items, list):
+            items = _latest(items, self.history_chars)
+            return Told(history.of_items(items), msgspec.json.encode(items).decode())
+        if isinstance(text, str):
+            kept = history.recent(text, self.history_chars)
+            return Told(history.parse(kept), kept)
+        return None if isinstance(text, UnsetType) and isinstance(items, UnsetType) else Told([], "")
+
+    def take_warmed(self, key_name: str, told: Told) -> Sequence[history.Message]:
+        """The messages of a history that was warmed, with their token ids. They are then no longer kept."""
+        found = self.warmed.pop((key_name, told.text), None)
+        return () if found is None else found.messages
+
+    def soft_limit(self, given: SamplingFields | None) -> int | None:
+        """Tokens after which a reply ends with its sentence."""
+        wanted = given.soft_max_tokens if given is not None else None
+        return wanted or self.settings.chat_soft_max_out
+
     def ack(
-        self, what: Literal["start", "set_persona"], session: Session, persona: Persona, turn: int, seed: int
+        self,
+        what: Literal["start", "set_persona", "tool_result"],
+        session: Session,
+        persona: Persona,
+        turn: int,
+        seed: int,
+        ignored: Sequence[str] = (),
     ) -> Ack:
         return Ack(
             for_=what,
@@ -149,6 +233,7 @@ class Stage:
             persona_style=persona.style or self.settings.default_persona_style,
             persona_text_override=persona.text is not None,
             models=self.models,
+            ignored=list(ignored) or UNSET,
         )
 
     async def utterance(self, text: str) -> str:
@@ -157,6 +242,13 @@ class Stage:
         assert engine is not None
         settings = self.settings
         return await fit(engine, text, settings.user_utt_max_tokens, keep="start", exact=settings.exact_token_trim)
+
+    async def tool_result(self, text: str) -> str:
+        """The beginning of what a tool returned, within `TOOL_RESULT_MAX_TOKENS`."""
+        engine = self.engines.chat or self.engines.tool
+        assert engine is not None
+        settings = self.settings
+        return await fit(engine, text, settings.tool_result_max_tokens, keep="start", exact=settings.exact_token_trim)
 
     @property
     def _temperature(self) -> float:
@@ -230,50 +322,125 @@ class Stage:
 
         thinking = self.thinking_room
         return Sampling(
-            max_tokens=max(1, min((given.max_tokens or settings.chat_max_out) + thinking, room)),
+            max_tokens=max(1, min(self.reply_tokens(given) + thinking, room)),
             temperature=pick(given.temperature, self._temperature),
             top_p=pick(given.top_p, settings.chat_top_p),
             top_k=int(pick(given.top_k, settings.chat_top_k)),
             min_p=pick(given.min_p, settings.chat_min_p),
             repetition_penalty=pick(given.repetition_penalty, settings.chat_repetition_penalty),
-            presence_penalty=pick(given.presence_penalty, 0.0),
-            frequency_penalty=pick(given.frequency_penalty, 0.0),
+            presence_penalty=pick(given.presence_penalty, settings.chat_presence_penalty),
+            frequency_penalty=pick(given.frequency_penalty, settings.chat_frequency_penalty),
             seed=seed if given.seed is None else given.seed,
+            logit_bias=self.logit_bias,
             stop=(*self._layout_stop, *(given.stop or ())),
             stop_ids=self.stop_ids,
             reasoning=self.reasoning,
             cache_salt=self._salt(key_name),
         )
 
-    async def warm(self, message: WarmPersona | WarmHistory, session: Session | None, key_name: str) -> Warmed:
-        """Computes the prefix that the next turn of this persona (and history) will find in the cache.
+    async def warm(
+        self, message: WarmPersona | WarmHistory, session: Session | None, key_name: str, last: Persona | None = None
+    ) -> tuple[Warmed, Persona]:
+        """Computes the prefix that the next turn of this persona (and history) will find in the cache. Without persona
+        fields that is `last`, the one that the socket warmed or set last, else the session's.
 
-        Nothing of the session changes. Raises `NotDeployed`, `UnknownPersona`, `TextTooLong`, `EngineFailed`.
+        Nothing of the session changes; the persona is returned. Raises `NotDeployed`, `UnknownPersona`, `BadMessage`,
+        `TextTooLong`, `EngineFailed`.
         """
         begun = time.perf_counter()
         if self.engines.chat is None or self.prompts is None:
             raise NotDeployed("warming needs the chat model; DEPLOY_MODELS=tool")
-        known = session or Session(("", ""))
-        persona = self.merge(known.persona, message)
-        if isinstance(message, WarmPersona) and persona.text is None and persona.style is None and session is None:
-            raise UnknownPersona("warm_persona needs persona_text or persona_style, or a session_id that has one")
+        base = last if last is not None and _names_none(message) else (session or Session(("", ""))).persona
+        persona = self.merge(base, message)
+        if isinstance(message, WarmPersona):
+            if persona.text is None and persona.style is None and session is None:
+                raise UnknownPersona("warm_persona needs persona_text or persona_style, or a session_id that has one")
+            if isinstance(message.persona_style, str) and not isinstance(message.persona_text, str):
+                persona = replace(persona, text=None)  # the style is what is to be warm
         text = persona.compose(self.settings.default_persona_style)
-        told = history.recent(message.history_text, self.history_chars) if isinstance(message, WarmHistory) else ""
-        messages = history.parse(told)
-        prefix = await self.prompts.prefix(text, list(messages))
-        if told:
-            self.warmed[key_name, told] = messages
+        told = (self.told(message) if isinstance(message, WarmHistory) else None) or Told([], "")
+        await self.check_persona(persona)
+        prefix = await self.prompts.prefix(text, list(told.messages))
+        if told.text and told.size <= history.REMEMBERED_CHARS:
+            by = message.session_id or (session.session_id if session is not None else None)
+            self.warmed[key_name, told.text] = Warm(told.messages, by)
             if len(self.warmed) > _WARMED_TRANSCRIPTS:
                 del self.warmed[next(iter(self.warmed))]
         cached = await self._compute(self.engines.chat, prefix, key_name)
-        return Warmed(
+        warmed = Warmed(
             segment="history" if isinstance(message, WarmHistory) else "persona_static",
-            bytes=len((told or text).encode()),
+            persona_style=persona.style or self.settings.default_persona_style,
+            persona_text_override=persona.text is not None,
+            messages=len(told.messages),
+            bytes=len((told.text or text).encode()),
             prefix_tokens=len(prefix),
             cached_tokens=cached,
             prefix_stable=self.prompts.layout.stable,
             ms=round((time.perf_counter() - begun) * 1000, 2),
         )
+        return warmed, persona
+
+    async def warm_next(self, session: Session) -> None:
+        """While the user listens: computes what the next decision's and the next reply's prompts begin with, in small
+        steps of the lowest priority. A turn that begins meanwhile ends it."""
+        if not self.settings.warm_next_turn:
+            return
+        await asyncio.sleep(_NEXT_AFTER_S)
+        messages = session.transcript.messages
+        chat, tool = self.engines.chat, self.engines.tool
+        if tool is not None and self.decider is not None and chat is not tool:
+            tools = session.tools or self.decider.tools
+            if tools.names and self.decider.history_tokens:
+                await self._in_steps(tool, await self.decider.prefix(tools, messages), 0, "")
+        if chat is not None and self.prompts is not None:
+            persona = self.persona(session)
+            before = await self.prompts.prefix(persona, messages[:-2])
+            prefix = await self.prompts.prefix(persona, list(messages))
+            await self._in_steps(chat, prefix, len(before), session.key_name)
+
+    async def _in_steps(self, engine: Engine, prefix: list[int], known: int, key_name: str) -> None:
+        for end in range(known + _STEP_TOKENS, len(prefix) + _STEP_TOKENS, _STEP_TOKENS):
+            await self._compute(engine, prefix[: min(end, len(prefix))], key_name)
+
+    def describe(self, key_name: str, session_id: str, session: Session | None) -> SessionState:
+        """What a session is now, for its client."""
+        known = session or Session((key_name, session_id))
+        roles: dict[str, Literal["user", "assistant", "system"]] = {"user": "user", "assistant": "assistant"}
+        return SessionState(
+            session_id=session_id,
+            known=session is not None,
+            turns=known.turns,
+            assistant_gender=known.persona.gender,
+            user_identity=known.persona.identity,
+            persona_style=known.persona.style,
+            persona_text=known.persona.text,
+            tools=None if known.tools is None else known.tools.names,
+            history=[
+                HistoryItem(roles.get(message.speaker, "system"), message.text) for message in known.transcript.messages
+            ],
+        )
+
+    def forget(self, key_name: str, session_id: str) -> Awaitable[Forgotten]:
+        """Erases a session everywhere: its turn ends, and nothing of it is kept in memory or in the session file. All
+        of that is under way when this returns; what it returns waits until it is done."""
+        session, erased = self.sessions.forget((key_name, session_id))
+        warmed = [key for key, warm in self.warmed.items() if key[0] == key_name and warm.session_id == session_id]
+        for key in warmed:
+            del self.warmed[key]
+        current = session.current if session is not None else None
+        if session is not None and session.warming is not None:
+            session.warming.cancel()
+        if current is not None:
+            current.cancel()
+
+        async def done() -> Forgotten:
+            if current is not None:
+                await current.finished.wait()
+            if erased is not None:
+                await asyncio.shield(asyncio.wrap_future(erased))
+            return Forgotten(session_id, session is not None or bool(warmed))
+
+        return done()
 
     async def _compute(self, engine: Engine, prefix: list[int], key_name: str) -> int:
         """Puts a prefix of a key into the cache; returns how many of its tokens were there."""
@@ -317,6 +484,31 @@ def _facts(layout: Layout, reasoning: Reasoning | None) -> dict[str, Any]:
     parser = None if reasoning is None else reasoning.parser or f"{reasoning.start} {reasoning.end}"
     facts: dict[str, Any] = {"exact": layout.exact, "prefix_stable": layout.stable, "thinking": layout.thinking.word}
     return facts | ({"reasoning_parser": parser} if parser else {})
+
+
+def _latest(items: list[HistoryItem], max_chars: int) -> list[HistoryItem]:
+    """The end of a long history, in steps, as of one that is a text."""
+    first = history.keep_recent([len(item.content) + 16 for item in items], max_chars)
+    return items[first:]
+
+
+def _names_none(message: PersonaFields) -> bool:
+    fields = (message.persona_text, message.persona_style, message.assistant_gender, message.user_identity)
+    return all(isinstance(field, UnsetType) for field in fields)
+
+
+async def _token_bias(engine: Engine, by_text: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """Raises `StartError` for a text that is not one token of the model."""
+    found = []
+    for text, bias in by_text.items():
+        ids = await engine.encode(text)
+        if len(ids) != 1 or not -100 <= bias <= 100:
+            raise StartError(
+                f"CHAT_LOGIT_BIAS: {text!r} is {len(ids)} tokens of {engine.model}, bias {bias}; allowed are single "
+                "tokens, and -100 to 100"
+            )
+        found.append((ids[0], bias))
+    return tuple(found)
 
 
 def _check_reasoning(engine: Engine, reasoning: Reasoning | None) -> None:

@@ -53,6 +53,7 @@ class Decider:
         """`threshold` is the probability from which on a decision is yes; None leaves it to the model's best guess."""
         self._engine, self.tools, self._prompts = engine, tools, ToolPrompts(engine, history_tokens)
         self._max_out, self._timeout_s, self._threshold = max_out, timeout_s, threshold
+        self.history_tokens = history_tokens
         self._begun = 0
 
     async def head(self) -> Head:
@@ -68,6 +69,10 @@ class Decider:
             await asyncio.gather(*asked)
         self._begun = self._engine.load().begun
 
+    async def prefix(self, tools: ToolSet, messages: Sequence[Message]) -> list[int]:
+        """What the next decision's prompt begins with."""
+        return await self._prompts.prefix(tools, messages)
+
     async def refresh(self) -> None:
         """Computes the fixed prompt again where others were computed since (they may have taken its place in the cache)
         and nothing runs now."""
@@ -75,14 +80,17 @@ class Decider:
         if load.running == 0 and load.begun != self._begun:
             await self.prime()
 
-    async def decide(self, tools: ToolSet, messages: Sequence[Message], utterance: str) -> Decision:
-        """Decides within the hard timeout. A fault is a `no` with its reason."""
+    async def decide(
+        self, tools: ToolSet, messages: Sequence[Message], utterance: str, results: Sequence[str] = ()
+    ) -> Decision:
+        """Decides within the hard timeout; `results` are of calls that were made for this utterance. A fault is a `no`
+        with its reason."""
         begun = time.perf_counter()
         answer = _Answer(tools, self._threshold)
         reason = None
         try:
             async with asyncio.timeout(self._timeout_s):
-                prompt = await self._prompts.turn(tools, messages, utterance)
+                prompt = await self._prompts.turn(tools, messages, utterance, results)
                 await self._ask(answer, tools, prompt, tools.schema)
                 if answer.overruled:
                     # The model's best guess was no, the threshold says yes: which call, without that choice.
@@ -116,6 +124,8 @@ class Decider:
 class NoDecider:
     """Stands in for a tool engine that could not start (`TOOL_OPTIONAL`)."""
 
+    history_tokens = 0
+
     def __init__(self, tools: ToolSet) -> None:
         self.tools = tools
 
@@ -125,7 +135,12 @@ class NoDecider:
     async def refresh(self) -> None:
         pass
 
-    async def decide(self, tools: ToolSet, messages: Sequence[Message], utterance: str) -> Decision:
+    async def prefix(self, tools: ToolSet, messages: Sequence[Message]) -> list[int]:
+        return []
+
+    async def decide(
+        self, tools: ToolSet, messages: Sequence[Message], utterance: str, results: Sequence[str] = ()
+    ) -> Decision:
         return Decision([], 0.0, reason="not_available")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from yaptext.dialogue.history import Message, in_lines, keep_recent
-from yaptext.dialogue.layout import Conversation, Layout, Line, Role, Said, in_turn
+from yaptext.dialogue.layout import Conversation, Layout, Line, Role, Said, disguised, in_turn
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec
 from yaptext.wire.messages import Call
@@ -47,10 +47,20 @@ class ToolPrompts:
         self._codec, self._history_tokens = codec, history_tokens
         self._heads: OrderedDict[bytes, Head] = OrderedDict()
 
-    async def turn(self, tools: ToolSet, messages: Sequence[Message], utterance: str) -> list[int]:
-        """The whole prompt of one decision."""
+    async def turn(
+        self, tools: ToolSet, messages: Sequence[Message], utterance: str, results: Sequence[str] = ()
+    ) -> list[int]:
+        """The whole prompt of one decision. `results` are of the calls that were made for this utterance."""
         head = await self.head(tools)
-        return await head.layout.ids(head.talk(await self.recent(messages, head), utterance))
+        return await head.layout.ids(head.talk(await self.recent(messages, head), utterance, results))
+
+    async def prefix(self, tools: ToolSet, messages: Sequence[Message]) -> list[int]:
+        """What the next decision's prompt begins with."""
+        head = await self.head(tools)
+        recent = await self.recent(messages, head)
+        if recent and recent[-1].speaker != "assistant":
+            recent = recent[:-1]  # may come to stand in one message with what follows
+        return await head.layout.prefix([head.talk(recent, text) for text in ("One", "two", "3")])
 
     async def head(self, tools: ToolSet) -> Head:
         """What stands before the talk, learned once for each set of tools and day."""
@@ -63,11 +73,11 @@ class ToolPrompts:
         return head
 
     async def recent(self, messages: Sequence[Message], head: Head) -> list[Message]:
-        """The last whole messages within the limit, beginning with the user's."""
-        recent = [message for message in messages[-16:] if message.speaker != "note"]
+        """The last whole messages within the limit, beginning with the user's or with text that nobody said."""
+        recent = list(messages[-16:])
         sizes = await head.layout.measure([(head.role(message), head.line(message)) for message in recent])
         recent = recent[keep_recent(sizes, self._history_tokens) :]
-        while recent and recent[0].speaker != "user":
+        while recent and recent[0].speaker in ("assistant", "tool"):
             recent = recent[1:]
         return recent
 
@@ -85,7 +95,7 @@ class Head:
 
     @classmethod
     async def learn(cls, codec: Codec, tools: ToolSet) -> Head:
-        described = [{"type": "function", "function": _disguised(codec, tool)} for tool in tools.tools]
+        described = [{"type": "function", "function": disguised(codec, tool)} for tool in tools.tools]
         native = cls(await Layout.plain(codec, "tool"), labels=False)
         samples = [native.talk(messages, "Hi!") for messages in _samples()]
         if all(_describes(codec, described, talk) for talk in samples):
@@ -111,15 +121,21 @@ class Head:
 
     def role(self, message: Message) -> Role | None:
         """In which it stands as a whole message, if it does."""
-        return None if self.labels or message.speaker == "note" else message.speaker
+        return None if self.labels else "assistant" if message.speaker == "assistant" else "user"
 
     def line(self, message: Message) -> Line:
-        text = message.text.strip()
-        return Line(f"{message.speaker.capitalize()}: {in_lines(text)}" if self.labels else text, message.ids)
+        kind = "tool as text" if self.labels else "tool"
+        line = message.lines.get(kind)
+        if line is None:
+            text = message.text.strip()
+            if self.labels:
+                text = ("" if message.speaker == "note" else f"{message.speaker.capitalize()}: ") + in_lines(text)
+            line = message.lines[kind] = Line(text, {})
+        return line
 
-    def talk(self, recent: Sequence[Message], utterance: str) -> Conversation:
+    def talk(self, recent: Sequence[Message], utterance: str, results: Sequence[str] = ()) -> Conversation:
         """The conversation that a decision's prompt renders."""
-        utterance = utterance.strip()
+        utterance = "\n".join([utterance.strip(), *results])
         if not self.labels:
             said = [Said(role, [self.line(message)]) for message in recent if (role := self.role(message)) is not None]
             return [*said, Said("user", [Line(utterance, volatile=True)])]
@@ -153,17 +169,6 @@ def _describes(codec: Codec, tools: list[dict[str, Any]], talk: Conversation) ->
 def shows(prompt: str, tool: dict[str, Any]) -> bool:
     """Whether a prompt holds a tool's name and the words of its description, as some templates escape the rest."""
     return tool["name"] in prompt and all(word in prompt for word in _WORDS.findall(tool["description"]))
-
-
-def _disguised(codec: Codec, value: Any) -> Any:
-    """A tool as the template may print it: nothing in it is a control token."""
-    if isinstance(value, str):
-        return codec.disguise(value)
-    if isinstance(value, list):
-        return [_disguised(codec, item) for item in value]
-    if isinstance(value, dict):
-        return {codec.disguise(name): _disguised(codec, item) for name, item in value.items()}
-    return value
 
 
 def _shots(tools: ToolSet) -> list[Said]:

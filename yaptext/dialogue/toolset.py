@@ -34,11 +34,12 @@ class ToolSet:
     """A validated list of tools, with the JSON schema of the decisions it allows: `schema`, or `call_schema` where no
     is not among them."""
 
-    __slots__ = ("_validators", "call_schema", "examples", "given", "key", "names", "schema", "tools")
+    __slots__ = ("_validators", "awaited", "call_schema", "examples", "given", "key", "names", "schema", "tools")
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
         """Takes `{"name", "description", "parameters", "examples"}` or the same under `"function"`; all but the
-        name may be absent. Raises `BadMessage`, which names the tool and the field."""
+        name may be absent. `"await"` says that its calls are to be answered. Raises `BadMessage`, which names the
+        tool and the field."""
         if len(tools) > MAX_TOOLS:
             raise BadMessage(f"{len(tools)} tools; limit is {MAX_TOOLS} - at $.tools")
         try:
@@ -48,6 +49,7 @@ class ToolSet:
             self.given = tools
             self.tools = [_plain(tool, index) for index, tool in enumerate(tools)]
             self.names = [tool["name"] for tool in self.tools]
+            self.awaited = {self.names[index] for index, tool in enumerate(tools) if _awaits(tool, index)}
             self._validators: dict[str, Draft202012Validator] = {}
             self.examples = [
                 (example.message, [Call(name, example.arguments)])
@@ -111,6 +113,14 @@ def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
         raise BadMessage(f"parameters must be a JSON schema of type object - at {where}.parameters")
     check_schema(parameters, name, f"{where}.parameters")
     return {"name": name, "description": description, "parameters": parameters}
+
+
+def _awaits(tool: dict[str, Any], index: int) -> bool:
+    """Whether a call of the tool is to be answered before the reply comes."""
+    waits = tool.get("await", tool.get("function", tool).get("await", False))
+    if not isinstance(waits, bool):
+        raise BadMessage(f"Expected bool - at $.tools[{index}].await")
+    return waits
 
 
 def _examples(tool: dict[str, Any], index: int) -> list[Example]:

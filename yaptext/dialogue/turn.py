@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import msgspec
 import structlog
 from msgspec import UNSET, UnsetType
 
-from yaptext.dialogue.history import recent
-from yaptext.dialogue.reply import Lines
-from yaptext.dialogue.session import Session
+from yaptext.dialogue import history
+from yaptext.dialogue.heard import Spoken, heard_part
+from yaptext.dialogue.history import cut_short
+from yaptext.dialogue.layout import Called, Rounds
+from yaptext.dialogue.prompt import Around
+from yaptext.dialogue.reply import Lines, Sentences
+from yaptext.dialogue.session import Asked, Session
+from yaptext.dialogue.speakable import Speakable
 from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolcall import Decision
 from yaptext.dialogue.toolset import ToolSet
-from yaptext.engine.base import Delta
-from yaptext.errors import EngineFailed, Internal, TextTooLong, WireError
+from yaptext.engine.base import Delta, Sampling
+from yaptext.errors import BadMessage, EngineFailed, Internal, TextTooLong, WireError
 from yaptext.wire.messages import (
     Done,
     Final,
+    IdentifiedCall,
     ServerMessage,
     Start,
     Timings,
     ToolCall,
+    ToolResult,
     Usage,
     error_frame,
 )
 
 _log = structlog.get_logger(__name__)
 _TOOL_ONLY_MESSAGES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """How much of a reply the user heard, as the client says it; nothing of both is all of it."""
+
+    chars: int | None = None
+    text: str | None = None
+
+    @classmethod
+    def of(cls, message: Any) -> Heard | None:
+        """Of a frame that has `heard_chars` or `heard_text`."""
+        said = cls(message.heard_chars, message.heard_text)
+        return None if said == cls() else said
 
 
 class TokenSink(Protocol):
@@ -61,21 +83,52 @@ class Turn:
         self,
         stage: Stage,
         session: Session,
-        start: Start,
+        start: Start | ToolResult,
         *,
+        ignored: Sequence[str] = (),
         send: Callable[[ServerMessage], None],
         tokens: Callable[[int], TokenSink],
         after: Turn | None,
     ) -> None:
         """Merges the persona and takes the session's next number. The session's running turn and the one in `after`
-        (the socket's last) are told to end, and this one waits for their `finished`. Raises `BadMessage` (then nothing
-        has changed)."""
+        (the socket's last) are told to end, and this one waits for their `finished`. `ignored` are fields that the ack
+        lists. Raises `BadMessage` (then nothing has changed)."""
         self.received_at = time.perf_counter()
-        persona = stage.merge(session.persona, start)
-        if not isinstance(start.tools, UnsetType):
-            session.tools = None if start.tools is None else ToolSet(start.tools)
+        persona = session.persona
+        self._asked: Asked | None = None
+        self._results: list[str] = []
+        self._rounds: Rounds = ()
+        if isinstance(start, ToolResult):
+            self._asked, returned = (
+                session.asked,
+                _returned(start, session.asked, stage.settings.tool_result_max_tokens),
+            )
+            if session.asked is not None:
+                self._results = [*session.asked.results, *map(_in_words, returned)]
+                self._rounds = [*session.asked.done, returned]
+            self._utterance = session.asked.utterance if session.asked is not None else None
+        else:
+            persona = stage.merge(session.persona, start)
+            tools = session.tools
+            if not isinstance(start.tools, UnsetType):
+                tools = None if start.tools is None else ToolSet(start.tools)
+            session.tools = tools
+            self._utterance = start.user_utterance
+        session.asked = None
+        if session.warming is not None:
+            session.warming.cancel()
         self._persona = session.persona = persona
         self._stage, self._session, self._start, self._send = stage, session, start, send
+        self._ignored = list(ignored)
+        settings = stage.settings
+        given = start if isinstance(start, Start) else Start(session_id=start.session_id, user_utterance=None)
+        self._note = given.note or (self._asked.note if self._asked is not None else "")
+        self._awaits = settings.await_tools if given.await_tools is None else given.await_tools
+        self._awaits |= self._asked is not None
+        speakable = self._asked.speakable if self._asked is not None else _chosen(given.speakable, settings.speakable)
+        self._speakable = Speakable() if speakable else None
+        self._marks: list[tuple[int, int]] = []
+        self._sent_chars = self._own_chars = 0
         self._tools = session.tools or (stage.decider.tools if stage.decider else None)
         session.turns += 1
         self.number = session.turns
@@ -97,29 +150,46 @@ class Turn:
         """True once the last frame is out. The engine may take until `finished` to let go."""
         self._cut_as: str | None = None
         self._cancelled_at: float | None = None
-        self._heard_chars: int | None = None
+        self._heard: Heard | None = None
         self._usage, self._timings = Usage(), Timings()
         self._text: list[str] = []
+        self._own: list[str] = []
+        """The model's own words, if they are sent otherwise."""
+        self._sent: str | None = None
         self._held: list[Delta] | None = None
         self._finish_reason: str | None = None
-        self._utterance = start.user_utterance
         self._decision: Decision | None = None
         self._failure: WireError | None = None
+        self._calls: list[IdentifiedCall] = []
+        self._waits_for_results = False
+        """The turn ends with its calls: the client makes them, and goes on with what they return."""
+
+    @property
+    def session(self) -> Session:
+        return self._session
+
+    @property
+    def warms_next(self) -> bool:
+        """Whether another turn of the session is to be expected, with a transcript that has grown."""
+        return self._finish_reason is not None and self._session.asked is None and self._failure is None
 
     def fail(self, error: WireError) -> None:
         """Asks the turn to end with this error in the place of its `done`."""
         self._failure = error
         self.cancel()
 
-    def cancel(self, heard_chars: int | None = None) -> None:
-        """Ends the turn with `done cancelled`: at once where it has begun, without waiting for the engine. At most the
-        first call counts."""
+    def cancel(self, heard: Heard | None = None) -> None:
+        """Ends the turn with `done cancelled`: at once if it has begun, or if nothing stands before it, without waiting
+        for the engine. At most the first call counts."""
         if self._cancelled_at is not None or self.over:
             return
         self._cancelled_at = time.perf_counter()
-        self._heard_chars = heard_chars
-        if self._begun and self._task is not None:
-            self._task.cancel()
+        self._heard = heard
+        if not self._begun and all(turn.over for turn in self._after):
+            self._begin()
+        if self._begun:
+            if self._task is not None:
+                self._task.cancel()
             self._cut_as = self._end_cancelled()
 
     async def run(self) -> None:
@@ -130,10 +200,13 @@ class Turn:
         self._task = asyncio.current_task()
         outcome = "failed"
         try:
+            if self.over:
+                return  # cancelled before this first step
             for turn in self._after:
                 await turn.finished.wait()
             self._after.clear()
-            self._begin()
+            if not self._begun:
+                self._begin()
             if self._cancelled_at is None:
                 await self._answer()
                 outcome = self._cut_as or self._end()
@@ -147,7 +220,7 @@ class Turn:
             if error.close_code is not None:
                 raise
             if not self.over:
-                self._send(error_frame(error, turn=self.number))
+                self._send(error_frame(error, turn=self.number, session_id=self._session.session_id))
         except Exception as error:
             outcome = "internal"
             _log.exception("turn.crashed", turn=self.number)
@@ -163,14 +236,22 @@ class Turn:
     # --- the steps
 
     def _begin(self) -> None:
-        session, start = self._session, self._start
+        session, start, transcript = self._session, self._start, self._session.transcript
         self._begun = True
-        if start.heard_chars is not None:
-            session.transcript.cut_reply(start.heard_chars)
-        if start.history_text is not UNSET:
-            told = recent(start.history_text or "", self._stage.history_chars)
-            session.transcript.replace(told, self._stage.warmed.pop((session.key_name, told), ()))
-        self._send(self._stage.ack("start", session, self._persona, self.number, self._seed))
+        kind: Literal["start", "tool_result"] = "tool_result"
+        if isinstance(start, Start):
+            kind = "start"
+            told = self._stage.told(start)
+            if told is not None:
+                warmed = self._stage.take_warmed(session.key_name, told)
+                transcript.replace(told.messages, warmed, remember=told.size <= history.REMEMBERED_CHARS)
+            if (heard := Heard.of(start)) is not None:
+                transcript.cut_reply(heard.chars, heard.text, self._stage.settings.interrupted_mark)
+        elif self._utterance is not None and transcript.messages:
+            last = transcript.messages[-1]
+            if (last.speaker, last.text) == ("user", self._utterance):
+                del transcript.messages[-1]  # this turn goes on with it
+        self._send(self._stage.ack(kind, session, self._persona, self.number, self._seed, self._ignored))
 
     @property
     def _seed(self) -> int:
@@ -181,7 +262,8 @@ class Turn:
 
     async def _answer(self) -> None:
         prompts, decider = self._stage.prompts, self._stage.decider
-        self._utterance = await self._stage.utterance(self._start.user_utterance)
+        if self._utterance is not None:
+            self._utterance = await self._stage.utterance(self._utterance)
         if prompts is None:
             await self._decide()
             del self._session.transcript.messages[:-_TOOL_ONLY_MESSAGES]  # no chat prompt trims them
@@ -191,29 +273,45 @@ class Turn:
             await self._both_at_once()
         else:
             await self._decide()
-            await self._chat()
+            if not self._waits_for_results:
+                await self._chat()
 
     async def _both_at_once(self) -> None:
         """Chat text is held until the decision is out; then the same stream goes on."""
         self._held = []
         failure: WireError | None = None
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._decide())
+            deciding = group.create_task(self._decide())
+            chatting = asyncio.ensure_future(self._chat())
+            deciding.add_done_callback(lambda _: chatting.cancel() if self._waits_for_results else None)
             try:
-                await self._chat()
+                await chatting
             except (EngineFailed, TextTooLong) as error:
                 failure = error  # the decision still reaches the client, before the error
-        if failure is not None:
+            except asyncio.CancelledError:
+                chatting.cancel()
+                if not self._waits_for_results or self.over:
+                    raise
+        if self._waits_for_results:
+            self._text.clear()
+            self._own.clear()
+        elif failure is not None:
             raise failure
 
     async def _decide(self) -> None:
         decider, tools = self._stage.decider, self._tools
         assert decider is not None and tools is not None
         self._mark_queue()
-        if not tools.names:
+        rounds = self._asked.rounds if self._asked is not None else 0
+        if not tools.names or self._utterance is None or rounds >= self._stage.settings.max_tool_rounds:
             self._release(Decision([], 0.0))
             return
-        decision = await decider.decide(tools, self._session.transcript.messages, self._utterance)
+        messages = self._session.transcript.messages
+        decision = await decider.decide(tools, messages, self._utterance, self._results)
+        if self._asked is not None:  # a small model may want the same again, whose result stands there
+            known = self._asked.all_calls
+            new = [call for call in decision.calls if (call.name, call.arguments) not in known]
+            decision = replace(decision, calls=new)
         self._release(decision)
 
     def _release(self, decision: Decision) -> None:
@@ -221,14 +319,17 @@ class Turn:
         if self.over:
             return  # cut in the moment in which the decision came
         self._decision = decision
+        awaited = self._tools.awaited if self._tools is not None else ()
+        self._waits_for_results = any(self._awaits or call.name in awaited for call in decision.calls)
         self._stage.metrics.decisions.labels(decision.reason or ("yes" if decision.calls else "no")).inc()
         self._usage.tool_prompt_tokens = decision.prompt_tokens
         self._usage.tool_cached_tokens = decision.cached_tokens
         self._timings.tool_ms = round(decision.tool_ms, 2)
+        self._calls = [IdentifiedCall(f"call_{secrets.token_hex(6)}", c.name, c.arguments) for c in decision.calls]
         self._send(
             ToolCall(
                 status="yes" if decision.calls else "no",
-                raw=decision.calls,
+                raw=self._calls,
                 turn=self.number,
                 tool_ms=self._timings.tool_ms,
                 p=UNSET if decision.p is None else round(decision.p, 4),
@@ -245,76 +346,149 @@ class Turn:
         stage, prompts, engine = self._stage, self._stage.prompts, self._stage.engines.chat
         assert prompts is not None and engine is not None
         messages = self._session.transcript.messages
-        prompt = await prompts.turn(self._persona_text, messages, self._utterance, stage.now())
+        now = stage.now()
+        if self._rounds:
+            await self._bound_results()
+        around = Around(self._note, self._results, self._rounds)
+        prompt = await prompts.turn(self._persona_text, messages, self._utterance, now, around)
+        if self._utterance is not None:
+            self._sent = prompts.sent(self._utterance, now)
         room = engine.max_model_len - len(prompt)
         if room < 1:
             raise TextTooLong(f"the prompt is {len(prompt)} tokens; limit is {engine.max_model_len - 1}")
         sampling = stage.sampling(self._start.sampling, self._seed, room, self._session.key_name)
-        most = sampling.max_tokens - stage.thinking_room if sampling.reasoning is not None else None
-        lines = Lines() if prompts.labelled else None
         self._mark_queue()
-        async with aclosing(engine.stream(prompt, sampling)) as deltas:
-            async for delta in deltas:
-                usage = self._usage
-                usage.prompt_tokens, usage.cached_tokens = delta.prompt_tokens, delta.cached_tokens
-                usage.completion_tokens += delta.tokens
-                usage.reasoning_tokens += delta.reasoning
-                self._finish_reason = delta.finish_reason
-                told = delta if lines is None else _within(lines, delta)
-                if self._held is not None:
-                    self._held.append(told)
-                else:
-                    self._pass_on(told)
-                if lines is not None and lines.over:
-                    self._finish_reason = "stop"
-                    return
-                if most is not None and usage.completion_tokens - usage.reasoning_tokens >= most:
-                    self._finish_reason = self._finish_reason or "length"
-                    return
+        try:
+            async with (
+                asyncio.timeout(stage.settings.chat_timeout_s or None),
+                aclosing(engine.stream(prompt, sampling)) as deltas,
+            ):
+                await self._take(deltas, sampling)
+        except TimeoutError:
+            self._finish_reason = "timeout"
+
+    async def _bound_results(self) -> None:
+        """Cuts what the last calls returned to its limit."""
+        *before, last = self._rounds
+        cut = [replace(call, content=await self._stage.tool_result(call.content)) for call in last]
+        self._rounds = [*before, cut]
+        self._results = [*self._results[: len(self._results) - len(cut)], *map(_in_words, cut)]
+
+    async def _take(self, deltas: AsyncIterator[Delta], sampling: Sampling) -> None:
+        """Passes the reply on, up to its end: the engine's, a label of the next speaker, or a limit."""
+        stage, usage = self._stage, self._usage
+        assert stage.prompts is not None
+        most = stage.reply_tokens(self._start.sampling) if sampling.reasoning is not None else None
+        lines = Lines() if stage.prompts.labelled else None
+        sentences = Sentences(soft) if (soft := stage.soft_limit(self._start.sampling)) is not None else None
+        async for delta in deltas:
+            usage.prompt_tokens, usage.cached_tokens = delta.prompt_tokens, delta.cached_tokens
+            usage.completion_tokens += delta.tokens
+            usage.reasoning_tokens += delta.reasoning
+            self._finish_reason = delta.finish_reason
+            told = delta
+            if lines is not None and (lines.waiting or "\n" in delta.text):  # seldom: this is done for every token
+                told = _within(lines, delta)
+            if sentences is not None and sentences.ends(told):
+                self._finish_reason = "soft_limit"
+                return
+            if self._held is not None:
+                self._held.append(told)
+            else:
+                self._pass_on(told)
+            if lines is not None and lines.over:
+                self._finish_reason = "stop"
+                return
+            if most is not None and usage.completion_tokens - usage.reasoning_tokens >= most:
+                self._finish_reason = self._finish_reason or "length"
+                return
 
     def _pass_on(self, delta: Delta) -> None:
-        if self.over or not delta.text:
+        if self.over or not delta.text or self._waits_for_results:
             return
-        self._sink.push(delta.text, delta.tokens)
-        self._text.append(delta.text)
+        text = delta.text
+        if self._speakable is not None:
+            self._own.append(text)
+            self._own_chars += len(text)
+            text = self._speakable.take(text)
+            self._sent_chars += len(text)
+            self._marks.append((self._sent_chars, self._own_chars))
+        self._push(text, delta.tokens)
+
+    def _push(self, text: str, tokens: int) -> None:
+        if not text:
+            return
+        self._sink.push(text, tokens)
+        self._text.append(text)
         if self._timings.ttft_ms is None:
             self._timings.ttft_ms = self._since_received()
 
     # --- the ends
 
     def _end(self) -> str:
+        if self._waits_for_results:
+            return self._end_with_calls()
+        if self._speakable is not None:
+            self._push(self._speakable.rest(), 0)
         text = "".join(self._text)
         self._finish_reason = self._finish_reason or "stop"
         self._send(Final(normalized_text=text, turn=self.number))
         self._send_done(finish_reason=self._finish_reason)
-        self._session.transcript.add_turn(self._utterance, text)
+        own = "".join(self._own) if self._speakable is not None else text
+        self._add_turn(own, spoken=None if own == text else Spoken(text, self._marks))
+        return "finished"
+
+    def _end_with_calls(self) -> str:
+        self._finish_reason = "tool_calls"
+        before = self._asked
+        self._session.asked = Asked(
+            self.number,
+            self._utterance,
+            self._calls,
+            made=() if before is None else [*before.made, *before.calls],
+            results=self._results,
+            done=self._rounds,
+            note=self._note,
+            speakable=self._speakable is not None,
+            rounds=1 if before is None else before.rounds + 1,
+        )
+        self._send_done(finish_reason=self._finish_reason)
+        self._session.transcript.add_turn(self._utterance, "", sent=self._sent)
         return "finished"
 
     def _end_cancelled(self) -> str:
         assert self._cancelled_at is not None
         self.over = True
         if self._failure is not None:
-            self._send(error_frame(self._failure, turn=self.number))
+            self._send(error_frame(self._failure, turn=self.number, session_id=self._session.session_id))
             return self._failure.code
-        heard = self._sink.retract()
+        sent = self._sink.retract()
         cancel_ms = round((time.perf_counter() - self._cancelled_at) * 1000, 3)
         self._send_done(
             finish_reason="cancelled", cancelled=True, cancel_ms=cancel_ms, tokens_sent=self._sink.sent_tokens
         )
         self._stage.metrics.cancel_ms.observe(cancel_ms)
-        if self._heard_chars is not None:
-            heard = heard[: self._heard_chars]
-        self._session.transcript.add_turn(self._utterance, heard)
+        heard = self._heard or Heard()
+        reply, spoken = heard_part(sent, heard.chars, heard.text), None
+        if self._speakable is not None:
+            own, spoken = "".join(self._own), Spoken(sent, self._marks)
+            own = own[: spoken.own(own, len(reply))]
+            reply, spoken = own, Spoken(reply, self._marks)
+        self._add_turn(cut_short(reply, self._stage.settings.interrupted_mark) if reply.strip() else "", spoken=spoken)
         return "cancelled"
+
+    def _add_turn(self, reply: str, *, spoken: Spoken | None = None) -> None:
+        self._session.transcript.add_turn(self._utterance, reply, sent=self._sent, results=self._results, spoken=spoken)
 
     def _send_done(self, **fields: Any) -> None:
         self._timings.total_ms = self._since_received()
-        self._send(Done(turn=self.number, usage=self._usage, timings=self._timings, **fields))
+        session_id = self._session.session_id
+        self._send(Done(turn=self.number, session_id=session_id, usage=self._usage, timings=self._timings, **fields))
 
     def _close(self, outcome: str) -> None:
         """The last step, whatever came before it."""
         if self._begun and outcome not in ("finished", "cancelled"):
-            self._session.transcript.add_turn(self._utterance, self._sink.retract())
+            self._add_turn(self._sink.retract())
         self._stage.sessions.keep(self._session)
         if self._session.current is self:
             # One that it still waited for ends a moment later: the next turn has to wait for that. Not one of another
@@ -357,3 +531,31 @@ def _within(lines: Lines, delta: Delta) -> Delta:
     if delta.finish_reason is not None:
         text += lines.rest()
     return delta if text == delta.text else replace(delta, text=text)
+
+
+def _chosen(given: bool | None, otherwise: bool) -> bool:
+    return otherwise if given is None else given
+
+
+def _returned(frame: ToolResult, asked: Asked | None, max_tokens: int) -> list[Called]:
+    """What each call of a turn returned. Raises `BadMessage`, and `TextTooLong` for what is over the limit at any
+    rate of characters a token."""
+    if asked is None or asked.turn != frame.turn:
+        raise BadMessage(f"Turn {frame.turn} waits for no tool results - at $.turn")
+    given = {result.id: result.content for result in frame.results}
+    known = [call.id for call in asked.calls]
+    for index, result in enumerate(frame.results):
+        if result.id not in known:
+            raise BadMessage(f"Unknown id; the calls are {', '.join(known)} - at $.results[{index}].id")
+    if missing := [id for id in known if id not in given]:
+        raise BadMessage(f"The result of {missing[0]} is missing - at $.results")
+    limit = 16 * max_tokens
+    contents = [given[id] if isinstance(given[id], str) else msgspec.json.encode(given[id]).decode() for id in known]
+    for text in contents:
+        if len(text) > limit:
+            raise TextTooLong(f"a tool result is {len(text)} characters; limit is {limit} - at $.results")
+    return [Called(c.name, c.arguments, text.strip()) for c, text in zip(asked.calls, contents, strict=True)]
+
+
+def _in_words(call: Called) -> str:
+    return f"({call.name} {msgspec.json.encode(call.arguments).decode()} returned: {call.content})"

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer
@@ -95,9 +96,8 @@ class HubCodec:
     def disguise(self, text: str) -> str:
         text = text.replace(_DISGUISE, "")
         while marks := [(start, control) for start, _, control in self._cut(text) if control is not None]:
-            for start, control in reversed(marks):
-                begin = text.index(control, start) + 1
-                text = text[:begin] + _DISGUISE + text[begin:]
+            places = [0, *(text.index(control, start) + 1 for start, control in marks), len(text)]
+            text = _DISGUISE.join(text[begin:end] for begin, end in pairwise(places))
         return text
 
     def split(self, rendered: str) -> list[int | str]:

@@ -71,6 +71,7 @@ def params_of(sampling: Sampling) -> SamplingParams:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         seed=sampling.seed,
+        logit_bias=dict(sampling.logit_bias) or None,
         stop=list(sampling.stop) or None,
         stop_token_ids=list(sampling.stop_ids) or None,
         # Marks around thinking may be special tokens: its parser looks for their text.

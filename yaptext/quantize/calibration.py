@@ -28,7 +28,7 @@ from yaptext.engine.base import Codec, Role
 from yaptext.engine.weights import hub_token
 from yaptext.errors import QuantizeError, YapError
 from yaptext.settings import Settings
-from yaptext.wire.messages import Call, GenderIn, Identity, gender
+from yaptext.wire.messages import Call, Identity, gender
 
 HELD_OUT_BLOCKS = 4
 """Blocks that are set aside, to measure on what was not calibrated with."""
@@ -83,10 +83,10 @@ def _told(message: dict[str, Any]) -> Message | None:
 
 def _persona(row: dict[str, Any]) -> Persona:
     """Whose conversation it is: `style`, `gender` and `identity` as a client names them, or `persona_text`."""
-    who = msgspec.convert(row.get("gender"), GenderIn | None)
+    who = msgspec.convert(row.get("gender"), str | None)
     return Persona(
         msgspec.convert(row.get("style"), str | None),
-        who and gender(who),
+        gender(who) if who else None,
         msgspec.convert(row.get("identity"), Identity | None),
         msgspec.convert(row.get("persona_text"), str | None),
     )

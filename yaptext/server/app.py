@@ -32,6 +32,7 @@ from yaptext.errors import (
     GoingAway,
     RateLimited,
     ServerAtCapacity,
+    SettingsError,
     StartError,
     WireError,
 )
@@ -104,6 +105,7 @@ def create_app(
         with lifecycle.starting():
             # Before the engines: a typo is told at once.
             tools = ToolSet.from_file(settings.tools_file)
+            persona.use_folder(settings.personas_dir)
             persona.check_style(settings.default_persona_style)
             keys = _keys(settings)
             sessions = SessionStore.of(settings)
@@ -128,7 +130,7 @@ def create_app(
             lobby = Lobby(pending, settings.handshake_timeout_s)
             rewarming = lifecycle.while_ready(stage.rewarm(most))
             watching = lifecycle.watching(engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming)
-            async with watching, keys.reloading(on_hangup=settings.reloads):
+            async with watching, keys.reloading(on_hangup=settings.reloads, also=lambda: _reload_personas(settings)):
                 yield {"service": Service(settings, stage, admission, lobby, keys, lifecycle, time.monotonic())}
         finally:
             at_once = lifecycle.phase == "dead"
@@ -149,6 +151,19 @@ def create_app(
         exception_handlers={AuthenticationFailed: _turned_away, RateLimited: _turned_away},
         lifespan=lifespan,
     )
+
+
+def _reload_personas(settings: Settings) -> None:
+    """Takes the operator's styles as they are now. A wrong file changes nothing."""
+    if settings.personas_dir is None:
+        return
+    try:
+        persona.use_folder(settings.personas_dir)
+        persona.check_style(settings.default_persona_style)
+    except SettingsError as error:
+        _log.error("personas.refused", error=str(error))
+    else:
+        _log.info("personas.loaded", styles=list(persona.styles()))
 
 
 def _keys(settings: Settings) -> Keys:
@@ -191,7 +206,9 @@ async def status(request: Request) -> Response:
     loads = {role: (engine, engine.load()) for role, engine in engines.distinct.items()}
     return _json(
         {
-            "status": "degraded" if engines.lacking and phase == "ready" else phase,
+            # `running` and `healthy` are what monitors of the guide's server look for.
+            "status": ("degraded" if engines.lacking else "running") if phase == "ready" else phase,
+            "healthy": phase != "dead",
             "lacking": engines.lacking,
             "version": __version__,
             "uptime_s": round(time.monotonic() - service.started_at, 1),
@@ -203,6 +220,7 @@ async def status(request: Request) -> Response:
             "sessions": len(service.stage.sessions),
             "session_file_failing": service.stage.sessions.file_failing,
             "models": msgspec.to_builtins(service.stage.models),
+            "personas": list(persona.styles()),
             "prompt": service.stage.prompt_facts,
             "engines": {
                 role: {
@@ -285,7 +303,7 @@ def _check_origin(websocket: WebSocket, allowed: frozenset[str] | None) -> None:
 
 async def _turned_away(_: Request, error: Exception) -> Response:
     assert isinstance(error, WireError)
-    content = {"error_code": error.code, "message": error.message}
+    content = {"error_code": error.code, "message": error.message, "detail": error.message}
     if error.retry_after_ms is None:
         return _json(content, 401)
     return _json(content, 429, {"Retry-After": str(math.ceil(error.retry_after_ms / 1000))})

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Awaitable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
+from msgspec import UNSET
 from starlette.websockets import WebSocket
 
+from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.session import Session
-from yaptext.dialogue.turn import Turn
-from yaptext.errors import BadMessage, Internal, RateLimited, SlowClient, WireError
+from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.turn import Heard, Turn
+from yaptext.errors import BadMessage, Internal, RateLimited, SlowClient, TextTooLong, WireError
 from yaptext.server.outbox import WRITE_NOW, Outbox
 from yaptext.wire.messages import (
     Cancel,
@@ -20,16 +25,19 @@ from yaptext.wire.messages import (
     Done,
     End,
     Error,
+    Forget,
+    GetSession,
     Ping,
     Pong,
     ServerMessage,
     SetPersona,
     Start,
+    ToolResult,
     WarmHistory,
     WarmPersona,
-    decode,
     encode,
     error_frame,
+    read,
 )
 
 if TYPE_CHECKING:
@@ -43,8 +51,6 @@ _FLUSH_TIMEOUT_S = 2.0
 _ABORT_TIMEOUT_S = 10.0
 """How long an engine may take to let go of a turn before its task is cancelled again."""
 _MAX_WARMS = 4
-_MAX_TURNS = 8
-"""Turns of one socket that are not over yet: one runs, others have been told to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +75,13 @@ class Connection:
             write_now=websocket.scope.get("extensions", {}).get(WRITE_NOW),
         )
         self._session: Session | None = None
+        self._persona: Persona | None = None
+        """The one that was warmed or set last."""
         self._turn: Turn | None = None
         self._turns: set[asyncio.Task[None]] = set()
         self._warms: set[asyncio.Task[None]] = set()
+        self._one_warm = asyncio.Lock()
+        self._others: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
 
     @property
@@ -98,7 +108,7 @@ class Connection:
             receiver.cancel()
             if self._turn is not None and ending.code is not None:
                 self._turn.cancel()  # its `done` still goes out
-            for task in self._warms | (self._turns if ending.code is None else set()):
+            for task in self._warms | self._others | (self._turns if ending.code is None else set()):
                 task.cancel()
             if self._turns:
                 _, stuck = await asyncio.wait(self._turns, timeout=_ABORT_TIMEOUT_S)
@@ -128,29 +138,44 @@ class Connection:
             if self._ending.done():
                 return
             frame = event.get("text")
-            self._handle(event["bytes"] if frame is None else frame)
+            await self._handle(event["bytes"] if frame is None else frame)
 
-    def _handle(self, frame: str | bytes) -> None:
-        """Acts on one frame at once. Work that takes time becomes a task."""
+    async def _handle(self, frame: str | bytes) -> None:
+        """Acts on one frame at once. Work that takes time becomes a task; only the size of a persona is waited for,
+        since whether it is taken decides what the next frame means."""
+        message: ClientMessage | None = None
         try:
             self._account.spend("messages")
-            self._dispatch(decode(frame))
+            message, ignored = read(frame)
+            await self._dispatch(message, ignored)
         except WireError as error:
-            self._send(error_frame(error))
+            session_id = getattr(message, "session_id", None)
+            self._send(error_frame(error, session_id=UNSET if session_id is None else session_id))
         except Exception:
             _log.exception("frame.crashed")
             self.end(Internal("The frame could not be handled by a fault of the service."))
 
-    def _dispatch(self, message: ClientMessage) -> None:
+    async def _dispatch(self, message: ClientMessage, ignored: list[str]) -> None:
         match message:
             case Start():
                 self._account.spend("turns")
-                self._start(message)
+                await self._check(message)
+                self._start(message, ignored)
+            case ToolResult():
+                self._account.spend("turns")
+                self._start(message, ignored)
             case Cancel():
                 self._account.spend("cancels")
                 self._cancel(message)
             case SetPersona():
-                self._set_persona(message)
+                await self._set_persona(message)
+            case GetSession():
+                session = self._stage.sessions.find((self._account.name, message.session_id))
+                self._send(self._stage.describe(self._account.name, message.session_id, session))
+            case Forget():
+                if self._session is not None and self._session.session_id == message.session_id:
+                    self._session = self._persona = None
+                self._in_background(self._tell(self._stage.forget(self._account.name, message.session_id)))
             case WarmPersona() | WarmHistory():
                 self._account.spend("turns")
                 self._warm(message)
@@ -159,12 +184,32 @@ class Connection:
             case End():
                 self._end(Ending(_CLOSE_NORMAL, "end"))
 
-    def _start(self, message: Start) -> None:
-        if len(self._turns) >= _MAX_TURNS:
-            raise RateLimited(f"{len(self._turns)} turns wait to end; limit is {_MAX_TURNS}", retry_after_ms=200)
-        session = self._stage.sessions.open((self._account.name, message.session_id))
-        turn = Turn(self._stage, session, message, send=self._send, tokens=self._outbox.open, after=self._turn)
-        self._session, self._turn = session, turn
+    async def _check(self, message: Start) -> None:
+        """Raises what the frame is refused for, before anything of it is kept."""
+        blank = message.user_utterance is not None and not message.user_utterance.strip()
+        if blank and not self._stage.settings.allow_empty_utterance:
+            raise BadMessage(
+                "user_utterance is blank; null lets the assistant speak (ALLOW_EMPTY_UTTERANCE) - at $.user_utterance"
+            )
+        if message.note is not None and len(message.note) > (limit := self._stage.note_chars):
+            raise TextTooLong(f"note is {len(message.note)} characters; limit is {limit} - at $.note")
+        self._stage.told(message)
+        found = self._stage.sessions.find((self._account.name, message.session_id))
+        persona = self._stage.merge(found.persona if found else Persona(), message)
+        if isinstance(message.tools, list):
+            ToolSet(message.tools)
+        if isinstance(message.persona_text, str):
+            await self._stage.check_persona(persona)
+
+    def _start(self, message: Start | ToolResult, ignored: list[str]) -> None:
+        key = (self._account.name, message.session_id)
+        if isinstance(message, ToolResult) and self._stage.sessions.find(key) is None:
+            raise BadMessage(f"Turn {message.turn} waits for no tool results - at $.turn")
+        session = self._stage.sessions.open(key)
+        turn = Turn(
+            self._stage, session, message, ignored=ignored, send=self._send, tokens=self._outbox.open, after=self._turn
+        )
+        self._session, self._turn, self._persona = session, turn, session.persona
         task = self._group.create_task(self._run(turn))
         self._turns.add(task)
         task.add_done_callback(self._turns.discard)
@@ -175,26 +220,47 @@ class Connection:
             await turn.run()
         except WireError as error:
             self.end(error)
+        else:
+            session = turn.session
+            if turn.warms_next and session.current is None and not self._ending.done():
+                session.warming = self._in_background(self._warm_next(session))
+
+    async def _warm_next(self, session: Session) -> None:
+        with suppress(WireError):  # the next turn tells
+            await self._stage.warm_next(session)
 
     def _cancel(self, message: Cancel) -> None:
-        if self._turn is not None and not self._turn.over:
-            self._turn.cancel(message.heard_chars)
+        heard = Heard.of(message)
+        if message.session_id is None and self._turn is not None and not self._turn.over:
+            self._turn.cancel(heard)
             return
-        current = None if self._session is None else self._session.current
-        if self._session is not None and message.heard_chars is not None and (current is None or current.over):
-            # The reply was sent whole, but playback was cut short.
-            self._session.transcript.cut_reply(message.heard_chars)
-            self._stage.sessions.keep(self._session)
-        self._send(Done(turn=0, cancelled=True, cancel_ms=0.0, tokens_sent=0))
-
-    def _set_persona(self, message: SetPersona) -> None:
+        session = self._session
         if message.session_id is not None:
-            session = self._stage.sessions.open((self._account.name, message.session_id))
+            session = self._stage.sessions.find((self._account.name, message.session_id))
+        current = None if session is None else session.current
+        if message.session_id is not None and current is not None and not current.over:
+            current.cancel(heard)
+            if current is not self._turn:  # its own done goes to the socket that it runs on
+                self._send(Done(turn=current.number, session_id=current.session.session_id, cancelled=True))
+            return
+        if session is not None and heard is not None and (current is None or current.over):
+            # The reply was sent whole, but playback was cut short.
+            session.transcript.cut_reply(heard.chars, heard.text, self._stage.settings.interrupted_mark)
+            self._stage.sessions.keep(session)
+        session_id = UNSET if session is None else session.session_id
+        self._send(Done(turn=0, session_id=session_id, cancelled=True, cancel_ms=0.0, tokens_sent=0))
+
+    async def _set_persona(self, message: SetPersona) -> None:
+        if message.session_id is not None:
+            key = (self._account.name, message.session_id)
         elif self._session is not None:
-            session = self._session
+            key = self._session.key
         else:
             raise BadMessage("Object missing required field session_id, since no start came before - at $")
-        session.persona = self._stage.merge(session.persona, message)
+        found = self._stage.sessions.find(key)
+        await self._stage.check_persona(self._stage.merge(found.persona if found else Persona(), message))
+        session = self._stage.sessions.open(key)
+        session.persona = self._persona = self._stage.merge(session.persona, message)
         self._session = self._session or session
         self._stage.sessions.keep(session)
         self._send(self._stage.ack("set_persona", session, session.persona, session.turns, session.seed))
@@ -211,12 +277,24 @@ class Connection:
 
     async def _run_warm(self, message: WarmPersona | WarmHistory, session: Session | None) -> None:
         try:
-            self._send(await self._stage.warm(message, session, self._account.name))
+            async with self._one_warm:  # each may go by the persona of the one before
+                warmed, self._persona = await self._stage.warm(message, session, self._account.name, self._persona)
+            self._send(warmed)
         except WireError as error:
-            self._send(error_frame(error))
+            self._send(error_frame(error, session_id=UNSET if message.session_id is None else message.session_id))
         except Exception:
             _log.exception("warm.crashed")
             self.end(Internal("The warm-up failed by a fault of the service."))
+
+    async def _tell(self, answer: Awaitable[ServerMessage]) -> None:
+        self._send(await answer)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that ends with the socket."""
+        task = self._group.create_task(work)
+        self._others.add(task)
+        task.add_done_callback(self._others.discard)
+        return task
 
     # --- out
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -138,15 +138,18 @@ class Keys:
         return self._tickets.issue(account.hash)
 
     @asynccontextmanager
-    async def reloading(self, *, on_hangup: bool = True) -> AsyncIterator[None]:
-        """While the block runs, SIGHUP reads the file anew, also one that came before and was held back."""
+    async def reloading(
+        self, *, on_hangup: bool = True, also: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[None]:
+        """While the block runs, SIGHUP reads the file again, also one that came before and was held back; and calls
+        `also`."""
         if not on_hangup:
             yield
             return
         loop, wanted = asyncio.get_running_loop(), asyncio.Event()
         loop.add_signal_handler(signal.SIGHUP, wanted.set)
         held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        task = asyncio.create_task(self._reload_when(wanted))
+        task = asyncio.create_task(self._reload_when(wanted, also))
         try:
             yield
         finally:
@@ -156,10 +159,11 @@ class Keys:
             task.cancel()
             await asyncio.wait([task])
 
-    async def _reload_when(self, wanted: asyncio.Event) -> None:
+    async def _reload_when(self, wanted: asyncio.Event, also: Callable[[], None]) -> None:
         while True:
             await wanted.wait()
             wanted.clear()
+            also()
             await self.reload()
 
     async def reload(self) -> None:

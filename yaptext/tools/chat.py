@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import uuid
+from asyncio.subprocess import PIPE
+from dataclasses import dataclass
 from typing import Any
 
 from yaptext.tools.client import Client, connect
@@ -13,12 +16,32 @@ from yaptext.tools.client import Client, connect
 _HELP = "/style NAME  /gender woman|man  /persona TEXT  /quit.  Ctrl-C stops the reply, or leaves when there is none."
 
 
-async def chat(url: str, key: str, *, session: str | None, persona: dict[str, str]) -> int:
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What is called: `given` instead of the service's own. With `command` each call is run: it gets the call as JSON
+    on its standard input, and prints what it returns. `ask` lets the user type that."""
+
+    given: list[Any] | None = None
+    command: str | None = None
+    ask: bool = False
+
+
+async def chat(
+    url: str,
+    key: str,
+    *,
+    session: str | None,
+    persona: dict[str, str],
+    tools: Tools = Tools(),  # frozen
+) -> int:
     session = session or uuid.uuid4().hex
     async with connect(url, key) as client:
         screen = _Screen(sys.stdout.isatty())
         screen.note(f"Connected to {url}. {_HELP}")
         changes: dict[str, Any] = dict(persona)
+        if tools.given is not None:
+            changes["tools"] = tools.given
+        waits = {"await_tools": True} if tools.command or tools.ask else {}
         while True:
             try:
                 line = await _read_line(screen.prompt)
@@ -32,9 +55,11 @@ async def chat(url: str, key: str, *, session: str | None, persona: dict[str, st
             if line.startswith("/"):
                 changes.update(_command(line, screen))
             elif line:
-                await client.send("start", session_id=session, user_utterance=line, **changes)
+                await client.send("start", session_id=session, user_utterance=line, **changes, **waits)
                 changes = {}
-                await _show_turn(client, screen)
+                while called := await _show_turn(client, screen):
+                    results = [{"id": call["id"], "content": await _result(call, tools)} for call in called.calls]
+                    await client.send("tool_result", session_id=session, turn=called.turn, results=results)
 
 
 def _command(line: str, screen: _Screen) -> dict[str, str]:
@@ -75,7 +100,28 @@ async def _read_line(prompt: str) -> str:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-async def _show_turn(client: Client, screen: _Screen) -> None:
+async def _result(call: dict[str, Any], tools: Tools) -> str:
+    """What a call returned."""
+    if tools.command is None:
+        try:
+            return await _read_line(f"{call['name']}({json.dumps(call['arguments'])}) returns> ")
+        except (EOFError, KeyboardInterrupt):
+            return "The user did not answer."
+    process = await asyncio.create_subprocess_shell(tools.command, stdin=PIPE, stdout=PIPE)
+    told, _ = await process.communicate(json.dumps(call).encode())
+    text = told.decode(errors="replace").strip()
+    return text if process.returncode == 0 else f"The tool failed with status {process.returncode}. {text}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Called:
+    """A turn that waits for what its calls return."""
+
+    turn: int
+    calls: list[dict[str, Any]]
+
+
+async def _show_turn(client: Client, screen: _Screen) -> _Called | None:
     loop = asyncio.get_running_loop()
     cancels: set[asyncio.Task[None]] = set()
 
@@ -83,13 +129,20 @@ async def _show_turn(client: Client, screen: _Screen) -> None:
         cancels.add(loop.create_task(client.send("cancel")))
 
     loop.add_signal_handler(signal.SIGINT, barge_in)
+    calls: list[dict[str, Any]] = []
+    called = None
     try:
         async for frame in client.turn():
             screen.show(frame)
+            if frame["type"] == "toolcall":
+                calls = frame["raw"]
+            elif frame.get("finish_reason") == "tool_calls":
+                called = _Called(frame["turn"], calls)
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         if cancels:
             await asyncio.wait(cancels)
+    return called
 
 
 class _Screen:
@@ -107,6 +160,8 @@ class _Screen:
                 self.note(f"[tool: {calls or 'none'}, {frame['tool_ms']:.0f} ms{self._reason(frame)}]")
             case "token":
                 print(frame["text"], end="", flush=True)
+            case "done" if frame.get("finish_reason") == "tool_calls":
+                pass
             case "done" if frame.get("cancelled"):
                 print()
                 self.note(f"[cancelled after {frame['tokens_sent']} tokens, in {frame['cancel_ms']:.1f} ms]")
