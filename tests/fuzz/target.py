@@ -141,7 +141,7 @@ class Client:
 class Sentinel:
     """A well-behaved client: turn after turn. `waits` are the seconds from each `start` to its `done`."""
 
-    port: int
+    client: Client
     waits: list[float] = field(default_factory=list)
     fault: BaseException | None = None
 
@@ -151,7 +151,7 @@ class Sentinel:
         return f"sentinel: {len(waits)} turns, p50 {p50:.1f} ms, worst {worst:.0f} ms"
 
     def run(self, stop: threading.Event) -> None:
-        client = Client(self.port)
+        client = self.client
         try:
             while not self.waits or not stop.wait(0.02):
                 begun = time.monotonic()
@@ -224,8 +224,8 @@ def target(folder: Path, command: list[str] | None = None, **variables: Any) -> 
 
 @contextmanager
 def watched(aim: Target) -> Iterator[Sentinel]:
-    """A sentinel is served while the block runs."""
-    sentinel, stop = Sentinel(aim.port), threading.Event()
+    """A sentinel is served while the block runs. It is connected before: no attack is in the way of its handshake."""
+    sentinel, stop = Sentinel(Client(aim.port)), threading.Event()
     thread = threading.Thread(target=sentinel.run, args=(stop,))
     thread.start()
     try:
