@@ -30,6 +30,13 @@ from yaptext.settings import Settings
 Frame = dict[str, Any]
 
 
+async def until(true: Callable[[], bool]) -> None:
+    """For what has no event of its own."""
+    async with asyncio.timeout(60):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 class MemorySocket:
     """A client and its socket in one: `say` and `leave` are the client's, the rest is what Connection calls."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 from typing import Any
 
 import pytest
-from conftest import MemorySocket, talking
+from conftest import MemorySocket, talking, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(900)]
 PERSONA = "You are Ann, a warm companion on a voice call. You answer in one short, friendly sentence. " * 10
@@ -73,9 +72,7 @@ async def test_eight_turns_are_each_warm_by_themselves(
             left.append(done["usage"]["prompt_tokens"] - done["usage"]["cached_tokens"])
             first.append(done["timings"]["ttft_ms"])
             session = talk.stage.sessions.open(("default", "s"))
-            async with asyncio.timeout(60):
-                while session.warming is None or not session.warming.done():  # noqa: ASYNC110  # of the connection
-                    await asyncio.sleep(0.02)
+            await until(lambda: session.warming is not None and session.warming.done())  # noqa: B023  # awaited here
             session.warming = None
         with capsys.disabled():
             print(f"\n{format}: tokens left to compute {left[1:]}, first token ms {[round(ms) for ms in first[1:]]}")

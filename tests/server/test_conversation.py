@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import structlog
-from conftest import MemorySocket, Talk, check_frames, service, talking
+from conftest import MemorySocket, Talk, check_frames, service, talking, until
 from fakes import Gate, Script, ScriptedEngine
 
 from yaptext.dialogue import persona
@@ -504,10 +504,8 @@ async def test_the_next_turn_is_warm_by_itself(format: str) -> None:
             usage = (await said(socket, f"This is what I say in turn {turn}."))["usage"]
             if turn > 1:
                 assert usage["prompt_tokens"] - usage["cached_tokens"] <= 48
-            async with asyncio.timeout(5):
-                session = talk.stage.sessions.open(("default", "s"))
-                while session.warming is None or not session.warming.done():  # noqa: ASYNC110  # of the connection
-                    await asyncio.sleep(0.01)
+            session = talk.stage.sessions.open(("default", "s"))
+            await until(lambda: session.warming is not None and session.warming.done())  # noqa: B023  # awaited here
             session.warming = None
 
 
@@ -518,9 +516,7 @@ async def test_a_start_ends_the_warming_for_it() -> None:
         socket = talk.socket()
         gate.step()
         await said(socket)
-        async with asyncio.timeout(5):
-            while not engine.running:  # noqa: ASYNC110  # of the connection
-                await asyncio.sleep(0.01)
+        await until(lambda: bool(engine.running))
         socket.start("again")
         await socket.until("ack", 2)
         gate.step()
@@ -570,9 +566,7 @@ async def test_styles_of_the_operator_are_read_again_on_a_hangup(tmp_path: Path)
             write("broken", "title")
             with structlog.testing.capture_logs() as lines:
                 os.kill(os.getpid(), signal.SIGHUP)
-                async with asyncio.timeout(20):
-                    while not any(line["event"] == "personas.refused" for line in lines):  # noqa: ASYNC110
-                        await asyncio.sleep(0.02)
+                await until(lambda: any(line["event"] == "personas.refused" for line in lines))
             assert "ghost" in await listed("pirate", running.http)
     finally:
         persona.use_folder(None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running, service
+from conftest import Running, service, until
 from fakes import Script, ScriptedEngine
 from fuzz.target import PING, TEXT, Client, Target, frame, target, watched
 from structlog.testing import capture_logs
@@ -74,12 +74,6 @@ async def peer_of(running: Running, opening: bytes = b"") -> AsyncIterator[Peer]
 
 def waiting(running: Running) -> int:
     return len(running.server.lifespan.state["service"].lobby)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 # --- how long

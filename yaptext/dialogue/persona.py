@@ -41,8 +41,9 @@ def styles() -> dict[str, Style]:
 def use_folder(folder: Path | None) -> None:
     """Takes the styles of `PERSONAS_DIR`: `NAME.toml` with `title` and `text`. Raises `SettingsError`, and then those
     that were there stay."""
-    global _own  # noqa: PLW0603  # one folder of one process, read again on SIGHUP
-    _own = {} if folder is None else _of_folder(folder)
+    found = {} if folder is None else _of_folder(folder)
+    _own.clear()
+    _own.update(found)
 
 
 def _of_folder(folder: Any) -> dict[str, Style]:

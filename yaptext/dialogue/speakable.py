@@ -65,7 +65,7 @@ class Speakable:
         return told
 
     def _step(self, final: bool) -> tuple[int, str] | None:
-        """How many characters are done with and what is told of them; None if more has to come."""
+        """How many waiting characters are used up, and their spoken text; None if more input is needed."""
         waits = self._waits
         if (spaces := _SPACE.match(waits)) is not None:
             if spaces.end() == len(waits) and not final:

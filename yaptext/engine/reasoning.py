@@ -20,7 +20,7 @@ class Thoughts:
         try:
             self._parser: ReasoningParser = _parser_of(reasoning)(tokenizer)
             self._parser.adjust_initial_state_from_prompt(list(prompt))
-        except Exception as error:  # of dozens of parsers
+        except Exception as error:  # each parser raises its own
             raise StartError(f"{str(error) or type(error).__name__} (REASONING_PARSER)") from error
         self._text, self._ids = "", list[int]()
         self._spoke = False

@@ -153,16 +153,17 @@ class ChatTemplate:
         if not switched:
             self._switches = ({}, {})
         start, end = next(((start, end) for start, end in _MARKS if start in source or end in source), ("", ""))
-        return tuple(  # type: ignore[return-value]
-            Thinking(
+
+        def thinking(side: bool) -> Thinking:
+            return Thinking(
                 switched,
                 on=side if switched else bool(start),
                 start=start,
                 end=end,
                 opened=bool(start) and _is_open(prompts[side].rpartition("three")[2], start, end),
             )
-            for side in (False, True)
-        )
+
+        return thinking(False), thinking(True)
 
 
 def _is_open(text: str, start: str, end: str) -> bool:
