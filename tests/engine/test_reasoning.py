@@ -34,6 +34,16 @@ def test_thinking_that_the_prompt_opened_ends_at_its_mark(step: int) -> None:
     assert 0 < thought < tokens
 
 
+def test_half_a_character_of_the_speech_is_no_thinking() -> None:
+    """Its first token gives no text yet."""
+    from yaptext.engine.reasoning import Thoughts
+
+    thoughts = Thoughts(Reasoning(opened=True, **MARKS), TOKENIZER)
+    end, word, *emoji = (TOKENIZER.encode(text, add_special_tokens=False) for text in ("</think>", "Hi", "\U0001f600"))
+    counts = [thoughts.take(text, ids)[1] for text, ids in (("Hm.</think>", end), ("Hi", word), ("", emoji[0][:1]))]
+    assert counts == [len(end), 0, 0]
+
+
 def test_thinking_that_never_ends_is_never_spoken() -> None:
     """A reply that ran out of tokens while it thought."""
     spoken, thought, tokens = said("Well, let me see. And then", Reasoning(opened=True, **MARKS))

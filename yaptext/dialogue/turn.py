@@ -378,13 +378,14 @@ class Turn:
         """Passes the reply on, up to its end: the engine's, a label of the next speaker, or a limit."""
         stage, usage = self._stage, self._usage
         assert stage.prompts is not None
-        most = stage.reply_tokens(self._start.sampling) if sampling.reasoning is not None else None
+        most, thinks = stage.reply_tokens(self._start.sampling), sampling.reasoning is not None
         lines = Lines() if stage.prompts.labelled else None
         sentences = Sentences(soft) if (soft := stage.soft_limit(self._start.sampling)) is not None else None
         async for delta in deltas:
             usage.prompt_tokens, usage.cached_tokens = delta.prompt_tokens, delta.cached_tokens
             usage.completion_tokens += delta.tokens
-            usage.reasoning_tokens += delta.reasoning
+            if thinks:
+                usage.reasoning_tokens += delta.reasoning
             self._finish_reason = delta.finish_reason
             told = delta
             if lines is not None and (lines.waiting or "\n" in delta.text):  # seldom: this is done for every token
@@ -399,20 +400,16 @@ class Turn:
             if lines is not None and lines.over:
                 self._finish_reason = "stop"
                 return
-            if most is not None and usage.completion_tokens - usage.reasoning_tokens >= most:
+            if thinks and usage.completion_tokens - usage.reasoning_tokens >= most:
                 self._finish_reason = self._finish_reason or "length"
                 return
 
     def _pass_on(self, delta: Delta) -> None:
-        if self.over or not delta.text or self._waits_for_results:
-            return
         text = delta.text
+        if not text or self.over or self._waits_for_results:
+            return
         if self._speakable is not None:
-            self._own.append(text)
-            self._own_chars += len(text)
-            text = self._speakable.take(text)
-            self._sent_chars += len(text)
-            self._marks.append((self._sent_chars, self._own_chars))
+            text = self._in_speech(self._speakable, text)
         self._push(text, delta.tokens)
 
     def _push(self, text: str, tokens: int) -> None:
@@ -422,6 +419,15 @@ class Turn:
         self._text.append(text)
         if self._timings.ttft_ms is None:
             self._timings.ttft_ms = self._since_received()
+
+    def _in_speech(self, speakable: Speakable, text: str) -> str:
+        """What is sent of the model's own `text`, and what was held back before it."""
+        self._own.append(text)
+        self._own_chars += len(text)
+        text = speakable.take(text)
+        self._sent_chars += len(text)
+        self._marks.append((self._sent_chars, self._own_chars))
+        return text
 
     # --- the ends
 
@@ -530,7 +536,7 @@ def _within(lines: Lines, delta: Delta) -> Delta:
     text = lines.take(delta.text)
     if delta.finish_reason is not None:
         text += lines.rest()
-    return delta if text == delta.text else replace(delta, text=text)
+    return delta if text == delta.text else msgspec.structs.replace(delta, text=text)
 
 
 def _chosen(given: bool | None, otherwise: bool) -> bool:

@@ -7,6 +7,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import msgspec
+
 Role = Literal["chat", "tool"]
 DECIDE, CHAT, WARM = 0, 1, 2
 """Priorities: a lower number is computed first. A decision never waits behind chat tokens, and nobody who is waiting
@@ -72,8 +74,7 @@ class Sampling:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """What one engine step added to one stream. `text` may be empty (half a character), `tokens` may be more
     than one; `finish_reason` is set on the last. The prompt counts are the same on every delta. `alternatives` holds,
     where they were asked for, each token's likeliest texts with their probability under the constraint. `reasoning` is

@@ -31,7 +31,8 @@ class Thoughts:
         earlier, self._ids = self._ids, [*self._ids, *ids]
         message = self._parser.extract_reasoning_streaming(before, self._text, text, earlier, self._ids, list(ids))
         spoken = (message.content or "") if message is not None else ""
-        return self._said(spoken), 0 if spoken else len(ids)
+        half_character = self._spoke and not text
+        return self._said(spoken), 0 if spoken or half_character else len(ids)
 
     def rest(self) -> str:
         """What the parser held back and turned out to be speech."""
