@@ -67,6 +67,8 @@ RUNS = {
     "eight": _plan("warm", 8),
     "one": _plan("warm", 1, turns=8),
     "loading": _plan("loading", turns=3),
+    "often": _plan("warm", turns=8, spread_s=2.0),
+    "talking": _plan("conversation", turns=8, spread_s=2.0),
     "cancel": _plan("barge-in", turns=8),
     "idle": _plan("idle", 8, turns=2, gap_s=10.0),
 }
@@ -148,12 +150,18 @@ MIDDLE, SMALL = ("at once", "spread", "loading"), {"chat": 512, "tool": 8192}
 WHOLE = ("at once", "spread", "eight", "one", "loading", "cancel")
 VLLM_GRAPHS = {"CUDA_GRAPHS": "auto"}
 CHAT_STANDS_BACK = {"CUDA_MPS_CLIENT_PRIORITY": "1"}
+CONCURRENT = {"concurrent_model_call": True}
 AHEAD, NOT_AHEAD = {"async_scheduling": True}, {"async_scheduling": False}
 
 
-def _own(*runs: str, concurrent: bool = False) -> Step:
+def _own(*runs: str, name: str = "as it is", concurrent: bool = False) -> Step:
     """With the service's own settings."""
-    return Step("concurrent", runs, {"front": {"concurrent": True}}) if concurrent else Step("as it is", runs)
+    return _set("concurrent", *runs, **CONCURRENT) if concurrent else Step(name, runs)
+
+
+def _set(name: str, *runs: str, **settings: Any) -> Step:
+    """With other settings of the service's process, by their names in `yaptext/settings.py`."""
+    return Step(name, runs, {"front": {"settings": settings}})
 
 
 STARTS = {
@@ -163,8 +171,23 @@ STARTS = {
             _own(*WHOLE),
             _own("at once", "spread", "one", "loading", concurrent=True),
             Step("[ and ]", ("spread", "one"), {"front": {"no": 2}}),
-            Step("threshold", ("spread",), {"front": {"threshold": 0.5}}),
+            _set("threshold", "spread", tool_yes_threshold=0.5),
             Step("idle", ("idle",)),
+        )
+    ),
+    "next turn": Start(
+        (
+            Step("first turns", ("at once",)),
+            *(
+                step
+                for again in ("", ", again")
+                for step in (
+                    _own("often", "talking", name="next turn warm" + again),
+                    _set("next turn not warm" + again, "often", "talking", warm_next_turn=False),
+                )
+            ),
+            *(_set(f"tool history {tokens}", "often", tool_history_tokens=tokens) for tokens in (0, 100, 400, 800)),
+            _set("no repetition penalty", "often", chat_repetition_penalty=1.0),
         )
     ),
     "default, again": Start((Step("profiled", ("spread", "cancel")),)),
@@ -192,9 +215,9 @@ STARTS = {
         *(_step(f"2048/{size}", "at once", tool=size) for size in (512, 8192)),
         _step("1024/8192", "spread", "loading", chat=1024, tool=8192),
         _step("1024/8192, a prompt 256", "loading", chat=1024, tool=8192, long=256),
-        _step("concurrent", "at once", "spread", chat=1024, tool=8192, concurrent=True),
+        _step("concurrent", "at once", "spread", chat=1024, tool=8192, settings=CONCURRENT),
         _step("4 CPUs for each process", "spread", chat=1024, tool=8192, cpus=True),
-        _step("threshold", "spread", chat=1024, tool=8192, threshold=0.5),
+        _step("threshold", "spread", chat=1024, tool=8192, settings={"tool_yes_threshold": 0.5}),
         _step("idle", "idle", chat=1024, tool=8192),
         _step("garbage not frozen", "spread", chat=1024, tool=8192, thawed=True),
         mps=CHAT_STANDS_BACK,
@@ -208,7 +231,21 @@ STARTS = {
     "FLASHINFER": _start(_step("2048/2048", *MIDDLE), chat={"attention_backend": "FLASHINFER"}),
     "mps without priority": _start(_step("512/8192", *MIDDLE, **SMALL), mps={"CUDA_MPS_CLIENT_PRIORITY": "0"}),
     "64 sequences": _start(_step("2048/2048", "at once"), both={"max_num_seqs": 64}),
-    "demo": Start((_step("as it is", "at once", "loading", "cancel", chat=8192, tool=8192, concurrent=True),)),
+    "demo": Start(
+        (
+            _step(
+                "as it is",
+                "at once",
+                "often",
+                "talking",
+                "loading",
+                "cancel",
+                chat=8192,
+                tool=8192,
+                settings=CONCURRENT,
+            ),
+        )
+    ),
 }
 """A step's name is the tokens that chat and tool may compute at once, where nothing else is said."""
 

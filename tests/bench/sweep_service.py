@@ -179,11 +179,12 @@ def _prepare() -> None:
 
     async def opened(cls: Any, settings: Any, *args: Any, **named: Any) -> Any:
         found = await open_stage(cls, settings, *args, **named)
-        concurrent = settings.concurrent_model_call
+        own, prompts = dict(settings.__dict__), found.decider._prompts
 
         def apply(knobs: dict[str, Any]) -> None:
-            settings.__dict__["concurrent_model_call"] = knobs.get("concurrent", concurrent)
-            found.decider._threshold = knobs.get("threshold")
+            settings.__dict__.update(own | knobs.get("settings", {}))
+            prompts._history_tokens = settings.tool_history_tokens
+            found.decider._threshold = settings.tool_yes_threshold
             held.tokens = knobs.get("no", 1)
             if knobs.get("thawed"):  # as if the service had not frozen what its start made
                 gc.unfreeze()
