@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any, get_args
 
 import msgspec
@@ -631,3 +632,63 @@ def test_persona_fields_are_the_same_wherever_they_stand() -> None:
     """start, set_persona and the warm-ups share one set of persona fields."""
     for cls in (Start, SetPersona, WarmPersona, WarmHistory):
         assert issubclass(cls, PersonaFields)
+
+
+def _filled(before: str, item: str, after: str, size: int = 1_000_000) -> str:
+    count = (size - len(before) - len(after)) // (len(item) + 1)
+    return before + ",".join([item] * count) + after
+
+
+START = '{"type":"start","session_id":"a","user_utterance":"x"'
+RESULT = '{"type":"tool_result","session_id":"a","turn":1,"results":['
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (
+            _filled(START + ',"tools":[{"a":[', "[]", "]}]}"),
+            "tools are 9....[0-9] bytes of JSON; limit is 65536 - at $.tools",
+        ),
+        (
+            _filled(START + ',"sampling":{"stop":[', '"a"', "]}}"),
+            "sampling are 9....[0-9] bytes of JSON; limit is 4096 - at $.sampling",
+        ),
+        (
+            _filled(RESULT + '{"id":"a","content":[', "1.2345678901234567e-300", "]}]}"),
+            "results are 9....[0-9] bytes of JSON; limit is 131072 - at $.results",
+        ),
+    ],
+)
+def test_what_costs_more_to_read_than_a_text_is_bounded_in_bytes(frame: str, message: str) -> None:
+    """A list of a million brackets took 50 ms of the event loop."""
+    with pytest.raises(BadMessage, match=message.replace("$", "[$]")):
+        decode(frame)
+
+
+def test_a_field_that_stands_there_often_is_read_once() -> None:
+    """The last one counts, and the others cost nothing."""
+    often = ",".join(['"sampling":{"stop":' + "[" * 50 + "]" * 50 + "}"] * 100)
+    assert decode(START + f',{often},"sampling":{{"seed":1}}}}') == Start(
+        session_id="a", user_utterance="x", sampling=SamplingFields(seed=1)
+    )
+
+
+def test_errors_in_a_costly_field_name_its_place() -> None:
+    """As those of any other."""
+    for sampling, message in (
+        ('{"temperature":3}', "Expected float <= 2.0 - at [$].sampling.temperature"),
+        ("[]", "Expected object [|] null, got array - at [$].sampling"),
+        ('{"temprature":1}', "Object contains unknown field temprature - at [$].sampling"),
+    ):
+        with pytest.raises(BadMessage, match=message):
+            decode(START + f',"sampling":{sampling}}}')
+
+
+def test_a_frame_of_many_fields_is_read_in_time() -> None:
+    """90,000 unknown ones took more than 9 s of the event loop, each looked up in all others. They are then not
+    told."""
+    begun = time.process_time()
+    found = read(START + "".join(f',"k{number}":0' for number in range(90_000)) + "}")
+    assert time.process_time() - begun < 1
+    assert found == (Start(session_id="a", user_utterance="x"), [])

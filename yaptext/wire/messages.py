@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -308,7 +308,6 @@ class Error(Struct, frozen=True, omit_defaults=True, tag="error", kw_only=True):
 
 ServerMessage = Ack | ToolCall | Token | Final | Done | Warmed | SessionState | Forgotten | Pong | Error
 
-_decoder = msgspec.json.Decoder(ClientMessage)
 _names_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encoder = msgspec.json.Encoder()
 _OLD_NAMES = {
@@ -332,6 +331,36 @@ _KNOWN = {
 _ROLES = "user, assistant, system"
 
 
+_MAX_BYTES = {"tools": 65_536, "sampling": 4_096, "results": 131_072}
+"""Most bytes of JSON that are looked at: what they hold costs up to 50 times as much as a text of that size."""
+_MAX_NAMES = 4096
+
+
+def _compact(cls: type[Struct]) -> type[Struct]:
+    """The message with its costly fields unread, whatever a client writes there and how often."""
+    fields: list[Any] = []
+    for field in msgspec.structs.fields(cls):
+        kind = msgspec.Raw if field.name in _MAX_BYTES else field.type
+        fields.append((field.name, kind) if field.required else (field.name, kind | UnsetType, field.default))
+    return msgspec.defstruct(cls.__name__, fields, frozen=True, kw_only=True, tag=cls.__struct_config__.tag)
+
+
+_WHOLE = {
+    _compact(cls): (
+        cls,
+        {
+            field.name: msgspec.json.Decoder(field.type, float_hook=float)
+            for field in msgspec.structs.fields(cls)
+            if field.name in _MAX_BYTES
+        },
+    )
+    for cls in get_args(ClientMessage)
+    if any(field.name in _MAX_BYTES for field in msgspec.structs.fields(cls))
+}
+_LIGHT = tuple(cls for cls in get_args(ClientMessage) if cls not in {whole for whole, _ in _WHOLE.values()})
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Union[(*_LIGHT, *_WHOLE)])
+
+
 class Frame(NamedTuple):
     """A client's message, and the names of its fields that mean nothing here."""
 
@@ -347,7 +376,7 @@ def decode(frame: str | bytes) -> ClientMessage:
 def read(frame: str | bytes) -> Frame:
     """As `decode`, with the unknown fields. Names of older clients count as today's."""
     try:
-        message: ClientMessage | None = _decoder.decode(frame)
+        message: ClientMessage | None = _decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         message, problem = None, error
     names = _names(frame)
@@ -357,13 +386,14 @@ def read(frame: str | bytes) -> Frame:
             return Frame(message, [])
         raise _refusal(problem, tag) from None
     known = _KNOWN[tag]
+    absent = known - names.keys()
     renamed = {
-        _OLD_NAMES[name] if name not in known and _OLD_NAMES.get(name) in known - names.keys() else name: value
+        _OLD_NAMES[name] if name not in known and _OLD_NAMES.get(name) in absent else name: value
         for name, value in names.items()
     }
     if renamed.keys() != names.keys():
         try:
-            message = _decoder.decode(msgspec.json.encode(renamed))
+            message = _decode(msgspec.json.encode(renamed))
         except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
             message, problem = None, error
     if message is None:
@@ -371,7 +401,30 @@ def read(frame: str | bytes) -> Frame:
     return Frame(message, sorted(name[:64] for name in renamed.keys() - known)[:32])
 
 
+def _decode(frame: str | bytes) -> ClientMessage:
+    found = _decoder.decode(frame)
+    if type(found) not in _WHOLE:
+        return cast(ClientMessage, found)
+    cls, costly = _WHOLE[type(found)]
+    values = msgspec.structs.asdict(found)
+    for name, decoder in costly.items():
+        raw = values[name]
+        if not isinstance(raw, msgspec.Raw):
+            continue
+        if (size := memoryview(raw).nbytes) > (limit := _MAX_BYTES[name]):
+            raise BadMessage(f"{name} are {size} bytes of JSON; limit is {limit} - at $.{name}")
+        try:
+            values[name] = decoder.decode(raw)
+        except msgspec.ValidationError as error:
+            reason, at, field = str(error).partition(" - at `$")
+            raise msgspec.ValidationError(f"{reason} - at `$.{name}{field if at else '`'}") from None
+    return cast(ClientMessage, cls(**values))
+
+
 def _names(frame: str | bytes) -> dict[str, msgspec.Raw] | None:
+    """None for a frame of so many fields that nobody meant them."""
+    if (frame.count('":') if isinstance(frame, str) else frame.count(b'":')) > _MAX_NAMES:
+        return None
     try:
         return _names_decoder.decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeError):
