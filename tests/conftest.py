@@ -19,7 +19,7 @@ from fakes import ScriptedEngine
 from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engines
-from yaptext.keyfile import NO_LIMITS, Key
+from yaptext.keyfile import NO_LIMITS, Key, Limits
 from yaptext.server.app import create_app
 from yaptext.server.connection import Connection
 from yaptext.server.keys import Account
@@ -111,9 +111,9 @@ class Talk:
         self.stage, self._group = stage, group
         self.open: list[tuple[MemorySocket, asyncio.Task[Any]]] = []
 
-    def socket(self, key_name: str = "default") -> MemorySocket:
+    def socket(self, key_name: str = "default", limits: Limits = NO_LIMITS) -> MemorySocket:
         socket = MemorySocket()
-        account = Account(Key(key_name, b"", NO_LIMITS))
+        account = Account(Key(key_name, b"", limits))
         connection = Connection(socket, self.stage, account)  # type: ignore[arg-type]
         self.open.append((socket, self._group.create_task(connection.serve())))
         return socket

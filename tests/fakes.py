@@ -155,6 +155,9 @@ class ScriptedEngine:
     def thinking(self, wanted: bool) -> Thinking:
         return Thinking()
 
+    async def check_schema(self, schema: str) -> None:
+        pass
+
     def check_reasoning(self, reasoning: Reasoning) -> None:
         pass
 

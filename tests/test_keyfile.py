@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +124,52 @@ def test_adding_keeps_what_is_there(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+def test_two_that_add_at_once_do_so_one_after_the_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same name one is told that it is taken; the file stays as it should be."""
+    path.write_text(f"a sha256:{A}")
+    both, read = threading.Barrier(2), keyfile._text
+
+    def read_together(path: Path) -> str:
+        text = read(path)
+        with suppress(threading.BrokenBarrierError):  # one that waits for the other has not read yet
+            both.wait(0.5)
+        return text
+
+    monkeypatch.setattr(keyfile, "_text", read_together)
+
+    def add(_: int) -> bool:
+        try:
+            keyfile.add("b", path)
+        except SettingsError as error:
+            assert "is taken" in str(error)
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(add, range(2))) == [False, True]
+    assert [key.name for key in keyfile.read(path, NO_LIMITS)] == ["a", "b"]
+
+
+def test_a_line_is_there_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the file is as it was, and the error names it."""
+    path.write_text(f"a sha256:{A}\n")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("yaptext.keyfile.os.fsync", full)
+    with pytest.raises(SettingsError, match="keys cannot be written: No space left"):
+        keyfile.add("b", path)
+    assert path.read_text() == f"a sha256:{A}\n"
+
+
+def test_a_name_that_is_never_allowed_makes_no_file(path: Path) -> None:
+    """Nothing is left of an attempt."""
+    with pytest.raises(SettingsError):
+        keyfile.add("default", path)
+    assert not path.exists()
+
+
 def test_a_name_that_is_taken_or_wrong_adds_nothing(path: Path) -> None:
     """The error names the value; a file that is damaged already is not added to."""
     keyfile.add("a", path)
@@ -139,3 +190,10 @@ def test_without_a_file_there_is_a_line_to_add() -> None:
     """For a file on another machine."""
     key, line = keyfile.add("a", None)
     assert line == f"a sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def test_a_fifo_is_no_key_file(tmp_path: Path) -> None:
+    """It would never open."""
+    os.mkfifo(tmp_path / "keys")
+    with pytest.raises(SettingsError, match="cannot be read: it is no regular file"):
+        keyfile.read(tmp_path / "keys", NO_LIMITS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from yaptext.dialogue.toolset import ToolSet
 from yaptext.errors import SettingsError
 from yaptext.settings import LOOPBACK, Settings, moved_names, variables
 
@@ -192,7 +193,7 @@ BAD = [
     ("HISTORY_MAX_TOKENS", "-1", "0"),
     ("USER_UTT_MAX_TOKENS", "x", "integer"),
     ("CHAT_PROMPT_FORMAT", "xml", "'segments', 'turns' or 'bare'"),
-    ("CHAT_TEMPERATURE", "nan", "2"),
+    ("CHAT_TEMPERATURE", "nan", "finite"),
     ("CHAT_TOP_P", "0", "greater than 0"),
     ("TOOL_HARD_TIMEOUT_MS", "0", "1"),
     ("LOG_LEVEL", "loud", "'debug', 'info', 'warning' or 'error'"),
@@ -206,6 +207,149 @@ def test_a_bad_value_is_one_line_that_names_it(env: pytest.MonkeyPatch, name: st
     line = refusal(env, **{name: value})
     assert line.startswith(f"{name}={value!r} is not allowed: ")
     assert allowed in line.removeprefix(f"{name}={value!r}")
+
+
+NUMBERS = [name for name, field in Settings.model_fields.items() if re.search("int|float", str(field.annotation))]
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "Infinity", "1e999", "1e308", "9" * 30])
+def test_no_number_is_endless(env: pytest.MonkeyPatch, field: str, value: str) -> None:
+    """One that starts and then fails every request, or ends the thread that writes sessions. Also of old names."""
+    name = str(Settings.model_fields[field].validation_alias)
+    if name == "CHAT_LOGIT_BIAS":
+        bias = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}.get(value, "1e999")
+        value = f'{{"a": {bias}}}'
+    assert refusal(env, **{name: value}).startswith(f"{name}=")
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e308"])
+def test_no_number_of_an_old_name_is_endless(env: pytest.MonkeyPatch, value: str) -> None:
+    assert refusal(env, TOOL_TIMEOUT_S=value).startswith(f"TOOL_HARD_TIMEOUT_MS='{value}' is not allowed: ")
+    assert "CHAT_TIMEOUT_S" in refusal(env, GEN_TIMEOUT_S=value.removeprefix("-"), TOOL_TIMEOUT_S="1")
+
+
+# What does not go together
+
+
+def refusals(env: pytest.MonkeyPatch, *, serving: bool = False, **values: str) -> list[str]:
+    for name, value in values.items():
+        env.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(serving=serving)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"CHAT_GPU_FRAC": "0.9", "TOOL_GPU_FRAC": "0.9"}, "CHAT_GPU_FRAC=0.9 and TOOL_GPU_FRAC=0.9"),
+        ({"CHAT_GPU_FRAC": "0.9"}, "CHAT_GPU_FRAC=0.9 and TOOL_GPU_FRAC=0.2"),
+        ({"CHAT_MAX_MODEL_LEN": "512"}, "CHAT_MAX_MODEL_LEN=512 is not allowed: USER_UTT_MAX_TOKENS=350"),
+        (
+            {"CHAT_MAX_OUT": "4096", "USER_UTT_MAX_TOKENS": "4000", "DEPLOY_MODELS": "chat"},
+            "CHAT_MAX_MODEL_LEN=8192 is not allowed",
+        ),
+        ({"TOOL_MAX_MODEL_LEN": "256"}, "TOOL_MAX_MODEL_LEN=256 is not allowed: USER_UTT_MAX_TOKENS=350"),
+        ({"TOOL_HISTORY_TOKENS": "4000"}, "TOOL_MAX_MODEL_LEN=4096 is not allowed"),
+    ],
+)
+def test_what_contradicts_itself_is_one_line(env: pytest.MonkeyPatch, values: dict[str, str], told: str) -> None:
+    """The start would fail with it, minutes later, or every request would."""
+    (line,) = refusals(env, **values)
+    assert line.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"CHAT_GPU_FRAC": "0.78", "TOOL_GPU_FRAC": "0.2"},
+        {"CHAT_GPU_FRAC": "0.9", "TOOL_GPU_FRAC": "0.9", "DEPLOY_MODELS": "chat"},
+        {"CHAT_GPU_FRAC": "0.9", "CHAT_MODEL": "a/b", "TOOL_MODEL": "a/b"},
+        {"CHAT_MAX_MODEL_LEN": "256", "DEPLOY_MODELS": "tool"},
+        {"TOOL_MAX_MODEL_LEN": "256", "DEPLOY_MODELS": "chat"},
+        {"CHAT_MAX_MODEL_LEN": "710", "TOOL_MAX_MODEL_LEN": "646"},
+    ],
+)
+def test_what_goes_together_is_let_be(env: pytest.MonkeyPatch, values: dict[str, str]) -> None:
+    """One engine has the GPU alone; what is not deployed has no context."""
+    load(env, **values)
+
+
+def test_all_that_is_wrong_is_told_at_once(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A line each, so that a file of settings is mended in one go: wrong values, contradictions, slips in names and a
+    state folder that cannot be written to."""
+    (tmp_path / "file").touch()
+    lines = refusals(
+        env,
+        serving=True,
+        PORT="http",
+        LOG_LEVEL="loud",
+        HOST="0.0.0.0",
+        CHAT_GPU_FRAC="0.9",
+        TOOL_GPU_FRAC="0.9",
+        CHAT_MAX_MODEL_LEN="256",
+        CHAT_TEMPRATURE="1",
+        YAP_TEXT_STATE_DIR=str(tmp_path / "file" / "state"),
+    )
+    told = ["PORT=", "LOG_LEVEL=", "HOST=", "CHAT_GPU_FRAC=", "CHAT_MAX_MODEL_LEN=", "YAP_TEXT_STATE_DIR=", "CHAT_TEMP"]
+    assert [line[: len(start)] for line, start in zip(lines, told, strict=True)] == told
+
+
+def test_a_wrong_value_is_not_told_of_again(env: pytest.MonkeyPatch) -> None:
+    """Its default, which nobody set, contradicts nothing."""
+    assert refusals(env, CHAT_GPU_FRAC="1.5", TOOL_GPU_FRAC="0.5")[0].startswith("CHAT_GPU_FRAC='1.5'")
+
+
+@pytest.mark.parametrize("variable", ["YAP_TEXT_STATE_DIR", "STATE_DIRECTORY"])
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300])
+def test_a_state_folder_that_cannot_be_written_is_one_line(
+    env: pytest.MonkeyPatch, tmp_path: Path, variable: str, place: str
+) -> None:
+    """To who serves; clients of the service share its environment and not its folder."""
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / place)
+    (line,) = refusals(env, serving=True, **{variable: folder})
+    assert line.startswith(f"{variable}={folder!r} is not allowed: it cannot be written to: ")
+    Settings.load()
+
+
+def test_a_state_folder_that_is_not_there_yet_is_not_made(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Who needs it makes it, with the mode that it needs."""
+    env.setenv("YAP_TEXT_STATE_DIR", str(tmp_path / "a" / "b"))
+    Settings.load(serving=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Files that settings name
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "large"])
+def test_a_tools_file_that_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    """A FIFO would never open, a device would never end."""
+    path = tmp_path / "tools.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b" " * 2**21)
+    with pytest.raises(SettingsError) as caught:
+        ToolSet.from_file(path)
+    line = str(caught.value)
+    assert line.startswith(f"TOOLS_FILE='{path}' is not a list of tools: ") and "\n" not in line
+
+
+@pytest.mark.parametrize(("content", "told"), [(b"\xff", "is not UTF-8"), (b"x" * 100_000, "over 65536 bytes")])
+def test_a_credential_that_cannot_be_read_is_one_line(
+    env: pytest.MonkeyPatch, tmp_path: Path, content: bytes, told: str
+) -> None:
+    """It names the file and shows nothing of it."""
+    (tmp_path / "HF_TOKEN").write_bytes(content)
+    line = refusal(env, CREDENTIALS_DIRECTORY=str(tmp_path))
+    assert line.startswith(f"CREDENTIALS_DIRECTORY: {tmp_path / 'HF_TOKEN'} ") and told in line
 
 
 def test_a_bad_value_of_an_old_name_is_named(env: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ async def pong(socket: Any) -> bool:
 async def ask(running: Running, method: str, target: bytes, *headers: bytes) -> tuple[int, bytes]:
     """Status and body of a request that is sent as it is; status 0 where it is cut off before an answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", running.server.bound_port)
-    head = [method.encode() + b" " + target + b" HTTP/1.1", b"Host: a", b"Connection: close", *headers, b"", b""]
+    head = [b"%b %b HTTP/1.1" % (method.encode(), target), b"Host: localhost", b"Connection: close", *headers, b"", b""]
     try:
         async with asyncio.timeout(60):
             writer.write(b"\r\n".join(head))
@@ -332,6 +332,7 @@ async def test_who_guesses_is_told_to_wait(file: Path, add: Callable[..., str]) 
     """429 with Retry-After over HTTP, `rate_limited` over a socket; a named key gets in all the same."""
     key = add("a")
     options = {"YAP_TEXT_KEY_FILE": file, "FAILED_KEYS_PER_MINUTE": 2, "YAP_TEXT_API_KEY": "own"}
+    options["TRUSTED_PROXIES"] = "127.0.0.1"
     async with service(scripted(), **options) as running:
         async with httpx.AsyncClient(base_url=running.http, trust_env=False) as client:
 
@@ -406,10 +407,11 @@ async def test_only_pages_of_allowed_origins_connect(origin: str | None, allowed
                     assert await closed_with(socket) == 1008
 
 
-async def test_by_default_any_origin_connects() -> None:
-    """As before there was the setting."""
-    async with service(scripted()) as running, running.connect(origin="https://anywhere.example") as socket:
-        assert await pong(socket)
+async def test_with_a_key_of_ones_own_any_origin_connects() -> None:
+    """Unless ALLOWED_ORIGINS names some. Of the default key: `server/test_door.py`."""
+    async with service(scripted(), YAP_TEXT_API_KEY="own") as running:
+        async with running.connect("own", origin="https://anywhere.example") as socket:
+            assert await pong(socket)
 
 
 # --- what is told

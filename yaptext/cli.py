@@ -22,12 +22,13 @@ from yaptext.settings import Settings, forget_secrets, moved_names, unknown_name
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command; returns the exit status: 2 for wrong settings or arguments, 1 for what may pass by itself.
-    An error that has a name is one line on stderr."""
+    An error that has a name is one line on stderr, or one for each thing that is wrong."""
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.command(parsed))
     except YapError as error:
-        print(f"yap-text: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"yap-text: {line}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         return 130
@@ -169,7 +170,7 @@ def _start_logs(settings: Settings) -> None:
 
 
 def _serve(_: argparse.Namespace) -> int:
-    settings = Settings.load()
+    settings = Settings.load(serving=True)
     if not settings.reloads:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     # No prompt, reply or key in a core file, the engines' included. One byte is less than a file may be, and for a core

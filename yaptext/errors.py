@@ -3,6 +3,7 @@
 YapError
 ├── SettingsError              a variable is wrong; the start ends with this line
 ├── StartError                 weights or an engine cannot be opened; the start ends
+├── HostNotAllowed             a browser asks under another site's name; HTTP only, 403
 ├── QuantizeError              a model cannot be quantized, verified or pushed; nothing half-made is left
 └── WireError                  told to the client as an `error` frame
     ├── AuthenticationFailed   closes the socket, 1008
@@ -34,6 +35,10 @@ class SettingsError(YapError):
 
 class StartError(YapError):
     """The service cannot start; the message says what to do about it."""
+
+
+class HostNotAllowed(YapError):
+    """The `Host` of a request names neither this machine nor what the operator allows."""
 
 
 class QuantizeError(YapError):

@@ -10,7 +10,10 @@ people think of dear to guess; here it would only let whoever knocks burn the se
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -19,9 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from yaptext.errors import SettingsError
+from yaptext.settings import read_file
 
 OWN_NAME = "default"
 """Of the key in YAP_TEXT_API_KEY; no line may have it."""
+_MOST_BYTES = 16 * 2**20
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _LINE = re.compile(rf"({_NAME.pattern})\s+sha256:([0-9a-f]{{64}})((?:\s+\w+=\d{{1,9}})*)", re.ASCII)
 
@@ -54,7 +59,8 @@ def read(path: Path, defaults: Limits) -> list[Key]:
 
 
 def add(name: str, path: Path | None) -> tuple[str, str]:
-    """A new key and its line, which is appended to `path` (made with mode 0600) where one is given.
+    """A new key and its line, which is appended to `path` (made with mode 0600) where one is given. Of several
+    processes that add at once, one does after the other, and a line is there whole or not at all.
 
     Raises `SettingsError` for a name that is wrong or taken, and where the file cannot be read or written."""
     if not _NAME.fullmatch(name):
@@ -62,20 +68,34 @@ def add(name: str, path: Path | None) -> tuple[str, str]:
     key = f"yap_{secrets.token_urlsafe(32)}"
     line = f"{name} sha256:{hash_of(key.encode()).hex()}"
     if path is not None:
-        before = _text(path) if path.exists() else ""
-        addition = f"{line}\n" if before.endswith("\n") or not before else f"\n{line}\n"
-        list(_parse(before + addition, path, NO_LIMITS))
+        list(_parse(line, path, NO_LIMITS))  # before a file is made for it
         try:
-            with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w", encoding="utf-8") as file:
-                file.write(addition)
+            # In place: another file under this name would have another owner and mode, and be no link that this one is.
+            with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "rb+", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                _append(file, line, path)
         except OSError as error:
             raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
     return key, line
 
 
+def _append(file: io.FileIO, line: str, path: Path) -> None:
+    before = _text(path)
+    addition = (f"{line}\n" if before.endswith("\n") or not before else f"\n{line}\n").encode()
+    list(_parse(before + addition.decode(), path, NO_LIMITS))
+    size = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(addition) != len(addition):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError:
+        os.ftruncate(file.fileno(), size)
+        raise
+
+
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path, _MOST_BYTES).decode()
     except OSError as error:
         raise SettingsError(f"YAP_TEXT_KEY_FILE={str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeError:

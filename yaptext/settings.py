@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import errno
+import ipaddress
 import itertools
+import math
 import os
-from collections.abc import Mapping
+import re
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -25,6 +31,12 @@ SECRETS = ("YAP_TEXT_API_KEY", "HF_TOKEN", "SESSION_STORE_KEY")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 AWQ_CONNECTIONS = {"tool": 64, "chat": 40, "both": 26}
 FLOAT_CONNECTIONS = {"tool": 32, "chat": 24, "both": 16}
+_LARGEST = 10**15
+"""What a number may be at most: SQLite, the event loop and the product of two take it."""
+_MOST_GPU = 0.98
+_MOST_SECRET_BYTES = 65_536
+_AROUND_TOKENS = 160
+"""Least room in a prompt for template, time, persona and history."""
 
 
 def _env(name: str, default: Any, meaning: str, **bounds: Any) -> Any:
@@ -34,7 +46,7 @@ def _env(name: str, default: Any, meaning: str, **bounds: Any) -> Any:
 class Settings(BaseSettings):
     """The service's settings. `Settings.load()` reads the environment and raises `SettingsError`."""
 
-    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
     # --- server
     api_key: SecretStr = _env("YAP_TEXT_API_KEY", SecretStr(DEFAULT_API_KEY), "API key of every endpoint except the health checks. With the default the service binds to loopback only.", min_length=1)  # fmt: skip
@@ -45,13 +57,15 @@ class Settings(BaseSettings):
     key_cancels_per_minute: int = _env("KEY_CANCELS_PER_MINUTE", 1200, "Cancels of such a key.", ge=0)
     cache_per_key: bool = _env("CACHE_PER_KEY", False, "1: chat prompts of different keys share nothing in the KV cache, so that no key can tell from `cached_tokens` or the time what another has sent. A persona is then computed and kept once a key.")  # fmt: skip
     failed_keys_per_minute: int = _env("FAILED_KEYS_PER_MINUTE", 30, "Wrong keys and tickets that one address may give before it has to wait; 0 is no limit.", ge=0)  # fmt: skip
-    allowed_origins: str | None = _env("ALLOWED_ORIGINS", None, "Web origins whose pages may open a WebSocket, separated by commas: `https://app.example.com`. Default: any. Clients that send no `Origin` are not meant.")  # fmt: skip
+    allowed_origins: str | None = _env("ALLOWED_ORIGINS", None, "Web origins whose pages may open a WebSocket, separated by commas: `https://app.example.com`. `*` is any, and no choice with the default API key. Default: any; with the default API key those of this machine (localhost, 127.0.0.1, [::1]). Clients that send no `Origin` are not meant.")  # fmt: skip
+    trusted_proxies: str | None = _env("TRUSTED_PROXIES", None, "Addresses and networks of the proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` count, separated by commas: `10.0.0.0/8, 2001:db8::1`. Default: none. A proxy on this host needs `127.0.0.1, ::1`; any program of this host can then name any address. `FORWARDED_ALLOW_IPS` is its old name.")  # fmt: skip
+    allowed_hosts: str | None = _env("ALLOWED_HOSTS", None, "Host names that routes without a key answer to, beside localhost and IP addresses, separated by commas: `yap.example.com`. Applies if the service listens on loopback, where a proxy may pass another name on.")  # fmt: skip
     host: str = _env("HOST", "127.0.0.1", "Address to listen on.")
     port: int = _env("PORT", 8000, "Port to listen on; 0 takes a free one and logs it.", ge=0, le=65535)
     max_concurrent_connections: int | None = _env("MAX_CONCURRENT_CONNECTIONS", None, "WebSockets at once. Default by deployment: tool 32, chat 24, both 16; with AWQ weights 64, 40, 26.", ge=1, le=100_000)  # fmt: skip
     kv_overcommit: float = _env("KV_OVERCOMMIT", 1.0, "Where more WebSockets are allowed than by default: how many for each whose turns, at their measured size, have room in the KV cache; 0 allows any number.", ge=0)  # fmt: skip
     max_prefill_backlog_ms: float | None = _env("MAX_PREFILL_BACKLOG_MS", None, "New sockets are refused while the prompts that wait for their first token take longer than this to compute; 0 never refuses for it. Default: 2000 on CUDA, 30000 on CPU.", ge=0)  # fmt: skip
-    max_pending_handshakes: int = _env("MAX_PENDING_HANDSHAKES", 512, "TCP connections at once that hold no slot: not yet known, plain HTTP, or sent away. Over it the one that waits longest is cut off.", ge=1)  # fmt: skip
+    max_pending_handshakes: int = _env("MAX_PENDING_HANDSHAKES", 512, "TCP connections at once that hold no slot: not yet known, plain HTTP, or sent away. Over it one is cut off: the oldest that has had an answer, else the oldest of the address that has most.", ge=1)  # fmt: skip
     handshake_timeout_s: float = _env("HANDSHAKE_TIMEOUT_S", 10.0, "How long such a connection may stay without becoming a WebSocket; every HTTP response gives it that time anew.", gt=0)  # fmt: skip
     ping_interval_s: float = _env("PING_INTERVAL_S", 20.0, "The service pings each WebSocket this often; a client that does not answer within the same time has gone, and its slot is free.", gt=0)  # fmt: skip
     idle_timeout_s: float = _env("IDLE_TIMEOUT_S", 600.0, "A socket on which no frame arrives for this long is closed with 4000; 0 never closes.", ge=0)  # fmt: skip
@@ -59,7 +73,10 @@ class Settings(BaseSettings):
     send_queue_bytes: int = _env("SEND_QUEUE_BYTES", 262_144, "Bytes that may wait for a slow client before it is closed with 4001.", ge=65_536)  # fmt: skip
     drain_timeout_s: float = _env("DRAIN_TIMEOUT_S", 20.0, "How long running turns may go on after SIGTERM.", ge=0)  # fmt: skip
     session_ttl_s: float = _env("SESSION_TTL_S", 3600.0, "A session unused for this long is forgotten.", gt=0)
-    max_sessions: int = _env("MAX_SESSIONS", 10_000, "Sessions kept; the least recently used goes first.", ge=1)  # fmt: skip
+    max_sessions: int = _env("MAX_SESSIONS", 10_000, "Sessions kept; over that, the key that has most loses its least recently used.", ge=1)  # fmt: skip
+    max_sessions_per_key: int = _env("MAX_SESSIONS_PER_KEY", 0, "Sessions kept of one API key; over that its own least recently used goes. 0: as many as of all.", ge=0)  # fmt: skip
+    max_sessions_mb: int = _env("MAX_SESSIONS_MB", 1024, "MiB of memory that sessions may take in all, by an estimate that is rather too high.", ge=16)  # fmt: skip
+    max_sessions_mb_per_key: int = _env("MAX_SESSIONS_MB_PER_KEY", 0, "The same for the sessions of one API key. 0: as many as all.", ge=0)  # fmt: skip
 
     session_store: str = _env("SESSION_STORE", "memory", "`memory`, or `sqlite:PATH` for sessions that outlive a restart; a relative path is under the state folder.", pattern=r"^(memory|sqlite:.+)$")  # fmt: skip
     session_store_key: SecretStr | None = _env("SESSION_STORE_KEY", None, "Encrypts that file; without a key its texts are plain, for this user's eyes only (0600).", min_length=16)  # fmt: skip
@@ -168,13 +185,73 @@ class Settings(BaseSettings):
     credentials_directory: Path | None = _env("CREDENTIALS_DIRECTORY", None, "Set by systemd (`LoadCredential=`): files named `YAP_TEXT_API_KEY`, `HF_TOKEN`, `SESSION_STORE_KEY` and `YAP_TEXT_KEY_FILE` win over the environment.")  # fmt: skip
     state_directory: Path | None = _env("STATE_DIRECTORY", None, "Set by systemd (`StateDirectory=`).")
 
-    @model_validator(mode="after")
     def _default_key_stays_at_home(self) -> Settings:
         try:
             self.check_address(self.host)
         except SettingsError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def _lists_can_match(self) -> Settings:
+        """Refuses at the start what would match nobody, and what would open the default key to any page."""
+        origins, _, _ = self.origins, self.proxies, self.hosts
+        open_to_any = self.allowed_origins is not None and (origins is None or "null" in origins)
+        if open_to_any and self.own_key == DEFAULT_API_KEY:
+            raise ValueError(
+                f"ALLOWED_ORIGINS={self.allowed_origins!r} is not allowed with the default API key, which any page "
+                "knows: set YAP_TEXT_API_KEY, or name the origins"
+            )
+        return self
+
+    @field_validator("*")
+    @classmethod
+    def _no_endless_number(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and abs(value) > _LARGEST:
+            raise ValueError(f"a number is at most {_LARGEST:,}")
+        return value
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Settings:
+        """The rules over several variables, of which each that is broken is a line."""
+        lines = []
+        for rule in (self._default_key_stays_at_home, self._lists_can_match):
+            try:
+                rule()
+            except ValueError as error:
+                lines.append(str(error))
+        if lines := [*lines, *self._contradictions()]:
+            raise ValueError("\n".join(lines))
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        chat, tool = self.gpu_fraction("chat", alone=False), self.gpu_fraction("tool", alone=False)
+        both = self.deploy_models == "both" and not self._names_one_model
+        if both and (self.chat_gpu_frac or self.tool_gpu_frac) and round(chat + tool, 6) > _MOST_GPU:
+            yield (
+                f"CHAT_GPU_FRAC={chat:g} and TOOL_GPU_FRAC={tool:g} are not allowed together: they share one GPU, and "
+                f"limit is {_MOST_GPU} for both"
+            )
+        context = self.chat_max_model_len or 8192
+        parts = self.user_utt_max_tokens + self.chat_max_out + _AROUND_TOKENS
+        if self.chat_deployed and parts > context:
+            yield (
+                f"CHAT_MAX_MODEL_LEN={context} is not allowed: USER_UTT_MAX_TOKENS={self.user_utt_max_tokens}, "
+                f"CHAT_MAX_OUT={self.chat_max_out} and {_AROUND_TOKENS} for what stands around them need {parts}"
+            )
+        context = self.tool_max_model_len or 4096
+        parts = self.user_utt_max_tokens + self.tool_history_tokens + self.tool_max_out
+        if self.tool_deployed and parts > context:
+            yield (
+                f"TOOL_MAX_MODEL_LEN={context} is not allowed: USER_UTT_MAX_TOKENS={self.user_utt_max_tokens}, "
+                f"TOOL_HISTORY_TOKENS={self.tool_history_tokens} and TOOL_MAX_OUT={self.tool_max_out} need {parts}, "
+                "and the list of tools comes on top"
+            )
+
+    @property
+    def _names_one_model(self) -> bool:
+        """Whether one engine surely serves both: then it has the GPU alone."""
+        chat, tool = self.awq_chat_model or self.chat_model, self.awq_tool_model or self.tool_model
+        return self.share_engine and chat is not None and chat == tool
 
     def check_address(self, host: str) -> None:
         """Raises `SettingsError` for an address that the default key must not be served on."""
@@ -196,12 +273,32 @@ class Settings(BaseSettings):
         return (init_settings, _Credentials(settings_cls), _MovedNames(settings_cls), env_settings)
 
     @classmethod
-    def load(cls, **given: Any) -> Settings:
-        """Reads the environment; `given` (by variable name) wins over it. Raises `SettingsError`, one line."""
+    def load(cls, *, serving: bool = False, **given: Any) -> Settings:
+        """Reads the environment; `given` (by variable name) wins over it. Raises `SettingsError`: one line for each
+        thing that is wrong, names that look like slips included. `serving` also asks for a state folder to write to.
+        """
+        lines: list[str] = []
         try:
-            return cls(**given)
+            settings = cls(**given)
         except ValidationError as error:
-            raise SettingsError(_one_line(error)) from None
+            lines = _lines(error) + cls._broken_rules(given, {str(f["loc"][0]) for f in error.errors() if f["loc"]})
+        if serving:
+            lines += _state_faults(given)
+        if not lines:
+            return settings
+        slips = [note for note in unknown_names() if "do you mean" in note]
+        raise SettingsError("\n".join(dict.fromkeys([*lines, *slips])))
+
+    @classmethod
+    def _broken_rules(cls, given: dict[str, Any], wrong: set[str]) -> list[str]:
+        """Which rules over several variables are broken, beside those that the `wrong` ones are part of: pydantic asks
+        none of them while a value is wrong."""
+        defaults = {str(field.validation_alias): field.default for field in cls.model_fields.values()}
+        try:
+            cls(**given | {name: defaults[name] for name in wrong})
+        except ValidationError as error:
+            return [line for line in _lines(error) if not any(name in line for name in wrong)]
+        return []
 
     # --- what the deployment decides
 
@@ -218,10 +315,21 @@ class Settings(BaseSettings):
 
     @property
     def origins(self) -> frozenset[str] | None:
-        """The origins of `allowed_origins` as browsers write them; None: any."""
+        """The origins of `allowed_origins` as browsers write them; None: any. Raises `ValueError`."""
         if self.allowed_origins is None:
             return None
-        return frozenset(origin.strip().rstrip("/").lower() for origin in self.allowed_origins.split(","))
+        found = frozenset(map(_origin, _items(self.allowed_origins)))
+        return None if "*" in found else found
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The names of `allowed_hosts`. Raises `ValueError`."""
+        return frozenset(map(_host, _items(self.allowed_hosts)))
+
+    @property
+    def proxies(self) -> list[str]:
+        """The networks of `trusted_proxies`. Raises `ValueError`."""
+        return [network for item in _items(self.trusted_proxies) for network in _networks(item)]
 
     @property
     def chat_deployed(self) -> bool:
@@ -295,12 +403,56 @@ _QUANTIZATIONS = {
 """vLLM's and others' words, and what they mean here: the checkpoint's own config says how it is quantized."""
 
 
+def _items(listed: str | None) -> list[str]:
+    return [item.strip() for item in (listed or "").split(",") if item.strip()]
+
+
+_ORIGIN = re.compile(r"(?!wss?:)([a-z][a-z0-9+.-]*)://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+
+
+def _origin(item: str) -> str:
+    """As a browser writes it: small letters, no slash at the end, no port that the scheme has anyway."""
+    origin = item.rstrip("/").lower()
+    if origin in ("*", "null"):
+        return origin
+    parts = _ORIGIN.fullmatch(origin)
+    if parts is None or int(parts[3] or 0) > 65_535:
+        raise ValueError(
+            f"ALLOWED_ORIGINS={item!r} is not allowed: no browser sends such an origin. Write it as "
+            "https://app.example.com or http://localhost:3000"
+        )
+    scheme, host, port = parts.groups()
+    usual = port is None or int(port) == {"http": 80, "https": 443}.get(scheme)
+    return f"{scheme}://{host}" if usual else f"{scheme}://{host}:{int(port)}"
+
+
+def _host(item: str) -> str:
+    if re.fullmatch(r"[a-zA-Z0-9_.-]+", item) is None:
+        raise ValueError(f"ALLOWED_HOSTS={item!r} is not allowed: it is no host name. Write it as yap.example.com")
+    return item.lower().rstrip(".")
+
+
+def _networks(item: str) -> list[str]:
+    """The network, and for IPv4 also how a socket that takes both kinds writes it."""
+    try:
+        network = ipaddress.ip_network(item)
+    except ValueError:
+        raise ValueError(
+            f"TRUSTED_PROXIES={item!r} is not allowed: it is neither an address nor a network. Write it as 10.0.0.1 "
+            "or 10.0.0.0/8"
+        ) from None
+    if network.version == 6:
+        return [str(network)]
+    return [str(network), f"::ffff:{network.network_address}/{96 + network.prefixlen}"]
+
+
 _RENAMED = {
     "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
     "HUGGINGFACE_HUB_TOKEN": "HF_TOKEN",
     "HUGGINGFACE_TOKEN": "HF_TOKEN",
     "HF_HUB_ENABLE_HF_TRANSFER": "HF_XET_HIGH_PERFORMANCE",
     "GEN_TIMEOUT_S": "CHAT_TIMEOUT_S",
+    "FORWARDED_ALLOW_IPS": "TRUSTED_PROXIES",
     "CHAT_MAX_LEN": "CHAT_MAX_MODEL_LEN",
     "TOOL_MAX_LEN": "TOOL_MAX_MODEL_LEN",
     "MAX_NUM_BATCHED_TOKENS_CHAT": "CHAT_MAX_NUM_BATCHED_TOKENS",
@@ -361,7 +513,9 @@ def moved_names(environ: Mapping[str, str] | None = None) -> Moved:
     if tool_timeout and not environ.get("TOOL_HARD_TIMEOUT_MS"):
         seconds = _number(tool_timeout)
         if seconds is not None:
-            values["TOOL_HARD_TIMEOUT_MS"] = str(round(seconds * 1000) if seconds > 0 else 86_400_000)
+            if math.isfinite(seconds * 1000):
+                tool_timeout = str(round(seconds * 1000) if seconds > 0 else 86_400_000)
+            values["TOOL_HARD_TIMEOUT_MS"] = tool_timeout
             notes.append("TOOL_TIMEOUT_S is now TOOL_HARD_TIMEOUT_MS, in milliseconds")
     if environ.get("KV_DTYPE", "").lower() == "int8":
         values["KV_DTYPE"] = "int8_per_token_head"
@@ -405,10 +559,21 @@ class _Credentials(_MovedNames):
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
         if not folder:
             return {}
-        files = [Path(folder, name) for name in SECRETS]
-        found = {file.name: text for file in files if file.is_file() and (text := file.read_text().strip())}
+        texts = {name: self._text(Path(folder, name)) for name in SECRETS}
+        found = {name: text for name, text in texts.items() if text}
         key_file = Path(folder, "YAP_TEXT_KEY_FILE")
         return found | ({key_file.name: str(key_file)} if key_file.is_file() else {})
+
+    @staticmethod
+    def _text(file: Path) -> str:
+        try:
+            if not file.exists():
+                return ""
+            return read_file(file, _MOST_SECRET_BYTES).decode().strip()
+        except OSError as error:
+            raise SettingsError(f"CREDENTIALS_DIRECTORY: {file} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise SettingsError(f"CREDENTIALS_DIRECTORY: {file} is not UTF-8") from None
 
 
 def forget_secrets() -> None:
@@ -443,12 +608,46 @@ def variables() -> list[Variable]:
     return rows
 
 
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    if not first["loc"]:  # a rule over several variables words itself
-        return first["msg"].removeprefix("Value error, ")
-    name = str(first["loc"][0])
-    field = next(f for f in Settings.model_fields.values() if f.validation_alias == name)
-    secret = "SecretStr" in str(field.annotation)
-    value = "(hidden)" if secret else repr(first["input"])
-    return f"{name}={value} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}. {field.description}"
+def _lines(error: ValidationError) -> list[str]:
+    """One line for each fault, without its value if that is a secret."""
+    lines = []
+    for fault in error.errors():
+        said = fault["msg"].removeprefix("Value error, ")
+        if not fault["loc"]:  # rules over several variables word themselves
+            lines += said.splitlines()
+            continue
+        name = str(fault["loc"][0])
+        field = next(f for f in Settings.model_fields.values() if f.validation_alias == name)
+        value = "(hidden)" if "SecretStr" in str(field.annotation) else repr(fault["input"])
+        lines.append(f"{name}={value} is not allowed: {said[0].lower()}{said[1:]}. {field.description}")
+    return lines
+
+
+def _state_faults(given: Mapping[str, Any]) -> list[str]:
+    """One line if the state folder that was named can never be written to. A full or a read-only disk may pass."""
+    named = {**os.environ, **moved_names().values, **given}
+    name = next((name for name in ("YAP_TEXT_STATE_DIR", "STATE_DIRECTORY") if named.get(name)), None)
+    if name is None:
+        return []
+    place = Path(named[name])
+    try:
+        while not place.exists():  # it will be made
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            return []
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            return []
+        return [f"{name}={str(named[name])!r} is not allowed: it cannot be written to: {error.strerror}"]
+
+
+def read_file(path: Path, most_bytes: int) -> bytes:
+    """The content of a file that a setting names. Raises `OSError`, also for a FIFO, which would never open, for a
+    device, which would never end, and for more than `most_bytes`."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise OSError(errno.EFBIG, f"it is over {most_bytes} bytes, the limit", str(path))
+    return content

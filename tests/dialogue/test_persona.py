@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -172,3 +173,10 @@ def test_styles_of_the_operator_are_laid_over_ours(tmp_path: Path) -> None:
     assert "pirate" not in styles() and style("savage").title == "Savage"
     with pytest.raises(SettingsError, match=r"PERSONAS_DIR=.* cannot be read"):
         use_folder(tmp_path / "nowhere")
+
+
+def test_a_persona_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A FIFO would never open."""
+    os.mkfifo(tmp_path / "own.toml")
+    with pytest.raises(SettingsError, match=r"own\.toml is no persona: .*no regular file"):
+        use_folder(tmp_path)

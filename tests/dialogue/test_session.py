@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.session import Session, SessionStore
+from yaptext.dialogue.session import Bounds, Session, SessionStore
 
 RUNNING = cast(Any, object())
 """Stands for a turn: a store only looks whether there is one."""
@@ -27,7 +27,7 @@ class Clock:
 
 def make_store(max_sessions: int = 3, ttl_s: float = 60) -> tuple[SessionStore, Clock]:
     clock = Clock()
-    return SessionStore(max_sessions=max_sessions, ttl_s=ttl_s, clock=clock), clock
+    return SessionStore(Bounds(max_sessions, ttl_s), clock=clock), clock
 
 
 def key(session_id: object, name: str = "k") -> tuple[str, str]:
@@ -151,3 +151,76 @@ def test_the_bounds_hold_whatever_happens(steps: list[tuple[int, int, bool]], mo
         assert store.find(key(name)) is session
         assert all(store.find(key(other)) is kept for other, kept in running.items())
         assert len(store) <= max(most, len(running) + 1)
+
+
+# --- one key's sessions and another's
+
+
+def test_a_key_that_brings_many_sessions_loses_its_own() -> None:
+    """Ten thousand sessions of one key threw out those of all others."""
+    store, _ = make_store(max_sessions=10)
+    others = [key(number, "other") for number in range(4)]
+    for each in others:
+        store.open(each)
+    for number in range(1000):
+        store.open(key(number, "flood"))
+    assert [each for each in others if store.find(each)] == others
+    assert len(store) == 10
+
+
+def test_a_key_keeps_its_share_of_a_full_store() -> None:
+    """Who has least may still come: the one that has most makes room."""
+    store, _ = make_store(max_sessions=10)
+    for number in range(10):
+        store.open(key(number, "first"))
+    for number in range(3):
+        store.open(key(number, "late"))
+    assert [store.find(key(number, "first")) is None for number in range(4)] == [True, True, True, False]
+    assert all(store.find(key(number, "late")) for number in range(3))
+
+
+def test_a_key_is_bounded_in_sessions_and_bytes() -> None:
+    """With the store far from full."""
+    store = SessionStore(Bounds(1000, 60, key_sessions=5, key_bytes=100_000), clock=Clock())
+    for number in range(20):
+        store.open(key(number))
+    assert len(store) == 5
+    for number in range(15, 20):
+        session = store.open(key(number))
+        session.transcript.add_turn("\U0001f642" * 3_000, "yes")
+        store.keep(session)
+    assert store.held.bytes <= 100_000 and store.find(key(19)) is not None
+    assert len(store) < 5
+
+
+def test_what_sessions_take_is_counted_to_the_end() -> None:
+    """Nothing is left of those that are gone."""
+    store, clock = make_store(max_sessions=3)
+    for number in range(30):
+        session = store.open(key(number % 7, f"k{number % 4}"))
+        session.transcript.add_turn("hello " * number, "bye")
+        store.keep(session)
+        clock.now += 10 if number == 20 else 1
+        assert store.held.bytes == sum(each.bytes for each in store.recent(10_000))
+    for session in store.recent(10_000):
+        store.forget(session.key)
+    assert (store.held.bytes, len(store), store._by_key) == (0, 0, {})
+
+
+def test_the_weight_of_a_session_is_no_less_than_what_it_takes() -> None:
+    """Of characters that take four bytes each, with the ids of their tokens."""
+    import tracemalloc
+    from array import array
+
+    from yaptext.dialogue.layout import Line
+
+    text = "\U0001f642" * 10_000
+    tracemalloc.start()
+    session = Session(key("a"))
+    for number in range(50):
+        session.transcript.add_turn(f"{number} {text}"[:10_000], f"{number}: yes")
+    for message in session.transcript.messages:
+        message.lines["segments"] = Line(f"User: {message.text}", {("k",): array("I", [7] * 4 * len(message.text))})
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken <= session.weigh() <= 4 * taken

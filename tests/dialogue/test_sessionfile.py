@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from privileged import tmpfs
 
 from yaptext.dialogue import sessionfile
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.session import Session, SessionStore
+from yaptext.dialogue.session import Bounds, Session, SessionStore
 from yaptext.dialogue.sessionfile import SessionFile
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.errors import SettingsError, StartError
@@ -63,7 +65,7 @@ class Life:
         self, path: Path, clocks: Clocks, secret: str | None = None, most: int = 100, ttl_s: float = 60
     ) -> None:
         self.file = SessionFile(path, secret, max_sessions=most, ttl_s=ttl_s, clock=clocks.clock, wall=clocks.wall)
-        self.store = SessionStore(max_sessions=most, ttl_s=ttl_s, clock=clocks.clock, file=self.file)
+        self.store = SessionStore(Bounds(most, ttl_s), clock=clocks.clock, file=self.file)
 
     def say(self, session_id: str, text: str = WORDS) -> Session:
         session = self.store.open(("k", session_id))
@@ -390,15 +392,196 @@ def test_a_file_that_is_something_else_is_left_alone(path: Path, clocks: Clocks)
     assert not list(path.parent.glob("notes.txt?*"))
 
 
+def test_a_fifo_is_no_session_file(path: Path, clocks: Clocks) -> None:
+    """Opening one would wait for whoever writes into it."""
+    path.parent.mkdir()
+    os.mkfifo(path)
+    blocked = threading.Thread(target=lambda: path.open("wb").close(), daemon=True)
+    blocked.start()  # so that a start that opens it goes on, and fails the test
+    with pytest.raises(SettingsError, match=f"SESSION_STORE='{path}' is not allowed: it is no regular file"):
+        Life(path, clocks)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    blocked.join(60)
+    os.close(reader)
+
+
+# --- one row, and the others
+
+
+def test_a_session_that_is_too_large_holds_up_nobody_else(path: Path, clocks: Clocks, log: Log) -> None:
+    """It is left out alone and named once by key and hash; the file finds it as it was last written, and takes it again
+    as soon as it fits."""
+    life = Life(path, clocks)
+    life.say("big", "small yet")
+    life.write()
+    assert life.file._database is not None
+    life.file._database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 5000)
+    for name in ("before", "big", "after", "big"):
+        life.say(name, WORDS * 1000 if name == "big" else WORDS)
+        life.write()
+    (line,) = log.of("session.left_out")
+    assert (line["level"], line["key"]) == ("warning", "k")
+    assert WORDS not in str(line) and "big" not in str(line)
+    assert not life.file.failing and not log.of("sessions.unsaved")
+    life.file.close(0)
+    assert log.of("sessions.lost")[0]["sessions"] == 1
+    again = Life(path, clocks)
+    assert said(again, "before") and said(again, "after") and said(again, "big") == ["small yet", "a reply"]
+    session = again.store.find(("k", "big"))
+    assert session is not None
+    session.transcript.messages.clear()
+    again.say("big", "small again")
+    again.end()
+    assert said(Life(path, clocks), "big") == ["small again", "a reply"]
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_a_session_that_is_no_text_holds_up_nobody_else(
+    path: Path, clocks: Clocks, log: Log, secret: str | None
+) -> None:
+    """Half a surrogate pair has no bytes: in what was said, and in an id."""
+    life = Life(path, clocks, secret)
+    life.say("a", "\ud800")
+    life.say("\ud800")
+    life.say("b")
+    life.write()
+    assert [line["error"] for line in log.of("session.left_out")] == ["UnicodeEncodeError"] * 2
+    life.file.forget(("k", "\ud800"))
+    life.end()
+    assert said(Life(path, clocks, secret), "b")
+
+
+def bodies(path: Path) -> list[bytes]:
+    with closing(sqlite3.connect(path)) as database:
+        return [body for (body,) in database.execute("SELECT body FROM session ORDER BY used_at")]
+
+
+def rewrite(life: Life, session_id: str, **fields: Any) -> None:
+    """As another version would have it; a field of None is left out."""
+    seal, id = life.file._seal, life.file._seal.id(("k", session_id))
+    with closing(sqlite3.connect(life.file._path, isolation_level=None)) as database:
+        ((body,),) = database.execute("SELECT body FROM session WHERE id = ?", (id,))
+        if seal._cipher is not None:
+            body = seal._cipher.decrypt(body[:12], body[12:], id)
+        form = json.loads(body) | fields
+        body = json.dumps({name: form[name] for name in form if fields.get(name, "") is not None}).encode()
+        if seal._cipher is not None:
+            body = bytes(12) + seal._cipher.encrypt(bytes(12), body, id)
+        database.execute("UPDATE session SET body = ? WHERE id = ?", (body, id))
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+@pytest.mark.parametrize("fields", [{"version": 2, "mood": "glad"}, {"turns": "two"}, {"messages": {"user": "hi"}}])
+def test_what_another_version_wrote_is_never_replaced(
+    path: Path, clocks: Clocks, log: Log, secret: str | None, fields: dict[str, Any]
+) -> None:
+    """A session of the same id goes on in memory, which is told once; the others are kept, and a client that has its
+    session forgotten has the row erased."""
+    life = Life(path, clocks, secret)
+    life.say("a")
+    clocks.now += 1
+    life.say("b")
+    life.end()
+    rewrite(life, "a", **fields)
+    theirs = bodies(path)[0]
+    again = Life(path, clocks, secret)
+    assert said(again, "a") is None and said(again, "b")
+    (line,) = log.of("sessions.unreadable")
+    assert (line["sessions"], line["of_other_versions"]) == (1, 1)
+    for _ in range(2):
+        again.say("a", "to the version before")
+        again.say("c")
+        again.write()
+    assert bodies(path)[0] == theirs
+    assert [line["error"] for line in log.of("session.left_out")] == ["the row is of another version"]
+    assert not again.file.failing
+    again.file.forget(("k", "a"))
+    again.end()
+    assert theirs not in bodies(path)
+    third = Life(path, clocks, secret)
+    assert said(third, "b") and said(third, "c") and not said(third, "a")
+
+
+def test_a_body_tells_its_version_and_one_that_tells_none_is_read(path: Path, clocks: Clocks) -> None:
+    """As they were written before bodies had one; such a row may be replaced."""
+    life = Life(path, clocks)
+    life.say("a")
+    life.end()
+    assert json.loads(bodies(path)[0])["version"] == 1
+    rewrite(life, "a", version=None)
+    assert "version" not in json.loads(bodies(path)[0])
+    again = Life(path, clocks)
+    assert said(again, "a") == [WORDS, "a reply"]
+    again.say("a")
+    again.end()
+    assert json.loads(bodies(path)[0])["version"] == 1
+
+
+def test_a_row_that_nobody_can_read_is_replaced(path: Path, clocks: Clocks, log: Log) -> None:
+    """A damaged body keeps no session from being kept again."""
+    life = Life(path, clocks)
+    life.say("a")
+    life.end()
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("UPDATE session SET body = x'7b00'")
+    again = Life(path, clocks)
+    assert log.of("sessions.unreadable")[0]["of_other_versions"] == 0
+    again.say("a")
+    again.end()
+    assert said(Life(path, clocks), "a")
+
+
+# --- the thread
+
+
+def test_an_error_that_nobody_thought_of_is_lived_through(path: Path, clocks: Clocks, log: Log) -> None:
+    """It is told without its words, which may quote what was said, and the write is tried again."""
+    life = Life(path, clocks)
+    purge = life.file._purge
+
+    def surprise(_: sqlite3.Connection) -> None:
+        raise KeyError(WORDS)
+
+    life.file._purge = surprise  # type: ignore[method-assign]
+    life.say("a")
+    life.write()
+    assert life.file.failing
+    assert log.of("sessions.unsaved")[0]["error"] == "KeyError"
+    life.file._purge = purge  # type: ignore[method-assign]
+    life.write()
+    assert not life.file.failing and len(log.of("sessions.saved")) == 1
+    life.end()
+    assert said(Life(path, clocks), "a")
+
+
+def test_a_thread_that_has_died_is_told(path: Path, clocks: Clocks, log: Log) -> None:
+    """One error line, and the file counts as failing from then on; the end tells what was lost."""
+    life = Life(path, clocks)
+    assert not life.file.failing
+
+    def die() -> None:
+        raise SystemExit
+
+    life.file._write = die  # type: ignore[method-assign]
+    life.say("a")
+    life.file.start()
+    life.file._thread.join(60)
+    assert life.file.failing
+    (line,) = log.of("sessions.writer_died")
+    assert (line["level"], line["error"]) == ("error", "SystemExit")
+    life.file.close(0)
+    assert log.of("sessions.lost")[0]["sessions"] == 1
+
+
 # --- processes
 
 CHILD = """
 import sys
 from pathlib import Path
-from yaptext.dialogue.session import SessionStore
+from yaptext.dialogue.session import Bounds, SessionStore
 from yaptext.dialogue.sessionfile import SessionFile
 file = SessionFile(Path(sys.argv[1]), None, max_sessions=100, ttl_s=60)
-store = SessionStore(max_sessions=100, ttl_s=60, file=file)
+store = SessionStore(Bounds(100, 60), file=file)
 session = store.open(("k", "a"))
 while True:
     session.turns += 1

@@ -809,3 +809,92 @@ async def test_only_so_many_tool_sets_are_remembered() -> None:
 
     names = ["keep", "drop", *(f"t{n}" for n in range(62)), "keep", "one.more", "keep", "drop"]
     assert [await learns(name) for name in names][-4:] == [False, True, False, True]
+
+
+# --- what the grammar is made of
+
+
+def tool_with(**schema: Any) -> dict[str, Any]:
+    return {"name": "a", "parameters": {"type": "object", "properties": {"x": schema}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "fits", "does_not"),
+    [
+        ({"type": "string", "maxLength": 100}, "b" * 100, "b" * 101),
+        ({"type": "string", "minLength": 3}, "abc", "ab"),
+        ({"type": "object", "properties": {f"p{n}": {} for n in range(60)}, "minProperties": 30}, None, {"p1": 1}),
+        ({"type": "string", "not": {"const": "b"}}, "a", "b"),
+    ],
+)
+def test_words_that_are_dear_to_compile_are_checked_afterwards(schema: Any, fits: Any, does_not: Any) -> None:
+    """A `maxLength` of 100 takes a second of compiling with a vocabulary of 49,000, `minProperties` of a large object
+    more."""
+    tools = ToolSet([tool_with(**schema)])
+    for word in ("maxLength", '"minLength":3', "minProperties", '"not"'):
+        assert word not in tools.schema
+    if fits is not None:
+        assert tools.parse(json.dumps([{"name": "a", "arguments": {"x": fits}}]))
+    with pytest.raises(ValueError, match="do not fit"):
+        tools.parse(json.dumps([{"name": "a", "arguments": {"x": does_not}}]))
+
+
+def test_unknown_words_of_a_schema_are_told_to_the_model_alone() -> None:
+    """Generators write many (`nullable`, `x-order`): the grammar's library may take any of them for something."""
+    tools = ToolSet([tool_with(type="string", nullable=True, title="X") | {"strict": True}])
+    assert "nullable" not in tools.schema and "title" not in tools.schema
+    assert tools.tools[0]["parameters"]["properties"]["x"]["nullable"] is True
+
+
+def test_a_minimal_length_of_one_stays_in_the_grammar() -> None:
+    """It is common, and cheap."""
+    assert '"minLength":1' in ToolSet([tool_with(type="string", minLength=1)]).schema
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        (
+            [{"name": "a", "parameters": {"type": "object", "properties": {
+                f"p{n}": {"type": "number", "minimum": n} for n in range(65)}}}],
+            "more than 64 ranges of numbers in one tool",
+        ),
+        (
+            [{"name": f"t{m}", "parameters": {"type": "object", "properties": {
+                f"p{n}": {} for n in range(30)}}} for m in range(40)],
+            "more than 1024 schemas in all tools",
+        ),
+        (
+            [{"name": "a", "examples": [{"message": "", "arguments": {}}] * 65}],
+            "more than 64 examples in all tools",
+        ),
+    ],
+)  # fmt: skip
+def test_what_costs_is_bounded_in_number(tools: list[dict[str, Any]], message: str) -> None:
+    """475 ranges took 25 s of compiling, 970 examples 38 ms of the event loop."""
+    with pytest.raises(BadMessage, match=message):
+        ToolSet(tools)
+
+
+async def test_a_set_that_is_made_in_steps_is_the_same() -> None:
+    """Whoever else waits has a turn between two tools."""
+    given = [tool_with(type="string") | {"name": f"t{number}"} for number in range(5)]
+    made, whole = await ToolSet.made(given), ToolSet(given)
+    assert (made.schema, made.call_schema, made.key, made.names) == (
+        whole.schema, whole.call_schema, whole.key, whole.names,
+    )  # fmt: skip
+
+
+async def test_nonsense_in_a_throw_away_decision_ends_nothing() -> None:
+    """`refresh` runs beside everything else: what the model said there raised `ValueError` out of the service."""
+    engine = ScriptedEngine(decision=Script(('[{"name":"nobody"}]',)))
+    decider = Decider(engine, ToolSet([{"name": "a"}]), max_out=20, history_tokens=0, timeout_s=5)
+    await decider.prime((2,))
+
+
+async def test_a_dead_engine_is_told_by_a_throw_away_decision() -> None:
+    """That is for whoever watches."""
+    engine = ScriptedEngine(decision=Script(("[",), error=EngineFailed("gone")))
+    decider = Decider(engine, ToolSet([{"name": "a"}]), max_out=20, history_tokens=0, timeout_s=5)
+    with pytest.raises(EngineFailed):
+        await decider.prime()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from yaptext.engine import shelf
+from yaptext.quantize import job
+from yaptext.settings import Settings
 
 WEIGHTS = bytes(range(256)) * 512
 
@@ -86,6 +89,29 @@ def test_the_newest_counts(tmp_path: Path) -> None:
     assert found(tmp_path, source) == older
     newer = put(tmp_path, source, "20260102T000000Z")
     assert found(tmp_path, source) == newer
+
+
+@pytest.mark.parametrize("newest", ["20990101T000000Z", "20990101T000000Z.1", "99999999T999999Z", "now"])
+def test_a_clock_that_was_set_back_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newest: str
+) -> None:
+    """What a job has just made is the newest, whatever the time is of what lies there; the cleaning takes the older."""
+    source = source_of(tmp_path / "model")
+    stamp = f"{datetime.now(UTC) + timedelta(seconds=1):%Y%m%dT%H%M%SZ}" if newest == "now" else newest
+    older = put(tmp_path, source, stamp)
+
+    def fill(settings: Settings, task: job.Task, options: job.Options, partial: Path, check: Any) -> None:
+        (partial / "model.safetensors").write_bytes(b"four bits")
+        (partial / shelf.MANIFEST).write_text(json.dumps({"files": {"model.safetensors": {"size": 9}}, "made": "now"}))
+
+    monkeypatch.setattr(job, "_fill", fill)
+    settings, task = Settings.load(YAP_TEXT_STATE_DIR=tmp_path), job.Task(str(source), ("chat",), "model")
+    for _ in range(2):
+        job._make(settings, task, job.Options(), lambda: None)
+        job._clear(settings, [task])
+        made = shelf.finished(tmp_path, str(source))
+        assert made is not None and made.manifest["made"] == "now"
+        assert [folder.name for folder in made.folder.parent.iterdir()] == [made.folder.name] != [older.name]
 
 
 def test_unfinished_work_is_none(tmp_path: Path) -> None:

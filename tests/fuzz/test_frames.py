@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 FRAMES = int(os.environ.get("FUZZ_FRAMES", "5000"))
 A_SOCKET = 40
 """Frames of one socket, about."""
-CODES = {1000, 1002, 1009, 4000, 4001}
+CODES = {1000, 1002, 1007, 1009, 4000, 4001}
 """What the service itself may close a damaged socket with."""
 _PING = frame(TEXT, b'{"type":"ping"}')
 

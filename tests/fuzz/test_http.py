@@ -91,7 +91,7 @@ def build(recipe: Recipe) -> bytes:
     line = b" ".join(
         (METHODS[method % len(METHODS)], TARGETS[target % len(TARGETS)], VERSIONS[version % len(VERSIONS)])
     )
-    data = b"\r\n".join((line, b"Host: x", *chosen, b"", BODIES[body % len(BODIES)]))
+    data = b"\r\n".join((line, b"Host: localhost", *chosen, b"", BODIES[body % len(BODIES)]))
     if damage is None:
         return data
     chance, damaged = random.Random(damage), bytearray(data)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Role
 from yaptext.engine.codec import HubCodec
 from yaptext.errors import QuantizeError, SettingsError, StartError
+from yaptext.quantize import calibration
 from yaptext.quantize.calibration import HELD_OUT_BLOCKS, Samples, fingerprint, label, read, samples
 from yaptext.settings import Settings
 
@@ -41,6 +44,28 @@ def text_of(blocks: Sequence[Sequence[int]]) -> str:
 
 
 # Reading
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "large"])
+def test_what_is_no_file_of_text_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A FIFO would never open, a device would never end."""
+    path = tmp_path / "text.txt"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            monkeypatch.chdir(tmp_path)
+            bound.bind("text.txt")
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(calibration._FILE_BYTES + 1)
+    with pytest.raises(QuantizeError) as caught:
+        read(wanted(path))
+    line = str(caught.value)
+    assert line.startswith(f"AWQ_CALIBRATION={path} ") and "\n" not in line
+    assert ("over" if kind == "large" else "no regular file") in line
 
 
 def test_every_form_of_line_is_taken(tmp_path: Path) -> None:

@@ -638,11 +638,11 @@ async def test_a_warmed_history_is_tokenized_once_and_its_text_is_not_kept() -> 
             "User: glacier\n",
             "Assistant: moraine\n",
         ]
-        assert not talk.stage.warmed
+        assert not talk.stage.warmed.of("default")
         for number in range(66):
             socket.say("warm_history", persona_style="savage", history_text=f"User: {number}")
             await socket.until("warmed", number + 2)
-        assert list(talk.stage.warmed) == [("default", f"User: {number}") for number in range(2, 66)]
+        assert talk.stage.warmed.of("default") == [f"User: {number}" for number in range(2, 66)]
 
 
 async def test_warming_needs_a_persona_and_is_bounded() -> None:

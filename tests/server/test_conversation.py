@@ -409,7 +409,7 @@ async def test_a_session_is_shown_and_forgotten(tmp_path: Path) -> None:
         assert socket.of("done")[-1]["cancelled"]
         written = await asyncio.to_thread(_bytes_of, tmp_path)
         assert not any(word in written for word in (b"marmalade", b"sherbet", b"toffee", b"Ada"))
-        assert talk.stage.warmed == {} and len(talk.stage.sessions) == 0
+        assert talk.stage.warmed.of("default") == [] and len(talk.stage.sessions) == 0
         socket.say("get_session", session_id="s")
         assert (await socket.until("session", 2))["known"] is False
         socket.say("forget", session_id="s")
@@ -426,7 +426,7 @@ async def test_what_follows_a_forget_is_another_session(tmp_path: Path) -> None:
         socket.say("warm_history", session_id="s", history_text="User: treacle")
         await socket.until("warmed")
         socket.say("forget", session_id="s")
-        assert (await socket.until("forgotten"))["known"] is True and talk.stage.warmed == {}
+        assert (await socket.until("forgotten"))["known"] is True and talk.stage.warmed.of("default") == []
         await said(socket, "marmalade")
         socket.say("forget", session_id="s")
         await said(socket, "toffee")

@@ -6,8 +6,10 @@ import asyncio
 import gc
 import os
 import statistics
+import threading
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -192,6 +194,39 @@ def test_only_so_many_keys_of_a_request_are_tried() -> None:
     assert found == [AuthenticationFailed, AuthenticationFailed, RateLimited]
 
 
+def test_each_key_of_a_request_costs_a_guess_before_it_is_compared() -> None:
+    """With three guesses left only three keys are compared, wherever in the request the right one is; and each of the
+    wrong ones that came before it stays counted."""
+    wrong = b"api_key=wrong&"
+    keys = Keys("k", failures_per_minute=3, clock=lambda: 0.0)
+    assert refusal(keys, connection(wrong * 3 + b"api_key=k")) is RateLimited
+    keys = Keys("k", failures_per_minute=3, clock=lambda: 0.0)
+    assert refusal(keys, connection(wrong * 2 + b"api_key=k")) is None
+    assert refusal(keys, connection(wrong)) is AuthenticationFailed
+    assert refusal(keys, connection(b"api_key=k")) is RateLimited
+    keys = Keys("k", failures_per_minute=10, clock=lambda: 0.0)
+    for query, found in ((wrong * 8, AuthenticationFailed), (wrong * 2 + b"api_key=k", RateLimited)):
+        assert refusal(keys, connection(query)) is found
+
+
+def test_a_throttled_request_still_gets_in_by_a_key_of_the_file(file: Path) -> None:
+    """Behind any number of wrong ones."""
+    key, _ = keyfile.add("a", file)
+    keys = Keys("own", file, failures_per_minute=1, clock=lambda: 0.0)
+    for _ in range(5):
+        assert keys.identify(connection(b"api_key=wrong&" * 7 + f"api_key={key}".encode())).name == "a"
+    assert refusal(keys, connection(b"api_key=own")) is RateLimited
+
+
+def test_the_rest_of_a_query_is_not_taken_apart() -> None:
+    """Only the two names, also in the middle and percent-encoded as logs know them; others that end so do not count."""
+    keys = Keys("a+b")
+    for query in (b"x=1&api_key=a%2bb&y", b"api%5Fkey=a%2Bb", b"&&api_key=&api_key=a%2Bb"):
+        assert passes(keys, connection(query)), query
+    for query in (b"xapi_key=a%2Bb", b"x=api_key=a%2Bb", b"api_key%3Da%2Bb"):
+        assert not passes(keys, connection(query)), query
+
+
 def test_a_key_in_the_address_does_not_count_where_headers_are_asked_for() -> None:
     """As for a ticket."""
     keys = Keys("k")
@@ -217,6 +252,32 @@ def test_a_reload_takes_the_file_as_it_is(file: Path) -> None:
     account.spend("messages")
     with pytest.raises(RateLimited, match="the key a is out of messages; limit is 2 a minute"):
         account.spend("messages")
+
+
+def test_a_reload_costs_as_much_as_there_are_keys(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No account is held against every other, and the event loop makes none of a key that nobody has used."""
+    lines = [f"name-{number} sha256:{number:064x}" for number in range(400)]
+    file.write_text("\n".join(lines))
+    keys = Keys("own", file)
+    compared, threads = [0], set()
+
+    class Counted(Account):
+        def __init__(self, *given: Any) -> None:
+            threads.add(threading.current_thread())
+            super().__init__(*given)
+
+        def __eq__(self, other: object) -> bool:
+            compared[0] += 1
+            return self is other
+
+        __hash__ = Account.__hash__
+
+    monkeypatch.setattr("yaptext.server.keys.Account", Counted)
+    file.write_text("\n".join([f"new-{line}" for line in lines]))
+    with structlog.testing.capture_logs() as told:
+        asyncio.run(keys.reload())
+    assert len(told[-1]["removed"]) == 400 and told[-1]["keys"] == 401
+    assert compared[0] < 4000 and threading.main_thread() not in threads
 
 
 @pytest.mark.parametrize("damage", ["secret\n", None])

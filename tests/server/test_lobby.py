@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
+import re
 import resource
 import sys
 import time
@@ -30,6 +32,7 @@ HANDSHAKE = (
 KEY = b"X-API-Key: yap_token\r\n"
 START = frame(TEXT, b'{"type":"start","session_id":"s","user_utterance":"hi"}')
 END = frame(TEXT, b'{"type":"end"}')
+POLL = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def scripted(**options: Any) -> Engines:
@@ -63,13 +66,16 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer_of(running: Running, opening: bytes = b"") -> AsyncIterator[Peer]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", running.server.bound_port)
+async def peer_of(running: Running, opening: bytes = b"", address: str = "127.0.0.1") -> AsyncIterator[Peer]:
+    port = running.server.bound_port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
     writer.write(opening)
-    yield Peer(reader, writer)
-    writer.transport.abort()
-    with suppress(ConnectionError):
-        await writer.wait_closed()
+    try:
+        yield Peer(reader, writer)
+    finally:
+        writer.transport.abort()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 def waiting(running: Running) -> int:
@@ -92,14 +98,14 @@ async def _drip(peer: Peer) -> None:
 
 async def _drip_body(peer: Peer) -> None:
     """Its answer comes before its body is whole."""
-    peer.say(b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+    peer.say(b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
     while not peer.writer.is_closing():
         peer.say(b"x")
         await asyncio.sleep(0.05)
 
 
 async def _keep_alive(peer: Peer) -> None:
-    peer.say(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    peer.say(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
 
 async def _refused(peer: Peer) -> None:
@@ -165,6 +171,74 @@ async def test_over_the_limit_the_oldest_is_cut_off() -> None:
                     assert json.loads(await socket.recv())["type"] == "pong"
 
 
+@pytest.mark.parametrize("poll", [POLL, POLL.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), b""])
+async def test_who_comes_again_and_again_pushes_nobody_else_out(poll: bytes) -> None:
+    """More than there are places, which ask, ask and go, or say nothing, and come back as soon as they are cut off. Ten
+    handshakes from elsewhere may take their time."""
+    async with service(scripted(), MAX_PENDING_HANDSHAKES=24) as running:
+        came = [0]
+
+        async def keep_coming() -> None:
+            while True:
+                async with peer_of(running, poll) as peer:
+                    came[0] += 1
+                    with suppress(OSError, asyncio.IncompleteReadError):
+                        while True:
+                            await peer.head()
+                            await peer.reader.readexactly(15)
+                            came[0] += 1
+                            peer.say(poll)
+
+        async def shake_hands_slowly() -> bytes:
+            async with peer_of(running, address="127.0.0.2") as peer:
+                for part in re.findall(b".{1,25}", HANDSHAKE + KEY + b"\r\n", re.DOTALL):
+                    peer.say(part)
+                    await asyncio.sleep(0.05)
+                with suppress(ConnectionError, asyncio.IncompleteReadError):
+                    return await peer.head()
+                return b""
+
+        pollers = [asyncio.create_task(keep_coming()) for _ in range(26)]
+        try:
+            await until(lambda: came[0] > 100)
+            found = await asyncio.gather(*(shake_hands_slowly() for _ in range(10)))
+        finally:
+            for poller in pollers:
+                poller.cancel()
+            await asyncio.wait(pollers)
+        assert [b" 101 " in head for head in found] == [True] * 10
+
+
+async def test_those_that_were_answered_are_cut_off_first() -> None:
+    """The oldest of them, which asking again does not make younger; then the oldest of the address that has most.
+    Leaving is for good."""
+    cut: list[str] = []
+
+    class Transport:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def get_extra_info(self, _: str) -> tuple[str, int]:
+            return ("192.0.2.1" if self.name in "def" else "192.0.2.2", 1)
+
+        def abort(self) -> None:
+            cut.append(self.name)
+
+    room = lobby.Lobby(3, 60)
+    a, b, c, d, e, f = (Transport(name) for name in "abcdef")
+    for transport in (a, b, c):
+        room.enter(transport)  # type: ignore[arg-type]
+    for transport in (b, c, b):
+        room.enter(transport, answered=True)  # type: ignore[arg-type]
+    assert len(room) == 3 and not cut
+    for transport in (d, e, f):
+        room.enter(transport)  # type: ignore[arg-type]
+    assert cut == ["b", "c", "d"] and len(room) == 3
+    for transport in (a, e, f):
+        room.leave(transport)  # type: ignore[arg-type]
+    assert len(room) == 0 and not room._crowds
+
+
 def test_descriptors_bound_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process raises its own limit as far as it may. What does not fit then are first those without a slot, down
     to an eighth, then those with one; one of each there may always be."""
@@ -203,9 +277,15 @@ async def test_status_and_a_warning_tell_what_descriptors_allow(monkeypatch: pyt
 @pytest.mark.parametrize(
     "request_, status",
     [
-        (b"GET /healthz HTTP/1.1\r\n" + b"X: y\r\n" * 20_000, 400),
+        (b"GET /healthz HTTP/1.1\r\n" + b"X: y\r\n" * 8_000, 431),
         (b"GET /healthz HTTP/1.1\r\nX: " + b"y" * 100_000, 400),
-        (b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000, 400),
+        (b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 100_000, 400),
+        (b"GET /healthz?" + b"y" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /healthz HTTP/1.1\r\nConnection: " + b"a," * 1000 + b"\r\n\r\n", 431),
+        (b"POST /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 1000, 400),
+        (b"GET /nowhere HTTP/1.1\r\n\r\n" * 1000, 400),
+        (HANDSHAKE + KEY + b"Content-Length: 5\r\n\r\nhello", 400),
+        (HANDSHAKE.replace(b"/ws", b"/ws\xe9") + KEY + b"\r\n", 400),
         (HANDSHAKE + KEY + b"X: y\r\n" * 200 + b"\r\n", 431),
         (HANDSHAKE + KEY + b"X: " + b"y" * 9000 + b"\r\n\r\n", 431),
         (HANDSHAKE.replace(b"/ws", b"/ws?" + b"y" * 9000) + KEY + b"\r\n", 414),
@@ -214,6 +294,12 @@ async def test_status_and_a_warning_tell_what_descriptors_allow(monkeypatch: pyt
         "many headers",
         "a long header",
         "a body",
+        "an address",
+        "a long Connection",
+        "a body in pieces",
+        "pipelined",
+        "a handshake with a body",
+        "a handshake with another address",
         "a handshake's headers",
         "a handshake's header",
         "a handshake's query",
@@ -224,6 +310,38 @@ async def test_a_request_over_the_bounds_is_refused(request_: bytes, status: int
     async with service(scripted()) as running, peer_of(running, request_) as peer:
         assert b"HTTP/1.1 %d " % status in await peer.rest()
         await until(lambda: not running.server.server_state.connections)
+
+
+async def test_a_handshake_may_be_longer_than_one_read() -> None:
+    """Three cookies of 7 KB are within the library's bounds: 128 headers of 8 KB."""
+    cookies = b"".join(b"Cookie: c%d=" % n + b"y" * 7000 + b"\r\n" for n in range(3))
+    async with service(scripted()) as running, peer_of(running, HANDSHAKE + KEY + cookies + b"\r\n") as peer:
+        assert b" 101 " in await peer.head()
+        peer.say(END)
+        assert await peer.rest()
+
+
+async def test_bad_requests_do_not_fill_the_log() -> None:
+    """Ten lines a minute of each status, and none of uvicorn's own."""
+    logger = logging.getLogger("uvicorn.error")
+    heard: list[logging.LogRecord] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = heard.append  # type: ignore[method-assign]
+    logger.addHandler(listener)
+    try:
+        with capture_logs() as lines:
+            async with service(scripted()) as running:
+                for _ in range(20):
+                    async with peer_of(running, b"GARBAGE\r\n\r\n") as peer:
+                        assert b" 400 " in await peer.rest()
+                    async with peer_of(
+                        running, b"GET / HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+                    ) as peer:
+                        assert b" 404 " in await peer.head()
+    finally:
+        logger.removeHandler(listener)
+    assert [line["status"] for line in lines if line["event"] == "request.refused"] == [400] * 10
+    assert not heard
 
 
 # --- who has gone

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 
-from yaptext.server.throttle import Bucket, Throttle, network
+from yaptext.server.throttle import Bucket, Sparing, Throttle, network
 
 
 class Clock:
@@ -78,3 +82,23 @@ def test_zero_is_off() -> None:
 def test_who_owns_an_address(address: str, whose: str) -> None:
     """A host has a whole /64 of IPv6; an address that is none is a short name."""
     assert network(address) == whose
+
+
+async def test_of_many_lines_of_a_kind_a_few_are_told_and_the_rest_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the minute and kind; a minute with few of them ends without a word."""
+    ends: list[Callable[[], None]] = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "call_later", lambda _, call, *given: ends.append(partial(call, *given)))
+    told: list[tuple[str, dict[str, object]]] = []
+    sparing = Sparing(lambda event, **fields: told.append((event, fields)), 2)
+    for _ in range(5):
+        sparing.tell("a", code="x")
+    for code in ("y", "y"):
+        sparing.tell("a", code=code)
+    assert told == [("a", {"code": "x"})] * 2 + [("a", {"code": "y"})] * 2
+    told.clear()
+    for end in ends:
+        end()
+    assert told == [("a", {"code": "x", "held_back": 3})]
+    sparing.tell("a", code="x")
+    assert told[1:] == [("a", {"code": "x"})] and len(ends) == 3

@@ -10,6 +10,8 @@ import regex
 
 _BEFORE = 64
 """Characters in which a grapheme that a cut falls into has begun."""
+_TIMES = 4
+"""Of a reply's length: what is spoken of it is never longer, with all white space and marks that a TTS adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ def _aligned(reply: str, text: str) -> int:
     """Where in `reply` the spoken `text` ends. Marks that only one of them has are passed over: a TTS says no asterisk
     and no smiley. From the first letter or digit that differs on nothing was heard."""
     said = [(folded, end) for end, char in enumerate(reply, 1) for folded in char.casefold() if not folded.isspace()]
+    text = text[: _TIMES * len(reply) + _BEFORE]
     spoken = [char for char in text.casefold() if not char.isspace()]
     here = there = last = 0
     while here < len(said) and there < len(spoken):

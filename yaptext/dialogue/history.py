@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from sys import getsizeof
 from typing import Literal
 
 from yaptext.dialogue.heard import Spoken, heard_part
@@ -102,14 +103,16 @@ def of_items(items: Iterable[HistoryItem]) -> list[Message]:
     return found
 
 
-def recent(text: str, max_chars: int) -> str:
-    """The end of a long transcript, from the start of a line on. Like `keep_recent` it cuts in steps, so that a
-    growing transcript keeps its beginning from turn to turn."""
-    cut = _in_steps(len(text) - max_chars, max_chars)
+def recent(text: str, max_bytes: int) -> str:
+    """The end of a long transcript, from the start of a line on, by its bytes in UTF-8: a rare character may be as many
+    tokens. Like `keep_recent` it cuts in steps, so that a growing transcript keeps its beginning from turn to turn."""
+    encoded = text.encode(errors="replace")
+    cut = _in_steps(len(encoded) - max_bytes, max_bytes)
     if not cut:
         return text
-    _, _, whole_lines = text[cut:].partition("\n")
-    return whole_lines if whole_lines.strip() else text[cut:]
+    left = encoded[cut:].decode(errors="ignore")
+    _, _, whole_lines = left.partition("\n")
+    return whole_lines if whole_lines.strip() else left
 
 
 def keep_recent(sizes: Sequence[int], limit: int) -> int:
@@ -133,6 +136,8 @@ def _in_steps(excess: int, limit: int) -> int:
     return max(0, -(-excess // step) * step)
 
 
+_MESSAGE_BYTES, _TEXT_COPIES = 600, 6
+"""What a message weighs beside its text, and its text: twice as a string, and at worst a token of 4 bytes a byte."""
 REMEMBERED_CHARS = 65_536
 """A client's transcript that is longer is encoded again each turn rather than kept with its token ids."""
 
@@ -155,6 +160,20 @@ class Transcript:
             new[index] = old
         self._sent = new if remember else []
         self.messages = list(new)
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory, roughly, and no less."""
+        texts = [message.text for message in self.messages]
+        texts += [message.text for message in self._sent]  # often the same ones
+        return _MESSAGE_BYTES * len(texts) + _TEXT_COPIES * sum(map(getsizeof, texts))
+
+    def bound(self, max_chars: int) -> None:
+        """Drops the oldest messages over the limit, but not the last one: turns that were cut before their prompt was
+        made trim nothing."""
+        sizes = [len(message.text) for message in self.messages]
+        if sum(sizes) > max_chars:
+            del self.messages[: min(keep_recent(sizes, max_chars), len(sizes) - 1)]
 
     def add_turn(
         self,

@@ -7,6 +7,8 @@ gives the right ids is tried at the start with sample conversations; if not, eac
 
 from __future__ import annotations
 
+import asyncio
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
@@ -16,7 +18,7 @@ from yaptext.engine.base import Codec, Place
 from yaptext.errors import EngineFailed
 
 Role = Literal["system", "user", "assistant"]
-Kept = dict[tuple[str, ...], list[int]]
+Kept = dict[tuple[str, ...], Sequence[int]]
 """Token ids of one line by where it stands, so that each is encoded once in its life, not once a turn."""
 _MARKS = {"system": "MARKSYSTEM", "user": "MARKFIRST", "assistant": "MARKREPLY", "next": "MARKSECOND"}
 _BREAKS = (
@@ -131,7 +133,7 @@ class _Stretch:
     kept: Kept | None = None
     lines: int = 0
     volatile: bool = False
-    ids: list[int] = field(default_factory=list)
+    ids: Sequence[int] = ()
 
     def add(self, line: Line, between: str = "") -> None:
         self.text += self.suffix + between + line.text
@@ -177,15 +179,17 @@ class Layout:
         thinking: bool = False,
     ) -> Layout | None:
         """None where the template cannot render the samples, or loses what they say. The last two samples are one
-        conversation that goes on in two ways."""
+        conversation that goes on in two ways. Others have their turn between two renderings: each takes milliseconds
+        with many tools."""
         layout = cls(codec, kind, tools, thinking=thinking)
-        if not layout._renders(samples):
+        if not await layout._renders(samples):
             layout.system = False
-            if tools is not None or not layout._renders(samples):
+            if tools is not None or not await layout._renders(samples):
                 return None
-        layout._find_stops()
+        await layout._find_stops()
         layout.pieces = not codec.ticks and await layout._find_joints() and await layout._agrees(samples)
         layout.exact = True
+        await asyncio.sleep(0)
         layout.calls = tools is None and layout._shows_calls()
         layout.stable = not codec.ticks and await layout._stays(samples[-2:])
         return layout
@@ -301,9 +305,10 @@ class Layout:
 
     # --- learning
 
-    def _renders(self, samples: Sequence[Conversation]) -> bool:
+    async def _renders(self, samples: Sequence[Conversation]) -> bool:
         """Whether all that is said stands in the rendered text, once."""
         for talk in samples:
+            await asyncio.sleep(0)
             rendered = self.render(talk)
             if rendered is None:
                 return False
@@ -349,8 +354,10 @@ class Layout:
 
     async def _agrees(self, samples: Sequence[Conversation]) -> bool:
         for talk in samples:
+            await asyncio.sleep(0)
             rendered = self.render(talk)
             assert rendered is not None
+            await asyncio.sleep(0)
             if await self._codec.encode_rendered(rendered) != (await self._assemble(talk))[0]:
                 return False
         return True
@@ -362,14 +369,16 @@ class Layout:
         standing = [line.text for said in ways[0] for line in said.lines if not line.volatile]
         return not any(text.partition("\n")[0][:12] in rest for text in standing)
 
-    def _find_stops(self) -> None:
+    async def _find_stops(self) -> None:
         """What follows a reply ends it: the first control token, or else the next line of text."""
         messages, _ = self._marked()
         reply = _MARKS["assistant"]
-        last, between = (
-            (self._render(talk, reply=ready) or "").partition(reply)[2].partition(_MARKS["next"])[0]
-            for talk, ready in ((messages[:-1], False), (messages, True))
-        )
+        texts = []
+        for talk, ready in ((messages[:-1], False), (messages, True)):
+            await asyncio.sleep(0)
+            rendered = self._render(talk, reply=ready) or ""
+            texts.append(rendered.partition(reply)[2].partition(_MARKS["next"])[0])
+        last, between = texts
         found = []
         for text in (last, between):
             parts = self._codec.split(text.lstrip())
@@ -454,7 +463,7 @@ class Layout:
             for stretch, ids in zip(group, await self._codec.encode_all(texts, place=place), strict=True):
                 stretch.ids = ids
                 if stretch.kept is not None:
-                    stretch.kept[self._kind, place, stretch.prefix, stretch.suffix] = ids
+                    stretch.kept[self._kind, place, stretch.prefix, stretch.suffix] = array("I", ids)
 
 
 def disguised(codec: Codec, value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from msgspec import UnsetType
 
 from yaptext.errors import SettingsError, UnknownPersona
+from yaptext.settings import read_file
 from yaptext.wire.messages import Gender, Identity, PersonaFields, gender, identity
 
 
@@ -29,6 +30,7 @@ def _built_in() -> dict[str, Style]:
     return _of_folder(resources.files("yaptext.dialogue") / "personas")
 
 
+_MOST_BYTES = 1_000_000
 _own: dict[str, Style] = {}
 """The operator's, by `use_folder`."""
 
@@ -55,7 +57,7 @@ def _of_folder(folder: Any) -> dict[str, Style]:
     for file in files:
         name = file.name.removesuffix(".toml").strip().lower()
         try:
-            data = tomllib.loads(file.read_text(encoding="utf-8"))
+            data = tomllib.loads(read_file(file, _MOST_BYTES).decode())
             found[name] = Style(name, str(data["title"]), " ".join(str(data["text"]).split()))
         except KeyError as error:
             raise SettingsError(f"PERSONAS_DIR: {file} has no {error.args[0]}") from None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
 from yaptext.dialogue.history import Transcript
@@ -25,6 +27,31 @@ if TYPE_CHECKING:
 SessionKey = tuple[str, str]
 """(name of the API key, session_id): nobody reaches another key's sessions."""
 _FLUSH_S = 5.0
+_SESSION_BYTES = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of sessions in memory: in all, and of one key."""
+
+    sessions: int
+    ttl_s: float
+    bytes: int = 2**30
+    key_sessions: int = 2**31
+    key_bytes: int = 2**40
+
+    @classmethod
+    def of(cls, settings: Settings) -> Bounds:
+        of_key = min(settings.max_sessions_per_key or settings.max_sessions, settings.max_sessions)
+        mega = 2**20
+        return cls(
+            sessions=settings.max_sessions,
+            bytes=settings.max_sessions_mb * mega,
+            key_sessions=of_key,
+            key_bytes=min(settings.max_sessions_mb_per_key or settings.max_sessions_mb, settings.max_sessions_mb)
+            * mega,
+            ttl_s=settings.session_ttl_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +80,8 @@ class Session:
     """One user of one key. It outlives its sockets; two sockets may share it."""
 
     __slots__ = (
-        "asked", "current", "forgotten", "key", "persona", "seed", "tools", "transcript", "turns", "used_at", "warming",
+        "asked", "bytes", "current", "forgotten", "key", "persona", "seed", "tools", "transcript", "turns", "used_at",
+        "warming",
     )  # fmt: skip
 
     def __init__(self, key: SessionKey) -> None:
@@ -69,6 +97,8 @@ class Session:
         self.warming: asyncio.Task[None] | None = None
         self.forgotten = False
         self.used_at = 0.0
+        self.bytes = _SESSION_BYTES
+        """As it was weighed last."""
 
     @property
     def key_name(self) -> str:
@@ -78,34 +108,56 @@ class Session:
     def session_id(self) -> str:
         return self.key[1]
 
+    def weigh(self) -> int:
+        """What it takes in memory, roughly, and no less; tools count in full in each session that shares them."""
+        tools = self.tools.bytes if self.tools is not None else 0
+        return _SESSION_BYTES + 2 * getsizeof(self.persona.text or "") + tools + self.transcript.bytes
+
+
+@dataclass(slots=True)
+class Held:
+    """Sessions, least recently used first, and what they take in memory."""
+
+    sessions: OrderedDict[SessionKey, Session] = field(default_factory=OrderedDict)
+    bytes: int = 0
+
+    def is_over(self, most: int, most_bytes: int) -> bool:
+        return len(self.sessions) > most or self.bytes > most_bytes
+
 
 class SessionStore:
-    """Sessions by key, least recently used first. Bounded in number and in idle time; a session whose turn
-    runs is never dropped. With a `file` a restart finds them again."""
+    """Sessions by key, least recently used first. Bounded in number, bytes and idle time, in all and for each key; a
+    session whose turn runs is never dropped. With a `file` a restart finds them again.
+
+    Who goes over the bounds of a key loses the key's oldest. Over those of all, a key that has too much does, else
+    the one that has most.
+    """
 
     def __init__(
         self,
+        bounds: Bounds,
         *,
-        max_sessions: int,
-        ttl_s: float,
         clock: Callable[[], float] = time.monotonic,
         file: SessionFile | None = None,
     ) -> None:
-        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
-        self._max, self._ttl_s, self._clock, self._file = max_sessions, ttl_s, clock, file
+        self.bounds, self._clock, self._file = bounds, clock, file
+        self.held = Held()
+        self._sessions = self.held.sessions
+        self._by_key: dict[str, Held] = {}
         for age_s, kept in file.load() if file is not None else ():
-            session = self._sessions[kept.key] = Session(kept.key)
+            session = Session(kept.key)
             session.used_at = clock() - age_s
             kept.fill(session)
+            self._add(session)
 
     @classmethod
     def of(cls, settings: Settings) -> SessionStore:
         """The store of `SESSION_STORE`, with what its file holds. Blocks. Raises as `SessionFile.load` does."""
-        path, secret = settings.session_file, settings.session_store_key
-        bounds: dict[str, Any] = {"max_sessions": settings.max_sessions, "ttl_s": settings.session_ttl_s}
+        path, secret, bounds = settings.session_file, settings.session_store_key, Bounds.of(settings)
         if path is None:
-            return cls(**bounds)
-        return cls(**bounds, file=SessionFile(path, secret.get_secret_value() if secret else None, **bounds))
+            return cls(bounds)
+        secret_key = secret.get_secret_value() if secret else None
+        return cls(bounds, file=SessionFile(path, secret_key, max_sessions=bounds.sessions, ttl_s=bounds.ttl_s))
 
     @property
     def file_failing(self) -> bool:
@@ -118,7 +170,7 @@ class SessionStore:
     def find(self, key: SessionKey) -> Session | None:
         """The session, where it exists and has not expired."""
         session = self._sessions.get(key)
-        if session is None or (session.current is None and self._clock() - session.used_at > self._ttl_s):
+        if session is None or (session.current is None and self._clock() - session.used_at > self.bounds.ttl_s):
             return None
         return session
 
@@ -126,9 +178,11 @@ class SessionStore:
         """The session, made where there is none. Counts as use; drops what is over the bounds."""
         session = self.find(key)
         if session is None:
-            session = self._sessions[key] = Session(key)
+            self._remove(key)  # one that has expired
+            session = self._add(Session(key))
         session.used_at = self._clock()
         self._sessions.move_to_end(key)
+        self._by_key[session.key_name].sessions.move_to_end(key)
         self._drop(session)
         return session
 
@@ -138,14 +192,17 @@ class SessionStore:
         return [session for session in reversed(self._sessions.values()) if session.used_at >= since]
 
     def keep(self, session: Session) -> None:
-        """To be called when a session has changed."""
+        """To be called when a session has changed. Drops what is over the bounds now."""
+        if self._sessions.get(session.key) is session:
+            self._weigh(session)
+            self._drop(session)
         if self._file is not None and not session.forgotten:
             self._file.put(session)
 
     def forget(self, key: SessionKey) -> tuple[Session | None, Future[None] | None]:
         """Takes a session out, and has the file erase it, whether somebody waits for that or not. A turn that
         still runs in it is not kept. The future is done when nothing can be read in the file; None without a file."""
-        session = self._sessions.pop(key, None)
+        session = self._remove(key)
         if session is not None:
             session.forgotten = True
         return session, None if self._file is None else self._file.forget(key)
@@ -160,14 +217,56 @@ class SessionStore:
         if self._file is not None:
             self._file.close(_FLUSH_S)
 
+    def _add(self, session: Session) -> Session:
+        session.bytes = session.weigh()
+        for held in (self.held, self._by_key.setdefault(session.key_name, Held())):
+            held.sessions[session.key] = session
+            held.bytes += session.bytes
+        return session
+
+    def _remove(self, key: SessionKey) -> Session | None:
+        session = self._sessions.get(key)
+        if session is None:
+            return None
+        own = self._by_key[session.key_name]
+        for held in (self.held, own):
+            del held.sessions[key]
+            held.bytes -= session.bytes
+        if not own.sessions:
+            del self._by_key[session.key_name]
+        return session
+
+    def _weigh(self, session: Session) -> None:
+        more = session.weigh() - session.bytes
+        session.bytes += more
+        for held in (self.held, self._by_key[session.key_name]):
+            held.bytes += more
+
     def _drop(self, newest: Session) -> None:
-        now = self._clock()
-        dropped: list[SessionKey] = []
-        for key, session in self._sessions.items():
-            expired = now - session.used_at > self._ttl_s
-            if session is newest or (not expired and len(self._sessions) - len(dropped) <= self._max):
-                break  # the rest was used later still
+        """Drops what has expired, and what is over the bounds."""
+        since, bounds = self._clock() - self.bounds.ttl_s, self.bounds
+        for session in list(itertools.takewhile(lambda session: session.used_at < since, self._sessions.values())):
             if session.current is None:
-                dropped.append(key)
-        for key in dropped:
-            del self._sessions[key]
+                self._remove(session.key)
+        while self._by_key[newest.key_name].is_over(bounds.key_sessions, bounds.key_bytes):
+            if not self._drop_oldest(newest.key_name, newest):
+                break
+        while self.held.is_over(bounds.sessions, bounds.bytes):
+            keys = len(self._by_key)
+            own = self._by_key[newest.key_name]
+            rich = own.is_over(bounds.sessions // keys, bounds.bytes // keys)
+            name = newest.key_name if rich else max(self._by_key, key=self._share)
+            if not self._drop_oldest(name, newest):
+                break
+
+    def _drop_oldest(self, key_name: str, newest: Session) -> bool:
+        """Drops the oldest of a key that is not in use, if there is one."""
+        for session in self._by_key[key_name].sessions.values():
+            if session.current is None and session is not newest:
+                self._remove(session.key)
+                return True
+        return False
+
+    def _share(self, key_name: str) -> float:
+        own = self._by_key[key_name]
+        return max(len(own.sessions) / self.bounds.sessions, own.bytes / self.bounds.bytes)

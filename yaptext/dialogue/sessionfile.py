@@ -1,7 +1,8 @@
 """The session file: sessions in SQLite, written behind the turns and read by the next start.
 
 No turn waits for it: `put` leaves a copy, and one thread writes what has changed. Rows are found by a hash, and with a
-key nothing in them can be read. What the disk refuses is told in one line, kept in memory and tried again.
+key nothing in them can be read. What the disk refuses is told in one line, kept in memory and tried again. A session
+that cannot be a row is left out, alone; what a newer version wrote is never replaced.
 """
 
 from __future__ import annotations
@@ -45,6 +46,20 @@ _HEADERS = (b"", b"SQLite format 3")
 _GATHER_S, _RETRY_S, _SWEEP_S = 0.5, 5.0, 60.0
 """What changes within the first goes into one write; a failed one is tried again; what has expired is deleted."""
 _CLOCK_STEP_S = 1.0
+_VERSION = 1
+"""Of a body, to be raised when its form changes: one that tells none is of version 1."""
+_OF_ONE_ROW = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
+"""What SQLite says of a row; its other errors are the file's."""
+
+
+class _OtherVersion(Exception):
+    """A body in a form that this version cannot write back whole."""
+
+
+class _Form(msgspec.Struct, frozen=True):
+    """As much of a body as every version reads."""
+
+    version: int = 1
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -56,6 +71,7 @@ class Kept(msgspec.Struct, frozen=True):
     turns: int
     messages: list[tuple[Speaker, str]]
     tools: Sequence[dict[str, Any]] | None
+    version: int = _VERSION
 
     @classmethod
     def of(cls, session: Session) -> Kept:
@@ -99,13 +115,23 @@ class SessionFile:
         self._waiting: dict[SessionKey, tuple[float, Kept]] = {}
         self._writing: Mapping[SessionKey, tuple[float, Kept]] = {}
         self._forgotten: dict[SessionKey, Future[None]] = {}
-        self.failing = False
-        """The last write or the load went wrong: a restart would not find what has changed since."""
+        self._left_out: dict[SessionKey, None] = {}
+        """Sessions whose last state is no row. A later state may be one."""
+        self._ours: set[bytes] = set()
+        """Ids of rows that this version may replace: looked at, or written by itself."""
+        self._failed = False
         self._sweep_at = 0.0
         self._lock: int | None = None
         self._database: sqlite3.Connection | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
+
+    @property
+    def failing(self) -> bool:
+        """The last write or the load went wrong, or nothing writes any more: a restart would not find what has changed
+        since."""
+        died = self._thread.ident is not None and not self._thread.is_alive() and not self._stop.is_set()
+        return self._failed or died
 
     def load(self) -> list[tuple[float, Kept]]:
         """What was kept, each with the seconds since its last use, oldest first. Blocks.
@@ -119,14 +145,21 @@ class SessionFile:
         except (OSError, sqlite3.Error) as error:
             self._fail(error)
             return []
-        opened = [(max(0.0, self._wall() - used_at), self._seal.open(id, body)) for id, used_at, body in rows]
-        found = [(age_s, kept) for age_s, kept in opened if kept is not None]
+        found, of_other_versions = [], 0
+        for id, used_at, body in rows:
+            try:
+                found.append((max(0.0, self._wall() - used_at), self._seal.open(id, body)))
+            except _OtherVersion:
+                of_other_versions += 1
+            except Exception:  # InvalidTag of a library that is not imported here, and errors of the decoder
+                continue
         _log.info("sessions.restored", file=str(self._path), sessions=len(found))
         if unread := len(rows) - len(found):
             _log.warning(
                 "sessions.unreadable",
                 file=str(self._path),
                 sessions=unread,
+                of_other_versions=of_other_versions,
                 hint="written under another SESSION_STORE_KEY, or by another version; they stay until they expire",
             )
         return found
@@ -155,7 +188,7 @@ class SessionFile:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        lost = len({*self._waiting, *self._writing})
+        lost = len({*self._waiting, *self._writing, *self._left_out})
         if lost:
             _log.error("sessions.lost", file=str(self._path), sessions=lost)
         if self._lock is not None and not self._thread.is_alive():
@@ -165,12 +198,21 @@ class SessionFile:
     # --- the thread
 
     def _run(self) -> None:
-        while not self._stop.wait(_RETRY_S if self.failing else _GATHER_S):
+        try:
+            while not self._stop.wait(_RETRY_S if self._failed else _GATHER_S):
+                self._write()
+            self._sweep_at = 0.0
             self._write()
-        self._sweep_at = 0.0
-        self._write()
-        if self._database is not None:
-            self._database.close()
+        except BaseException as error:  # `_write` lives through every `Exception` of a write
+            _log.error(
+                "sessions.writer_died",
+                file=str(self._path),
+                error=type(error).__name__,
+                hint="conversations go on and are not kept any more; restart the service",
+            )
+        finally:
+            if self._database is not None:
+                self._database.close()
 
     def _write(self) -> None:
         with self._guard:
@@ -193,7 +235,7 @@ class SessionFile:
                     self._forgotten.pop(key, None)
                     if done.set_running_or_notify_cancel():
                         done.set_result(None)
-        except (OSError, sqlite3.Error, YapError) as error:
+        except Exception as error:  # also one that nobody thought of: what waits is tried again
             if self._database is not None:
                 self._database.close()
                 self._database = None
@@ -202,9 +244,9 @@ class SessionFile:
                 self._waiting = {**again, **self._waiting}
             self._fail(error)
         else:
-            if self.failing:
+            if self._failed:
                 _log.info("sessions.saved", file=str(self._path), sessions=len(self._writing))
-            self.failing = False
+            self._failed = False
         self._writing = {}
 
     def _save(self, database: sqlite3.Connection, forgotten: Iterable[SessionKey]) -> None:
@@ -214,14 +256,60 @@ class SessionFile:
         if abs(step) > _CLOCK_STEP_S:  # the clock was set, or the machine slept: nobody's session is older for that
             self._wall_offset += step
             database.execute("UPDATE session SET used_at = used_at + ?", (step,))
-        database.executemany("DELETE FROM session WHERE id = ?", [(self._seal.id(key),) for key in forgotten])
-        rows = (
-            (id := self._seal.id(kept.key), used_at + self._wall_offset, self._seal.close(id, kept))
-            for used_at, kept in self._writing.values()
-        )
-        database.executemany("INSERT OR REPLACE INTO session VALUES (?, ?, ?)", rows)
+        for key in forgotten:
+            database.execute("DELETE FROM session WHERE id = ?", (self._seal.id(key),))
+            self._left_out.pop(key, None)
+        for used_at, kept in self._writing.values():
+            self._save_row(database, used_at, kept)
         self._purge(database)
         database.execute("COMMIT")
+
+    def _save_row(self, database: sqlite3.Connection, used_at: float, kept: Kept) -> None:
+        """Leaves a session out that cannot be a row, so that it holds up nobody else's. Raises what is of the file."""
+        id = self._seal.id(kept.key)
+        try:
+            self._check_ours(database, id)
+            row = (id, used_at + self._wall_offset, self._seal.close(id, kept))
+            database.execute("INSERT OR REPLACE INTO session VALUES (?, ?, ?)", row)
+        except Exception as error:
+            if isinstance(error, (OSError, sqlite3.Error)) and not isinstance(error, _OF_ONE_ROW):
+                raise
+            self._leave_out(kept.key, id, error)
+        else:
+            self._left_out.pop(kept.key, None)
+
+    def _check_ours(self, database: sqlite3.Connection, id: bytes) -> None:
+        """Raises `_OtherVersion` for a row that another version may read and this one would cut short."""
+        if id in self._ours:
+            return
+        found = database.execute("SELECT body FROM session WHERE id = ?", (id,)).fetchone()
+        if found is not None:
+            try:
+                self._seal.open(id, found[0])
+            except _OtherVersion:
+                raise
+            except Exception:  # damaged: nobody will read it
+                pass
+        if len(self._ours) >= 2 * self._max:
+            self._ours.clear()
+        self._ours.add(id)
+
+    def _leave_out(self, key: SessionKey, id: bytes, error: Exception) -> None:
+        """One line for each session, with nothing of what it holds."""
+        if key in self._left_out:
+            return
+        other = isinstance(error, _OtherVersion)
+        _log.warning(
+            "session.left_out",
+            file=str(self._path),
+            key=key[0],
+            row=id.hex()[:16],
+            error="the row is of another version" if other else type(error).__name__,
+            hint="it goes on in memory; a restart finds it as it was last written",
+        )
+        self._left_out[key] = None
+        if len(self._left_out) > self._max:
+            del self._left_out[next(iter(self._left_out))]
 
     def _purge(self, database: sqlite3.Connection) -> None:
         oldest = self._clock() + self._wall_offset - self._ttl_s
@@ -230,15 +318,16 @@ class SessionFile:
         database.execute(f"DELETE FROM session WHERE id IN ({over})", (self._max,))
 
     def _fail(self, error: Exception) -> None:
-        if not self.failing:
+        if not self._failed:
+            known = isinstance(error, (OSError, sqlite3.Error, YapError))
             _log.warning(
                 "sessions.unsaved",
                 file=str(self._path),
-                error=str(error),
+                error=str(error) if known else type(error).__name__,  # the words of others may quote what was said
                 sessions=len(self._waiting),
                 hint="conversations go on; a restart before it can be written again would forget them",
             )
-        self.failing = True
+        self._failed = True
 
     # --- the file
 
@@ -246,6 +335,8 @@ class SessionFile:
         """The database, made where there is none; a damaged one is moved aside."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._path.exists():
+            if not self._path.is_file():  # a FIFO would never open
+                raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is no regular file")
             with self._path.open("rb") as file:
                 if file.read(16).strip(b"\0") not in _HEADERS:
                     raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is no database")
@@ -318,7 +409,8 @@ class _Seal:
             self._cipher, self._id_key = AESGCM(keys[:32]), keys[32:]
 
     def id(self, key: SessionKey) -> bytes:
-        return hmac.digest(self._id_key, "\0".join(key).encode(), "sha256")
+        # Also of a name that is no text: it must not hold up the others' rows.
+        return hmac.digest(self._id_key, "\0".join(key).encode(errors="surrogatepass"), "sha256")
 
     def close(self, id: bytes, kept: Kept) -> bytes:
         body = msgspec.json.encode(kept)
@@ -327,11 +419,14 @@ class _Seal:
         nonce = os.urandom(12)
         return nonce + bytes(self._cipher.encrypt(nonce, body, id))
 
-    def open(self, id: bytes, body: bytes) -> Kept | None:
-        """None for what was written under another secret, or in another form."""
+    def open(self, id: bytes, body: bytes) -> Kept:
+        """Raises `_OtherVersion` for a body in another form, and what the cipher or the decoder raises for one that was
+        written under another secret, or is damaged."""
+        if self._cipher is not None:
+            body = self._cipher.decrypt(body[:12], body[12:], id)
         try:
-            if self._cipher is not None:
-                body = self._cipher.decrypt(body[:12], body[12:], id)
+            if msgspec.json.decode(body, type=_Form).version > _VERSION:
+                raise _OtherVersion
             return msgspec.json.decode(body, type=Kept)
-        except Exception:  # InvalidTag of a library that is not imported here, and errors of the decoder
-            return None
+        except msgspec.ValidationError as error:  # whole JSON, with other fields
+            raise _OtherVersion from error

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import structlog
@@ -21,7 +21,7 @@ from yaptext.dialogue.prompt import ChatPrompts, Limits, fit
 from yaptext.dialogue.reply import reasoning_of
 from yaptext.dialogue.session import Session, SessionStore
 from yaptext.dialogue.toolcall import Decider, NoDecider
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.toolset import ToolSet, ToolSets
 from yaptext.engine.base import WARM, Engine, Engines, Reasoning, Sampling, exhaust
 from yaptext.errors import BadMessage, EngineFailed, NotDeployed, StartError, TextTooLong, UnknownPersona, WireError
 from yaptext.observe.metrics import Metrics
@@ -57,7 +57,10 @@ _REFRESH_S = 30.0
 _REWARM_WITHIN_S, _REWARM_SHARE, _REWARM_PAUSE_S = 600.0, 0.5, 0.02
 """Who spoke that long before a restart may well come back (a cold start takes minutes). The other half of the cache is
 for who comes anew."""
-_WARMED_TRANSCRIPTS = 64
+_ITEM_BYTES, _NAME_CHARS = 64, 64
+_HEARD_CHARS = 65_536
+_WARMED_TRANSCRIPTS, _WARMED_CHARS = 64, 1_000_000
+"""Of each key, until their turn comes."""
 _NEXT_AFTER_S, _STEP_TOKENS = 0.1, 64
 """A turn that follows at once is not to wait for warming; one engine step cannot be interrupted, so each is small."""
 
@@ -82,6 +85,45 @@ class Warm:
     session_id: str | None
 
 
+class WarmedTranscripts:
+    """Transcripts that were warmed, by name of the key and text, until the turn that they were warmed for. Those of one
+    key make no room for those of another."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, dict[str, Warm]] = {}
+
+    def of(self, key_name: str) -> list[str]:
+        """Their texts, oldest first."""
+        return list(self._by_key.get(key_name, ()))
+
+    def keep(self, key_name: str, text: str, warm: Warm) -> None:
+        """The oldest go: of a key in its bounds, and the key's own."""
+        kept = self._by_key.setdefault(key_name, {})
+        kept.pop(text, None)
+        kept[text] = warm
+        while len(kept) > _WARMED_TRANSCRIPTS or (len(kept) > 1 and sum(map(len, kept)) > _WARMED_CHARS):
+            del kept[next(iter(kept))]
+
+    def take(self, key_name: str, text: str) -> Sequence[history.Message]:
+        """Its messages, which are then no longer kept here; none for a text that was not warmed."""
+        kept = self._by_key.get(key_name, {})
+        found = kept.pop(text, None)
+        if not kept:
+            self._by_key.pop(key_name, None)
+        return () if found is None else found.messages
+
+    def forget(self, key_name: str, session_id: str) -> bool:
+        """Drops what a session warmed; whether there was any."""
+        kept = self._by_key.get(key_name, {})
+        of_session = [text for text, warm in kept.items() if warm.session_id == session_id]
+        for text in of_session:
+            del kept[text]
+        return bool(of_session)
+
+
+_Frame = TypeVar("_Frame", bound=PersonaFields)
+
+
 @dataclass(slots=True)
 class Stage:
     settings: Settings
@@ -96,8 +138,15 @@ class Stage:
     """By token, of `CHAT_LOGIT_BIAS`."""
     prompt_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By role: what prompts are made of, for `/status`."""
-    warmed: dict[tuple[str, str], Warm] = field(default_factory=dict)
-    """Transcripts that were warmed, by name of the key and text, until the turn that they were warmed for."""
+    warmed: WarmedTranscripts = field(default_factory=WarmedTranscripts)
+    tool_sets: ToolSets = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tool_sets = ToolSets(self._check_tools)
+
+    async def _check_tools(self, schema: str) -> None:
+        if self.engines.tool is not None:
+            await self.engines.tool.check_schema(schema)
 
     @classmethod
     async def open(
@@ -159,9 +208,9 @@ class Stage:
         return Models(chat=chat.model if chat else None, tool=tool.model if tool else None)
 
     @property
-    def history_chars(self) -> int:
-        """Most characters of a client's transcript that are looked at."""
-        return max(4096, 16 * self.settings.history_max_tokens)
+    def history_bytes(self) -> int:
+        """Most bytes of a client's transcript that are looked at: no script takes more for a token on average."""
+        return max(4096, 8 * self.settings.history_max_tokens)
 
     def reply_tokens(self, given: SamplingFields | None) -> int:
         """Most tokens of a reply that are spoken."""
@@ -173,13 +222,34 @@ class Stage:
         """Most characters of a turn's note."""
         return 4 * self.settings.user_utt_max_tokens
 
-    def merge(self, persona: Persona, fields: PersonaFields) -> Persona:
-        """The persona with a client's fields laid over. Raises `BadMessage`, and `TextTooLong` for a text that is
-        over the limit at any rate of characters a token."""
+    @property
+    def utterance_chars(self) -> int:
+        """Most characters of an utterance that are looked at."""
+        return 16 * self.settings.user_utt_max_tokens
+
+    def bounded(self, frame: _Frame) -> _Frame:
+        """The frame with no more of its texts than is ever looked at: it may wait, and what waits is kept. Raises
+        `BadMessage`, and `TextTooLong` for a text that is over its limit at any rate of characters a token."""
         limit = 16 * self.settings.persona_max_tokens
-        if isinstance(fields.persona_text, str) and len(fields.persona_text) > limit:
-            raise TextTooLong(f"persona_text is {len(fields.persona_text)} characters; limit is {limit}")
-        return persona.merge(fields)
+        if isinstance(frame.persona_text, str) and len(frame.persona_text) > limit:
+            raise TextTooLong(f"persona_text is {len(frame.persona_text)} characters; limit is {limit}")
+        changes: dict[str, Any] = {}
+        if isinstance(frame, Start):
+            if frame.note is not None and len(frame.note) > self.note_chars:
+                raise TextTooLong(f"note is {len(frame.note)} characters; limit is {self.note_chars} - at $.note")
+            if frame.user_utterance is not None:
+                changes["user_utterance"] = frame.user_utterance[: self.utterance_chars]
+            if frame.heard_text is not None:
+                changes["heard_text"] = frame.heard_text[:_HEARD_CHARS]
+        if isinstance(frame, Start | WarmHistory):
+            text, items = frame.history_text, frame.history
+            if isinstance(text, str) and isinstance(items, list):
+                raise BadMessage("history and history_text say two things; send one - at $.history")
+            if isinstance(text, str):
+                changes["history_text"] = history.recent(text, self.history_bytes)
+            if isinstance(items, list):
+                changes["history"] = _latest(items, self.history_bytes)
+        return msgspec.structs.replace(frame, **changes) if changes else frame
 
     def persona(self, session: Session) -> str:
         return session.persona.compose(self.settings.default_persona_style)
@@ -190,23 +260,19 @@ class Stage:
             await self.prompts.check_persona(persona.text)
 
     def told(self, frame: Start | WarmHistory) -> Told | None:
-        """The history of a frame, in whatever form; None if it has none. Raises `BadMessage` for two."""
+        """The history of a bounded frame, in whatever form; None if it has none."""
         text, items = frame.history_text, frame.history
-        has_text, has_items = not isinstance(text, UnsetType) and text is not None, isinstance(items, list)
-        if has_text and has_items:
-            raise BadMessage("history and history_text say two things; send one - at $.history")
         if isinstance(items, list):
-            items = _latest(items, self.history_chars)
             return Told(history.of_items(items), msgspec.json.encode(items).decode())
         if isinstance(text, str):
-            kept = history.recent(text, self.history_chars)
-            return Told(history.parse(kept), kept)
+            messages = history.parse(text)
+            sizes = [max(len(message.text), _ITEM_BYTES) for message in messages]
+            return Told(messages[history.keep_recent(sizes, self.history_bytes) :], text)
         return None if isinstance(text, UnsetType) and isinstance(items, UnsetType) else Told([], "")
 
     def take_warmed(self, key_name: str, told: Told) -> Sequence[history.Message]:
         """The messages of a history that was warmed, with their token ids. They are then no longer kept."""
-        found = self.warmed.pop((key_name, told.text), None)
-        return () if found is None else found.messages
+        return self.warmed.take(key_name, told.text)
 
     def soft_limit(self, given: SamplingFields | None) -> int | None:
         """Tokens after which a reply ends with its sentence."""
@@ -351,7 +417,7 @@ class Stage:
         if self.engines.chat is None or self.prompts is None:
             raise NotDeployed("warming needs the chat model; DEPLOY_MODELS=tool")
         base = last if last is not None and _names_none(message) else (session or Session(("", ""))).persona
-        persona = self.merge(base, message)
+        persona = base.merge(message)
         if isinstance(message, WarmPersona):
             if persona.text is None and persona.style is None and session is None:
                 raise UnknownPersona("warm_persona needs persona_text or persona_style, or a session_id that has one")
@@ -363,9 +429,7 @@ class Stage:
         prefix = await self.prompts.prefix(text, list(told.messages))
         if told.text and told.size <= history.REMEMBERED_CHARS:
             by = message.session_id or (session.session_id if session is not None else None)
-            self.warmed[key_name, told.text] = Warm(told.messages, by)
-            if len(self.warmed) > _WARMED_TRANSCRIPTS:
-                del self.warmed[next(iter(self.warmed))]
+            self.warmed.keep(key_name, told.text, Warm(told.messages, by))
         cached = await self._compute(self.engines.chat, prefix, key_name)
         warmed = Warmed(
             segment="history" if isinstance(message, WarmHistory) else "persona_static",
@@ -424,9 +488,7 @@ class Stage:
         """Erases a session everywhere: its turn ends, and nothing of it is kept in memory or in the session file. All
         of that is under way when this returns; what it returns waits until it is done."""
         session, erased = self.sessions.forget((key_name, session_id))
-        warmed = [key for key, warm in self.warmed.items() if key[0] == key_name and warm.session_id == session_id]
-        for key in warmed:
-            del self.warmed[key]
+        warmed = self.warmed.forget(key_name, session_id)
         current = session.current if session is not None else None
         if session is not None and session.warming is not None:
             session.warming.cancel()
@@ -438,7 +500,7 @@ class Stage:
                 await current.finished.wait()
             if erased is not None:
                 await asyncio.shield(asyncio.wrap_future(erased))
-            return Forgotten(session_id, session is not None or bool(warmed))
+            return Forgotten(session_id, session is not None or warmed)
 
         return done()
 
@@ -486,10 +548,15 @@ def _facts(layout: Layout, reasoning: Reasoning | None) -> dict[str, Any]:
     return facts | ({"reasoning_parser": parser} if parser else {})
 
 
-def _latest(items: list[HistoryItem], max_chars: int) -> list[HistoryItem]:
-    """The end of a long history, in steps, as of one that is a text."""
-    first = history.keep_recent([len(item.content) + 16 for item in items], max_chars)
-    return items[first:]
+def _latest(items: list[HistoryItem], max_bytes: int) -> list[HistoryItem]:
+    """The end of a long history, in steps, as of one that is a text. An item counts as no fewer than 64 bytes."""
+    if len(items) * _ITEM_BYTES > 2 * max_bytes:
+        items = items[-(max_bytes // _ITEM_BYTES) :]
+    sizes = [max(len(item.content.encode(errors="replace")), _ITEM_BYTES) + len(item.name or "") for item in items]
+    if items and sizes[-1] > max_bytes:
+        last = items[-1]
+        return [HistoryItem(last.role, last.content[-max_bytes // 4 :], (last.name or "")[:_NAME_CHARS] or None)]
+    return items[history.keep_recent(sizes, max_bytes) :]
 
 
 def _names_none(message: PersonaFields) -> bool:

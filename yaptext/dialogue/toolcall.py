@@ -66,7 +66,9 @@ class Decider:
         prompt = await self._prompts.turn(self.tools, [], "Hello!")
         for size in batches:
             asked = (self._ask(_Answer(self.tools), self.tools, prompt, self.tools.schema) for _ in range(size))
-            await asyncio.gather(*asked)
+            for answer in await asyncio.gather(*asked, return_exceptions=True):
+                if isinstance(answer, BaseException) and not isinstance(answer, ValueError):
+                    raise answer  # not for what the model said: nobody asked for it
         self._begun = self._engine.load().begun
 
     async def prefix(self, tools: ToolSet, messages: Sequence[Message]) -> list[int]:

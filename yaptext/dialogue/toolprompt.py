@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -95,10 +96,17 @@ class Head:
 
     @classmethod
     async def learn(cls, codec: Codec, tools: ToolSet) -> Head:
-        described = [{"type": "function", "function": disguised(codec, tool)} for tool in tools.tools]
+        described = []
+        for tool in tools.tools:
+            described.append({"type": "function", "function": disguised(codec, tool)})
+            await asyncio.sleep(0)  # many tools take milliseconds, here and below
         native = cls(await Layout.plain(codec, "tool"), labels=False)
         samples = [native.talk(messages, "Hi!") for messages in _samples()]
-        if all(_describes(codec, described, talk) for talk in samples):
+        shown = True
+        for talk in samples:
+            await asyncio.sleep(0)
+            shown = shown and _describes(codec, described, talk)
+        if shown:
             layout = await Layout.learn(codec, "tool", samples, described)
             if layout is not None:
                 return cls(layout, labels=False)

@@ -1,4 +1,9 @@
-"""Which JSON schemas the arguments of a tool may have: those that the engine can turn into a grammar, and soon."""
+"""Which JSON schemas the arguments of a tool may have: those that the engine can turn into a grammar, and soon.
+
+The grammar is made of a list of words, and within bounds; all other words of a schema are told to the model, and a call
+is checked by them. Compiling is what is dear: with a vocabulary of 49,000, a `maxLength` of 100 takes 1.1 s, one of 16
+takes 0.12, `minProperties` 1 among 100 properties 2.4, 64 ranges of numbers 0.13, 128 properties 0.04.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,14 @@ _NOT_COMPILED = {
     "uniqueItems", "multipleOf", "contains", "minContains", "maxContains", "propertyNames", "$dynamicRef", "$anchor",
 }  # fmt: skip
 """xgrammar 0.2.8, and vLLM 0.32 in front of it."""
+_IN_GRAMMAR = {
+    "type", "enum", "const", "required", "minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum",
+    "exclusiveMaximum", "$ref",
+}  # fmt: skip
+_MAX_COUNTED_PROPERTIES = 24
+"""Of an object whose `minProperties` or `maxProperties` the grammar holds to."""
+MAX_RANGES = 64
+_RANGES = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _ONE_SCHEMA = {"items", "additionalProperties", "not", "if", "then", "else"}
 _NAMED_SCHEMAS = {"properties", "$defs", "definitions", "dependentSchemas"}
 _LISTED_SCHEMAS = {"anyOf", "oneOf", "allOf", "prefixItems"}
@@ -23,14 +36,15 @@ _REFERENCE = re.compile(r"#(/(\$defs|definitions|properties)/[^/]+|/items)*")
 """A `$ref` to what is looked at here. Any other the grammar's library quotes on stderr."""
 
 
-def check_schema(schema: Any, name: str, where: str) -> None:
-    """Raises `BadMessage`, which names the tool, the word and the place, for what is no JSON schema, for what no
-    grammar can be made of, and for what costs the engine seconds: patterns, and schemas that are deep or many."""
+def check_schema(schema: Any, name: str, where: str) -> int:
+    """How many schemas there are in it. Raises `BadMessage`, which names the tool, the word and the place, for what is
+    no JSON schema, for what no grammar can be made of, and for what costs the engine seconds: patterns, and schemas or
+    ranges of numbers that are deep or many."""
 
     def refuse(problem: str) -> BadMessage:
         return BadMessage(f"tool {name!r}: {problem} - at {where}")
 
-    waiting, count = [(schema, 0)], 0
+    waiting, count, ranges = [(schema, 0)], 0, 0
     while waiting:
         count += 1
         if count > MAX_SCHEMAS:
@@ -47,6 +61,9 @@ def check_schema(schema: Any, name: str, where: str) -> None:
                 raise refuse(f"{word!r} is not possible in a tool's schema")
         if (problem := _problem(part, schema)) is not None:
             raise refuse(problem)
+        ranges += not _RANGES.isdisjoint(part)
+        if ranges > MAX_RANGES:
+            raise refuse(f"more than {MAX_RANGES} ranges of numbers in one tool")
         inner: list[Any] = [part[word] for word in _ONE_SCHEMA & part.keys()]
         for word in _NAMED_SCHEMAS & part.keys():
             if not isinstance(part[word], dict):
@@ -61,6 +78,29 @@ def check_schema(schema: Any, name: str, where: str) -> None:
                 raise refuse("'allOf' of more than one schema is not possible: write them as one")
             inner += part[word]
         waiting += [(item, depth + 1) for item in inner]
+    return count
+
+
+def for_grammar(schema: Any, root: str = "#") -> Any:
+    """What the grammar is made of; `$ref`s point below `root`, where the schema will stand."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {word: value for word, value in schema.items() if word in _IN_GRAMMAR}
+    if "$ref" in kept:
+        kept["$ref"] = root + kept["$ref"][1:]
+    for word in ("properties", "$defs", "definitions"):
+        if word in schema:
+            kept[word] = {name: for_grammar(part, root) for name, part in schema[word].items()}
+    for word in ("items", "additionalProperties"):
+        if word in schema:
+            kept[word] = for_grammar(schema[word], root)
+    for word in _LISTED_SCHEMAS & schema.keys():
+        kept[word] = [for_grammar(part, root) for part in schema[word]]
+    if schema.get("minLength"):
+        kept["minLength"] = 1
+    if len(schema.get("properties", ())) <= _MAX_COUNTED_PROPERTIES:
+        kept |= {word: schema[word] for word in ("minProperties", "maxProperties") if word in schema}
+    return kept
 
 
 def _problem(part: dict[str, Any], root: dict[str, Any]) -> str | None:

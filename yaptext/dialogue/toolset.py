@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 from jsonschema import Draft202012Validator
 
-from yaptext.dialogue.toolschema import check_schema
+from yaptext.dialogue.toolschema import check_schema, for_grammar
 from yaptext.errors import BadMessage, SettingsError, YapError
+from yaptext.settings import read_file
 from yaptext.wire.messages import Call
 
 MAX_TOOLS = 64
 MAX_CALLS = 4
 MAX_TOOLS_BYTES = 32_768
+_MOST_FILE_BYTES = 1_048_576
+"""Of TOOLS_FILE, with the white space of people."""
+MAX_SCHEMAS_IN_ALL = 1024
+MAX_EXAMPLES = 64
+_LATEST_SETS = 64
+_BYTES_A_BYTE = 24
+"""What a tool set takes in memory for each byte of its JSON, at worst (of `{}`s)."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _calls_decoder = msgspec.json.Decoder(list[Call])
@@ -34,12 +45,27 @@ class ToolSet:
     """A validated list of tools, with the JSON schema of the decisions it allows: `schema`, or `call_schema` where no
     is not among them."""
 
-    __slots__ = ("_validators", "awaited", "call_schema", "examples", "given", "key", "names", "schema", "tools")
+    __slots__ = (
+        "__weakref__", "_validators", "awaited", "bytes", "call_schema", "examples", "given", "key", "names", "schema",
+        "tools",
+    )  # fmt: skip
 
     def __init__(self, tools: Sequence[dict[str, Any]]) -> None:
         """Takes `{"name", "description", "parameters", "examples"}` or the same under `"function"`; all but the
         name may be absent. `"await"` says that its calls are to be answered. Raises `BadMessage`, which names the
         tool and the field."""
+        for _ in self._fill(tools):
+            pass
+
+    @classmethod
+    async def made(cls, tools: Sequence[dict[str, Any]]) -> ToolSet:
+        """The same in small steps, so that a long list does not hold up the event loop."""
+        made = cls.__new__(cls)
+        for _ in made._fill(tools):
+            await asyncio.sleep(0)
+        return made
+
+    def _fill(self, tools: Sequence[dict[str, Any]]) -> Iterator[None]:
         if len(tools) > MAX_TOOLS:
             raise BadMessage(f"{len(tools)} tools; limit is {MAX_TOOLS} - at $.tools")
         try:
@@ -47,17 +73,36 @@ class ToolSet:
             if size > MAX_TOOLS_BYTES:
                 raise BadMessage(f"tools are {size} bytes of JSON; limit is {MAX_TOOLS_BYTES} - at $.tools")
             self.given = tools
-            self.tools = [_plain(tool, index) for index, tool in enumerate(tools)]
+            self.bytes = _BYTES_A_BYTE * size
+            self.tools: list[dict[str, Any]] = []
+            calls: list[dict[str, Any]] = []
+            definitions: dict[str, Any] = {}
+            self.examples: list[tuple[str, list[Call]]] = []
+            self.awaited: set[str] = set()
+            schemas = 0
+            for index, given in enumerate(tools):
+                tool, count = _plain(given, index)
+                name = tool["name"]
+                schemas += count
+                if schemas > MAX_SCHEMAS_IN_ALL:
+                    raise BadMessage(f"more than {MAX_SCHEMAS_IN_ALL} schemas in all tools - at $.tools")
+                self.tools.append(tool)
+                if _awaits(given, index):
+                    self.awaited.add(name)
+                self.examples += [
+                    (example.message, [Call(name, example.arguments)]) for example in _examples(given, index)
+                ]
+                if len(self.examples) > MAX_EXAMPLES:
+                    raise BadMessage(f"more than {MAX_EXAMPLES} examples in all tools - at $.tools")
+                call, definition = _call_schema(tool, index)
+                calls.append(call)
+                definitions |= definition
+                yield
             self.names = [tool["name"] for tool in self.tools]
-            self.awaited = {self.names[index] for index, tool in enumerate(tools) if _awaits(tool, index)}
             self._validators: dict[str, Draft202012Validator] = {}
-            self.examples = [
-                (example.message, [Call(name, example.arguments)])
-                for index, (name, tool) in enumerate(zip(self.names, tools, strict=True))
-                for example in _examples(tool, index)
-            ]
             self.key = msgspec.json.encode([self.tools, self.examples])
-            answer = _answer_schema(self.tools)
+            yield
+            answer = _answer_schema(calls, definitions)
             self.schema = msgspec.json.encode(answer).decode()
             self.call_schema = msgspec.json.encode(answer | {"minItems": min(1, answer["maxItems"])}).decode()
         except RecursionError:
@@ -72,7 +117,7 @@ class ToolSet:
             if path is None:
                 text = (resources.files("yaptext.dialogue") / "tools.json").read_bytes()
             else:
-                text = path.read_bytes()
+                text = read_file(path, _MOST_FILE_BYTES)
             return cls(msgspec.json.decode(text, type=list[dict[str, Any]]))
         except (OSError, msgspec.DecodeError, YapError) as error:
             raise SettingsError(f"TOOLS_FILE={str(path)!r} is not a list of tools: {error}") from None
@@ -98,7 +143,8 @@ class ToolSet:
         return self._validators[name]
 
 
-def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
+def _plain(tool: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:
+    """The tool in one form, and how many schemas it has."""
     tool = tool.get("function", tool)
     where = f"$.tools[{index}]"
     if not isinstance(tool, dict):
@@ -111,8 +157,8 @@ def _plain(tool: dict[str, Any], index: int) -> dict[str, Any]:
         raise BadMessage(f"Expected str - at {where}.description")
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise BadMessage(f"parameters must be a JSON schema of type object - at {where}.parameters")
-    check_schema(parameters, name, f"{where}.parameters")
-    return {"name": name, "description": description, "parameters": parameters}
+    schemas = check_schema(parameters, name, f"{where}.parameters")
+    return {"name": name, "description": description, "parameters": parameters}, schemas
 
 
 def _awaits(tool: dict[str, Any], index: int) -> bool:
@@ -130,35 +176,55 @@ def _examples(tool: dict[str, Any], index: int) -> list[Example]:
         raise BadMessage(f"{error} - of $.tools[{index}].examples".replace("`", "")) from None
 
 
-def _answer_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
-    if not tools:
+def _call_schema(tool: dict[str, Any], number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of one call, and definitions that it points to."""
+    parameters, definitions = tool["parameters"], {}
+    if b'"$ref"' in msgspec.json.encode(parameters):
+        place = f"#/$defs/tool{number}"
+        definitions[f"tool{number}"] = for_grammar(parameters, place)
+        arguments: Any = {"$ref": place}
+    else:
+        arguments = for_grammar(parameters)
+    call = {
+        "type": "object",
+        "properties": {"name": {"const": tool["name"]}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+    return call, definitions
+
+
+def _answer_schema(calls: list[dict[str, Any]], definitions: dict[str, Any]) -> dict[str, Any]:
+    if not calls:
         return {"type": "array", "maxItems": 0}
-    calls, definitions = [], {}
-    for number, tool in enumerate(tools):
-        arguments = tool["parameters"]
-        if b'"$ref"' in msgspec.json.encode(arguments):
-            definitions[f"tool{number}"] = _rooted(arguments, f"#/$defs/tool{number}")
-            arguments = {"$ref": f"#/$defs/tool{number}"}
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool["name"]}, "arguments": arguments},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
     schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 0, "maxItems": MAX_CALLS}
     return schema | {"$defs": definitions} if definitions else schema
 
 
-def _rooted(schema: Any, root: str) -> Any:
-    """A schema whose own references (`#`, `#/$defs/...`) point below `root`, where it will stand."""
-    if isinstance(schema, list):
-        return [_rooted(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    rooted = {name: _rooted(value, root) for name, value in schema.items()}
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        rooted["$ref"] = root + reference[1:]
-    return rooted
+class ToolSets:
+    """The tool sets that clients bring, each checked once and shared by all who bring the same."""
+
+    def __init__(self, check: Callable[[str], Awaitable[None]]) -> None:
+        """`check` is the engine's: it raises `BadMessage` for a schema that takes too long to compile."""
+        self._check = check
+        self._sets: WeakValueDictionary[bytes, ToolSet] = WeakValueDictionary()
+        self._latest: OrderedDict[bytes, ToolSet] = OrderedDict()
+
+    def known(self, tools: list[dict[str, Any]]) -> ToolSet | None:
+        """The set of such a list, if it was made before."""
+        written = msgspec.json.encode(tools)
+        found = self._sets.get(written)
+        if found is not None:
+            self._latest[written] = found
+            self._latest.move_to_end(written)
+            if len(self._latest) > _LATEST_SETS:
+                self._latest.popitem(last=False)
+        return found
+
+    async def make(self, tools: list[dict[str, Any]]) -> None:
+        """From now on the list is known. Raises `BadMessage`."""
+        made = await ToolSet.made(tools)
+        if made.names:
+            await self._check(made.schema)
+        written = msgspec.json.encode(tools)
+        self._sets[written] = self._latest[written] = made

@@ -108,10 +108,10 @@ class Turn:
                 self._rounds = [*session.asked.done, returned]
             self._utterance = session.asked.utterance if session.asked is not None else None
         else:
-            persona = stage.merge(session.persona, start)
+            persona = session.persona.merge(start)
             tools = session.tools
             if not isinstance(start.tools, UnsetType):
-                tools = None if start.tools is None else ToolSet(start.tools)
+                tools = None if start.tools is None else stage.tool_sets.known(start.tools) or ToolSet(start.tools)
             session.tools = tools
             self._utterance = start.user_utterance
         session.asked = None
@@ -484,7 +484,9 @@ class Turn:
         return "cancelled"
 
     def _add_turn(self, reply: str, *, spoken: Spoken | None = None) -> None:
-        self._session.transcript.add_turn(self._utterance, reply, sent=self._sent, results=self._results, spoken=spoken)
+        transcript = self._session.transcript
+        transcript.add_turn(self._utterance, reply, sent=self._sent, results=self._results, spoken=spoken)
+        transcript.bound(self._stage.history_bytes)
 
     def _send_done(self, **fields: Any) -> None:
         self._timings.total_ms = self._since_received()

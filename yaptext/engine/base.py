@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -104,6 +105,10 @@ class Load:
     prefill_tokens_per_s: float = 0.0
 
 
+whose: ContextVar[str] = ContextVar("whose", default="")
+"""The name of the key that work is done for: no key's work takes all threads."""
+
+
 class Codec(Protocol):
     """The text side of one model: its tokenizer and its chat template."""
 
@@ -192,6 +197,10 @@ class Engine(Codec, Protocol):
     ) -> AsyncGenerator[Delta, None]: ...
 
     def load(self) -> Load: ...
+
+    async def check_schema(self, schema: str) -> None:
+        """Raises `BadMessage` for a JSON schema of decisions that takes this engine too long to compile."""
+        ...
 
     def check_reasoning(self, reasoning: Reasoning) -> None:
         """Raises `StartError` where this engine cannot tell such thinking from speech."""

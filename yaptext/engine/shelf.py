@@ -11,11 +11,13 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "awq_metadata.json"
 """What was made of what and how, the verification, and every other file with its size and sha256."""
+_RESULTS = "[0-9]*"
 _PIECES, _PIECE_BYTES = 64, 4096
 
 
@@ -47,7 +49,7 @@ def finished(state: Path, source: str) -> Finished | None:
     """The newest whole result for `source`, or None. A file that is missing or has another size than its manifest
     says makes a result count as none, as do other weights in the folder that it was made of."""
     now = content(Path(source)) if is_folder(source) else None
-    for folder in sorted(row(state, source).glob("[0-9]*"), reverse=True):
+    for folder in sorted(row(state, source).glob(_RESULTS), reverse=True):
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
@@ -58,6 +60,14 @@ def finished(state: Path, source: str) -> Finished | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not ours, or damaged: the next older one may be whole
     return None
+
+
+def next_result(row: Path) -> Path:
+    """Where a result goes that is to be the newest of its row: by the time, and behind the newest there is even where
+    somebody set the clock back in between."""
+    name = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    newest = max((folder.name for folder in row.glob(_RESULTS)), default="")
+    return row / (name if name > newest else f"{newest}.1")
 
 
 def content(folder: Path) -> str | None:

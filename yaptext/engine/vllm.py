@@ -16,6 +16,7 @@ import structlog
 from yaptext.engine import cpu_awq, demo, fault, opening, weights
 from yaptext.engine.base import CHAT, Delta, Engines, Load, Reasoning, Role, Sampling
 from yaptext.engine.codec import HubCodec
+from yaptext.engine.grammar import GrammarCheck
 from yaptext.engine.prefill import Prefill
 from yaptext.engine.template import template_file
 from yaptext.errors import EngineDead, EngineFailed, StartError
@@ -44,6 +45,7 @@ class VllmEngine(HubCodec):
         self.weights: str = kind
         self._running = self._begun = 0
         self._prefill = Prefill()
+        self._grammars = GrammarCheck(llm.model_config.tokenizer, llm.model_config.get_vocab_size())
 
     @classmethod
     def open(
@@ -76,22 +78,21 @@ class VllmEngine(HubCodec):
     async def stream(
         self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
     ) -> AsyncGenerator[Delta, None]:
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         from yaptext.engine.request import alternatives_of, params_of, prompt_of
 
         thoughts = None
-        if sampling.reasoning is not None:
-            from yaptext.engine.reasoning import Thoughts
-
-            thoughts = Thoughts(sampling.reasoning, self._llm.get_tokenizer(), prompt)
         finished, waits = False, True
         self._prefill.begin(len(prompt))
         self._running += 1
         self._begun += 1
         request_id = f"{priority}-{self._begun}"
         try:
+            if sampling.reasoning is not None:
+                from yaptext.engine.reasoning import Thoughts
+
+                thoughts = Thoughts(sampling.reasoning, self._llm.get_tokenizer(), prompt)
             outputs = self._llm.generate(
                 prompt_of(prompt, sampling),
                 params_of(sampling),
@@ -121,12 +122,13 @@ class VllmEngine(HubCodec):
         except EngineDeadError as error:
             finished = True
             raise EngineDead("The engine died.") from error
-        except VLLMClientError as error:
-            finished = True
+        except Exception as error:  # vLLM's own by many names, plain ones of its checks and parsers: none ends a socket
+            finished = _is(error, "VLLMClientError")
+            if not _is(error, "VLLMError"):
+                _log.exception("engine.request_crashed", model=self.model)
             # Without its words: they quote the request.
-            raise EngineFailed(f"The engine refused the request ({getattr(error, 'parameter', None)}).") from error
-        except EngineGenerateError as error:
-            raise EngineFailed("The engine failed on this request.") from error
+            why = f"refused the request ({getattr(error, 'parameter', None)})" if finished else "failed on this request"
+            raise EngineFailed(f"The engine {why}.") from error
         finally:
             self._running -= 1
             if waits:
@@ -151,16 +153,27 @@ class VllmEngine(HubCodec):
 
         check(reasoning, self._llm.get_tokenizer())
 
+    async def check_schema(self, schema: str) -> None:
+        await self._grammars.check(schema)
+
     async def check(self) -> None:
         if self._llm.errored:
             raise EngineDead("The engine died.")
 
     async def aclose(self, *, at_once: bool = False) -> None:
+        await self._grammars.aclose()
         await asyncio.to_thread(self.close, 0 if at_once else 5)  # it waits for its process
 
     def close(self, within_s: float = 5) -> None:
         self._llm.shutdown(timeout=within_s)
         self._llm.shutdown = lambda timeout=None: None  # __del__ calls it again, when the interpreter is half gone
+
+
+def _is(error: Exception, name: str) -> bool:
+    """Whether it is of that class of vLLM's, in a version that has it."""
+    from vllm import exceptions
+
+    return isinstance(error, getattr(exceptions, name, ()))
 
 
 def _end_ids(config: Any) -> list[int]:

@@ -24,6 +24,7 @@ class Metrics:
         self.tokens = self._counter("yaptext_tokens", "Tokens by kind.", "kind")
         self.connections = self._gauge("yaptext_connections", "Open WebSockets.")
         self.sessions = self._gauge("yaptext_sessions", "Sessions remembered.")
+        self.session_bytes = self._gauge("yaptext_session_bytes", "Memory that sessions take, estimated.")
         self.session_file_failing = self._gauge(
             "yaptext_session_file_failing", "1 while the session file cannot be written."
         )

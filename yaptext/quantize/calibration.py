@@ -27,7 +27,7 @@ from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec, Role
 from yaptext.engine.weights import hub_token
 from yaptext.errors import QuantizeError, YapError
-from yaptext.settings import Settings
+from yaptext.settings import Settings, read_file
 from yaptext.wire.messages import Call, Identity, gender
 
 HELD_OUT_BLOCKS = 4
@@ -41,6 +41,8 @@ _TEXT_CHARS = 2000
 _PIECES = re.compile(rf".{{1,{_TEXT_CHARS}}}(?:\s|$)|.{{{_TEXT_CHARS}}}", re.DOTALL)
 """A long paragraph in pieces, cut behind its words where it has some."""
 _HUB_ROWS = 4096
+_FILE_BYTES = 256 * 2**20
+"""Most of one file: all of it is read at once, and a few MB are what a job takes samples from."""
 
 
 @dataclass(slots=True)
@@ -121,13 +123,15 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
             path = Path(source)
             if not path.exists():
                 raise QuantizeError(f"AWQ_CALIBRATION={source} is no file or folder, nor `builtin` or `hub:NAME`")
+            if not (path.is_dir() or path.is_file()):
+                raise QuantizeError(f"AWQ_CALIBRATION={source} is not allowed: it is no regular file and no folder")
             inside = sorted(path.rglob("*")) if path.is_dir() else []
             found = {str(file.relative_to(path)): file for file in inside} or {path.name: path}
         files = {name: file for name, file in found.items() if name.endswith((".txt", ".jsonl")) and file.is_file()}
         if not files:
             raise QuantizeError(f"AWQ_CALIBRATION={source} holds no .txt or .jsonl file")
         for name, file in files.items():
-            yield name, file.read_bytes()
+            yield name, read_file(file, _FILE_BYTES) if isinstance(file, Path) else file.read_bytes()
     except OSError as error:
         raise QuantizeError(f"AWQ_CALIBRATION={source} cannot be read: {error}") from None
 

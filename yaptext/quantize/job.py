@@ -212,14 +212,13 @@ def _leftovers(settings: Settings, tasks: list[Task]) -> list[Path]:
 def _make(settings: Settings, task: Task, options: Options, check_signals: Callable[[], None]) -> None:
     """Quantizes one model and puts the result on the shelf. Raises `QuantizeError`; nothing half-made is left."""
     row = shelf.row(settings.state, task.source)
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    partial = row / f".partial-{stamp}"
+    partial = row / f".partial-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     try:
         partial.mkdir(parents=True)
         _fill(settings, task, options, partial, check_signals)
         for file in [*partial.iterdir(), partial]:
             _sync(file)
-        partial.rename(row / stamp)
+        result = partial.rename(shelf.next_result(row))
         _sync(row)
         _sync(row.parent)
     except YapError:
@@ -232,7 +231,7 @@ def _make(settings: Settings, task: Task, options: Options, check_signals: Calla
         raise QuantizeError(f"{task.name} could not be quantized: {detail}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _log.info("quantize.kept", model=task.name, folder=str(row / stamp))
+    _log.info("quantize.kept", model=task.name, folder=str(result))
 
 
 def _fill(settings: Settings, task: Task, options: Options, partial: Path, check_signals: Callable[[], None]) -> None:

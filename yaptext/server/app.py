@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
+import ipaddress
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import structlog
@@ -30,6 +33,7 @@ from yaptext.errors import (
     AuthenticationFailed,
     EngineDead,
     GoingAway,
+    HostNotAllowed,
     RateLimited,
     ServerAtCapacity,
     SettingsError,
@@ -40,17 +44,35 @@ from yaptext.keyfile import Limits
 from yaptext.observe.metrics import CONTENT_TYPE
 from yaptext.server.admission import Admission
 from yaptext.server.connection import Connection
-from yaptext.server.keys import Keys
+from yaptext.server.keys import Account, Keys
 from yaptext.server.lifecycle import Lifecycle, going_away
 from yaptext.server.lobby import Lobby, fitting
+from yaptext.server.throttle import Sparing
 from yaptext.server.tickets import TTL_S
-from yaptext.settings import LOOPBACK, Settings
+from yaptext.settings import DEFAULT_API_KEY, LOOPBACK, Settings
 from yaptext.wire import asyncapi
 from yaptext.wire.messages import encode, error_frame
 
 _log = structlog.get_logger(__name__)
 OpenEngines = Callable[[Settings], Engines]
 _OF_PROXIES = ("forwarded", "x-forwarded-for", "via")
+_LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
+_MAX_HOST = 300
+"""Characters of a `Host` that are looked at: a name has 253."""
+_MOST_TAGS = 16
+"""Of one If-None-Match."""
+
+
+class Document(NamedTuple):
+    """JSON that stays the same as long as the service runs, and its name for caches."""
+
+    content: bytes
+    etag: str
+
+    @classmethod
+    def of(cls, content: Any) -> Document:
+        encoded = msgspec.json.encode(content)
+        return cls(encoded, f'"{hashlib.sha256(encoded).hexdigest()[:32]}"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +85,8 @@ class Service:
     lobby: Lobby
     keys: Keys
     lifecycle: Lifecycle
+    refusals: Sparing
+    described: Document
     started_at: float
 
     async def alive(self) -> bool:
@@ -77,6 +101,7 @@ class Service:
         metrics = self.stage.metrics
         metrics.connections.set(len(self.admission.connections))
         metrics.sessions.set(len(self.stage.sessions))
+        metrics.session_bytes.set(self.stage.sessions.held.bytes)
         metrics.session_file_failing.set(self.stage.sessions.file_failing)
         metrics.tasks.set(len(asyncio.all_tasks()))
         metrics.connections_max.set(self.admission.fitting)
@@ -98,7 +123,7 @@ def create_app(
     settings: Settings, *, open_engines: OpenEngines = open_vllm, lifecycle: Lifecycle | None = None
 ) -> Starlette:
     """The service as an ASGI app. `open_engines` is the seam where tests and benches replace vLLM."""
-    lifecycle = lifecycle or Lifecycle()
+    lifecycle, described = lifecycle or Lifecycle(), Document.of(asyncapi.document())
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
@@ -131,13 +156,16 @@ def create_app(
             rewarming = lifecycle.while_ready(stage.rewarm(most))
             watching = lifecycle.watching(engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming)
             async with watching, keys.reloading(on_hangup=settings.reloads, also=lambda: _reload_personas(settings)):
-                yield {"service": Service(settings, stage, admission, lobby, keys, lifecycle, time.monotonic())}
+                refusals = Sparing(_log.info)
+                since = time.monotonic()
+                service = Service(settings, stage, admission, lobby, keys, lifecycle, refusals, described, since)
+                yield {"service": service}
         finally:
             at_once = lifecycle.phase == "dead"
             closing = [engine.aclose(at_once=at_once) for engine in engines.distinct.values()]
             await asyncio.gather(asyncio.to_thread(sessions.close), *closing)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/healthz", healthz),
             Route("/livez", healthz),
@@ -148,9 +176,15 @@ def create_app(
             Route("/ticket", ticket, methods=["POST"]),
             WebSocketRoute("/ws", converse),
         ],
-        exception_handlers={AuthenticationFailed: _turned_away, RateLimited: _turned_away},
+        exception_handlers={
+            AuthenticationFailed: _turned_away,
+            RateLimited: _turned_away,
+            HostNotAllowed: _wrong_host,
+        },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # it would send a key that is in the address to wherever `Host` says
+    return app
 
 
 def _reload_personas(settings: Settings) -> None:
@@ -188,12 +222,14 @@ async def _warm_up(stage: Stage) -> None:
 
 async def healthz(request: Request) -> Response:
     """200 while the engines live."""
+    _check_host(request)
     alive = await request.state.service.alive()
     return _json({"status": "ok" if alive else "engine_dead"}, 200 if alive else 503)
 
 
 async def readyz(request: Request) -> Response:
     """200 while new conversations are welcome: engines live and no drain has begun."""
+    _check_host(request)
     service: Service = request.state.service
     phase = service.lifecycle.phase if await service.alive() else "dead"
     return _json({"status": phase}, 200 if phase == "ready" else 503)
@@ -201,7 +237,7 @@ async def readyz(request: Request) -> Response:
 
 async def status(request: Request) -> Response:
     service: Service = request.state.service
-    service.keys.identify(request)
+    _identify(request)
     engines, phase = service.stage.engines, service.lifecycle.phase
     loads = {role: (engine, engine.load()) for role, engine in engines.distinct.items()}
     return _json(
@@ -218,6 +254,8 @@ async def status(request: Request) -> Response:
             "connections": msgspec.to_builtins(service.admission.capacity),
             "session_tokens": round(service.stage.metrics.session_tokens),
             "sessions": len(service.stage.sessions),
+            "session_bytes": service.stage.sessions.held.bytes,
+            "session_bytes_max": service.stage.sessions.bounds.bytes,
             "session_file_failing": service.stage.sessions.file_failing,
             "models": msgspec.to_builtins(service.stage.models),
             "personas": list(persona.styles()),
@@ -240,21 +278,30 @@ async def status(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Prometheus text; without a key only for callers on this host."""
+    """Prometheus text; without a key only for callers on this host, of which a proxy that calls for others is none."""
     service: Service = request.state.service
-    if request.client is None or request.client.host not in LOOPBACK:
-        service.keys.identify(request)
+    local = request.client is not None and request.client.host in LOOPBACK
+    if not local or any(name in request.headers for name in _OF_PROXIES):
+        _identify(request)
+    else:
+        _check_host(request)
     return Response(service.stage.metrics.exposition(service.refresh_gauges), media_type=CONTENT_TYPE)
 
 
-async def describe(_: Request) -> Response:
-    return _json(asyncapi.document())
+async def describe(request: Request) -> Response:
+    _check_host(request)
+    document: Document = request.state.service.described
+    headers = {"ETag": document.etag, "Cache-Control": "no-cache"}
+    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",", _MOST_TAGS)}
+    if known & {document.etag, "*"}:
+        return Response(None, 304, headers)
+    return Response(document.content, 200, headers, media_type="application/json")
 
 
 async def ticket(request: Request) -> Response:
     """What opens `/ws` once in the place of the caller's key, which comes in a header: addresses get logged."""
     service: Service = request.state.service
-    account = service.keys.identify(request, in_query=False)
+    account = _identify(request, in_query=False)
     return _json({"ticket": service.keys.ticket(account), "expires_in_s": TTL_S}, headers={"Cache-Control": "no-store"})
 
 
@@ -262,7 +309,7 @@ async def converse(websocket: WebSocket) -> None:
     """`/ws`: key, slot, conversation. A refused client is told why in a frame, then closed."""
     service: Service = websocket.state.service
     try:
-        _check_origin(websocket, service.settings.origins)
+        _check_origin(websocket, service.settings)
         account = service.keys.identify(websocket)
         if service.lifecycle.phase == "draining":
             raise going_away()
@@ -277,7 +324,7 @@ async def converse(websocket: WebSocket) -> None:
 
 async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) -> None:
     service.stage.metrics.errors.labels(refusal.code).inc()
-    _log.info("connection.refused", error_code=refusal.code)
+    service.refusals.tell("connection.refused", error_code=refusal.code)
     capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else UNSET
     frame = encode(error_frame(refusal, capacity=capacity))
     try:
@@ -294,11 +341,62 @@ async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) ->
         pass  # it left before it was told
 
 
-def _check_origin(websocket: WebSocket, allowed: frozenset[str] | None) -> None:
-    """Raises `AuthenticationFailed` for a page of an origin that is not allowed. Only browsers send one."""
-    origin = websocket.headers.get("origin")
-    if allowed is not None and origin is not None and origin.lower() not in allowed:
-        raise AuthenticationFailed(f"Origin {origin[:100]!r} is not allowed: it is not one of ALLOWED_ORIGINS.")
+def _check_origin(websocket: WebSocket, settings: Settings) -> None:
+    """Raises `AuthenticationFailed` for a page of an origin that is not allowed. Only browsers send one.
+
+    Every page knows the default key, so with it those of this machine alone connect, unless the operator names some."""
+    origin, allowed = websocket.headers.get("origin"), settings.origins
+    if origin is None:
+        return
+    if allowed is not None:
+        fits, rule = origin.lower() in allowed, "it is not one of ALLOWED_ORIGINS."
+    else:
+        fits = settings.own_key != DEFAULT_API_KEY or _LOCAL_ORIGIN.fullmatch(origin.lower()) is not None
+        rule = "with the default API key only pages of this machine connect. Set YAP_TEXT_API_KEY or ALLOWED_ORIGINS."
+    if not fits:
+        raise AuthenticationFailed(f"Origin {origin[:100]!r} is not allowed: {rule}")
+
+
+def _check_host(request: Request) -> None:
+    """Raises `HostNotAllowed` if this machine alone reaches the service, and the request has the name of another.
+
+    So a browser asks for a page whose site has changed its address to this machine's (DNS rebinding): it takes the
+    answer for the site's own. An address can be no such name."""
+    service: Service = request.state.service
+    host = request.headers.get("host", "")[:_MAX_HOST]
+    if service.lifecycle.on_loopback and not _is_local(host):
+        name = _name_of(host)
+        if name not in service.settings.hosts and name != service.settings.host.lower():
+            raise HostNotAllowed(f"Host {host[:100]!r} is not allowed: it is not one of ALLOWED_HOSTS.")
+
+
+def _is_local(host: str) -> bool:
+    name = _name_of(host)
+    if not name or name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _name_of(host: str) -> str:
+    """Without the port."""
+    return (host if host.endswith("]") else host.rpartition(":")[0] or host).lower().rstrip(".")
+
+
+def _identify(request: Request, *, in_query: bool = True) -> Account:
+    """The caller of an HTTP route that needs a key. Raises as `Keys.identify` does; and `HostNotAllowed`, as any page
+    knows the default key."""
+    service: Service = request.state.service
+    if service.settings.own_key == DEFAULT_API_KEY:
+        _check_host(request)
+    return service.keys.identify(request, in_query=in_query)
+
+
+async def _wrong_host(_: Request, error: Exception) -> Response:
+    return _json({"error_code": "host_not_allowed", "message": str(error), "detail": str(error)}, 403)
 
 
 async def _turned_away(_: Request, error: Exception) -> Response:

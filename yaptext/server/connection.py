@@ -15,9 +15,9 @@ from starlette.websockets import WebSocket
 
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.session import Session
-from yaptext.dialogue.toolset import ToolSet
 from yaptext.dialogue.turn import Heard, Turn
-from yaptext.errors import BadMessage, Internal, RateLimited, SlowClient, TextTooLong, WireError
+from yaptext.engine.base import whose
+from yaptext.errors import BadMessage, Internal, RateLimited, SlowClient, WireError
 from yaptext.server.outbox import WRITE_NOW, Outbox
 from yaptext.wire.messages import (
     Cancel,
@@ -100,6 +100,7 @@ class Connection:
 
     async def serve(self) -> Ending:
         """Runs until the client leaves or `end` is called; then every turn is over and the socket closed."""
+        whose.set(self._account.name)
         async with asyncio.TaskGroup() as group:
             self._group = group
             receiver = group.create_task(self._receive())
@@ -159,8 +160,7 @@ class Connection:
         match message:
             case Start():
                 self._account.spend("turns")
-                await self._check(message)
-                self._start(message, ignored)
+                self._start(await self._checked(message), ignored)
             case ToolResult():
                 self._account.spend("turns")
                 self._start(message, ignored)
@@ -184,22 +184,22 @@ class Connection:
             case End():
                 self._end(Ending(_CLOSE_NORMAL, "end"))
 
-    async def _check(self, message: Start) -> None:
-        """Raises what the frame is refused for, before anything of it is kept."""
+    async def _checked(self, message: Start) -> Start:
+        """What is kept of the frame. Raises what it is refused for, before anything of it is kept."""
         blank = message.user_utterance is not None and not message.user_utterance.strip()
         if blank and not self._stage.settings.allow_empty_utterance:
             raise BadMessage(
                 "user_utterance is blank; null lets the assistant speak (ALLOW_EMPTY_UTTERANCE) - at $.user_utterance"
             )
-        if message.note is not None and len(message.note) > (limit := self._stage.note_chars):
-            raise TextTooLong(f"note is {len(message.note)} characters; limit is {limit} - at $.note")
-        self._stage.told(message)
+        message = self._stage.bounded(message)
         found = self._stage.sessions.find((self._account.name, message.session_id))
-        persona = self._stage.merge(found.persona if found else Persona(), message)
-        if isinstance(message.tools, list):
-            ToolSet(message.tools)
+        persona = (found.persona if found else Persona()).merge(message)
+        if isinstance(message.tools, list) and self._stage.tool_sets.known(message.tools) is None:
+            self._account.spend("tools")
+            await self._stage.tool_sets.make(message.tools)
         if isinstance(message.persona_text, str):
             await self._stage.check_persona(persona)
+        return message
 
     def _start(self, message: Start | ToolResult, ignored: list[str]) -> None:
         key = (self._account.name, message.session_id)
@@ -258,9 +258,12 @@ class Connection:
         else:
             raise BadMessage("Object missing required field session_id, since no start came before - at $")
         found = self._stage.sessions.find(key)
-        await self._stage.check_persona(self._stage.merge(found.persona if found else Persona(), message))
+        if found is None:
+            self._account.spend("turns")  # a session is worth as much
+        message = self._stage.bounded(message)
+        await self._stage.check_persona((found.persona if found else Persona()).merge(message))
         session = self._stage.sessions.open(key)
-        session.persona = self._persona = self._stage.merge(session.persona, message)
+        session.persona = self._persona = session.persona.merge(message)
         self._session = self._session or session
         self._stage.sessions.keep(session)
         self._send(self._stage.ack("set_persona", session, session.persona, session.turns, session.seed))
@@ -268,6 +271,7 @@ class Connection:
     def _warm(self, message: WarmPersona | WarmHistory) -> None:
         if len(self._warms) >= _MAX_WARMS:
             raise RateLimited(f"{len(self._warms)} warm-ups are running; limit is {_MAX_WARMS}", retry_after_ms=500)
+        message = self._stage.bounded(message)
         session = self._session
         if message.session_id is not None:
             session = self._stage.sessions.find((self._account.name, message.session_id))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import parse_qs
+from urllib.parse import unquote_to_bytes
 
 import structlog
 from starlette.requests import HTTPConnection
@@ -28,9 +30,15 @@ if TYPE_CHECKING:
 _log = structlog.get_logger(__name__)
 _MOST_TRIED = 8
 """Keys that one request may give, and as many tickets."""
+_IN_QUERY = {
+    "api_key": re.compile(rb"(?:^|&)api(?:_|%5[Ff])key=([^&]+)").finditer,
+    "ticket": re.compile(rb"(?:^|&)ticket=([^&]+)").finditer,
+}
 _RETRY_AFTER_MS = 2000
 
-Act = Literal["turns", "messages", "cancels", "tickets"]
+Act = Literal["turns", "messages", "cancels", "tickets", "tools"]
+_NEW_TOOLS_PER_MINUTE = 60
+"""Lists of tools that nobody brought before: checking one costs milliseconds, compiling it more."""
 
 
 class Account:
@@ -51,6 +59,7 @@ class Account:
             "messages": limits.messages_per_minute,
             "cancels": limits.cancels_per_minute,
             "tickets": TICKETS_PER_MINUTE,
+            "tools": _NEW_TOOLS_PER_MINUTE,
         }
         kept = self._buckets
         self._buckets = {
@@ -102,34 +111,36 @@ class Keys:
         self._file, self._defaults, self._clock = file, defaults, clock
         self._throttle = Throttle(failures_per_minute, clock=clock)
         self._tickets = Tickets(clock)
+        self._keys = self._read()
         self._accounts: dict[bytes, Account] = {}
-        self._take([] if file is None else keyfile.read(file, defaults))
+        """Of the keys that were used: a file may have many that are not."""
 
     def identify(self, connection: HTTPConnection, *, in_query: bool = True) -> Account:
         """The caller's account. Raises `AuthenticationFailed`, and `RateLimited` where the address failed too often.
 
-        Every key given is tried, so that a proxy's header does not hide a client's query. A ticket is used up.
+        Every key given is tried, so that a proxy's header does not hide a client's query, and each wrong one costs the
+        address one of its failures: a key is compared only as long as there is one left. A ticket is used up.
 
         A throttled address still gets in with a ticket or a key of the file: 256 random bits are not guessed, and who
         shares the address (of a NAT, a proxy) is not locked out. The own key may be a word: it is not looked at.
         """
         headers, queries = _keys_in_headers(connection), _query(connection)
-        tickets = queries.get("ticket", [])[:_MOST_TRIED] if connection.scope["type"] == "websocket" else []
-        for ticket in tickets:
-            found = self._accounts.get(self._tickets.redeem(ticket.encode("latin-1")) or b"")
+        address = connection.client.host if connection.client else ""
+        wait_s = 0.0
+        for ticket in queries["ticket"] if connection.scope["type"] == "websocket" else []:
+            found = self._account(self._tickets.redeem(ticket) or b"")
             if found is not None:
                 return found
-        given = (headers + (queries.get("api_key", []) if in_query else []))[:_MOST_TRIED]
-        tried = [self._accounts.get(hash_of(key.encode("latin-1", "replace"))) for key in given]
-        account = next(filter(None, tried), None)
-        address = connection.client.host if connection.client else ""
-        wait_s = self._throttle.wait_s(address) if given or tickets else 0
-        if account is not None and (account.name != OWN_NAME or not wait_s):
-            return account
+            wait_s = self._throttle.wait_s(address)
+            self._throttle.failed(address)
+        for key in (headers + (queries["api_key"] if in_query else []))[:_MOST_TRIED]:
+            wait_s = self._throttle.wait_s(address)
+            account = self._account(hash_of(key))
+            if account is not None and (account.name != OWN_NAME or not wait_s):
+                return account
+            self._throttle.failed(address)
         if wait_s:
             raise RateLimited("Too many failed attempts from this address.", retry_after_ms=_ms(wait_s))
-        for _ in given + tickets:
-            self._throttle.failed(address)
         raise AuthenticationFailed
 
     def ticket(self, account: Account) -> str:
@@ -172,38 +183,52 @@ class Keys:
         if self._file is None:
             return
         try:
-            listed = await asyncio.to_thread(keyfile.read, self._file, self._defaults)
+            keys, removed = await asyncio.to_thread(self._read_again)
         except SettingsError as error:
             _log.error("keys.refused", error=str(error))
             return
-        gone = self._take(listed)
-        for account in gone:
+        self._keys, before, self._accounts = keys, self._accounts, {}
+        for account in before.values():
+            key = keys.get(account.hash)
+            if key is not None and key.name == account.name:
+                account.limit(key.limits)
+                self._accounts[key.hash] = account
+                continue
             for connection in account.connections:
                 connection.end(AuthenticationFailed("The key of this connection was removed."))
-        _log.info("keys.loaded", keys=len(self._accounts), removed=[account.name for account in gone])
+        _log.info("keys.loaded", keys=len(keys), removed=removed)
 
-    def _take(self, listed: list[Key]) -> list[Account]:
-        """Makes these the keys of the file; returns the accounts that are gone."""
-        before, self._accounts = self._accounts, {}
-        for key in listed + self._own:
-            account = before.get(key.hash)
-            if account is None or account.name != key.name:
-                account = Account(key, self._clock)
-            else:
-                account.limit(key.limits)
-            self._accounts[key.hash] = account
-        return [account for account in before.values() if account not in self._accounts.values()]
+    def _read(self) -> dict[bytes, Key]:
+        """The keys there are now, by hash. Raises `SettingsError`."""
+        listed = [] if self._file is None else keyfile.read(self._file, self._defaults)
+        return {key.hash: key for key in listed + self._own}
+
+    def _read_again(self) -> tuple[dict[bytes, Key], list[str]]:
+        """Also the names whose key is gone. Of a long file this takes a while: not for the event loop."""
+        keys = self._read()
+        removed = [key.name for key in self._keys.values() if key.hash not in keys or keys[key.hash].name != key.name]
+        return keys, removed
+
+    def _account(self, hash: bytes) -> Account | None:
+        account = self._accounts.get(hash)
+        if account is None and (key := self._keys.get(hash)) is not None:
+            account = self._accounts[hash] = Account(key, self._clock)
+        return account
 
 
-def _keys_in_headers(connection: HTTPConnection) -> list[str]:
+def _keys_in_headers(connection: HTTPConnection) -> list[bytes]:
     scheme, _, token = connection.headers.get("authorization", "").partition(" ")
     given = [connection.headers.get("x-api-key", ""), token.strip(" ") if scheme.lower() == "bearer" else ""]
-    return [key for key in given if key]
+    return [key.encode("latin-1") for key in given if key]
 
 
-def _query(connection: HTTPConnection) -> dict[str, list[str]]:
-    # latin-1: the bytes of the query as they came, whatever they are
-    return parse_qs(connection.scope.get("query_string", b"").decode("latin-1"), encoding="latin-1")
+def _query(connection: HTTPConnection) -> dict[str, list[bytes]]:
+    """The first few of each, as bytes. Nobody has shown a key yet: what else the query holds costs next to nothing."""
+    query = connection.scope.get("query_string", b"")
+    return {
+        name: [unquote_to_bytes(found[1].replace(b"+", b" ")) for found in itertools.islice(parts(query), _MOST_TRIED)]
+        for name, parts in _IN_QUERY.items()
+    }
 
 
 def _ms(seconds: float) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 _WATCH_S = 0.5
+_SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter while the event loop waits for it; Python's default is 5 ms."""
 _FIRST_PASSED_FD = 3
 _RETRY_AFTER_MS = (1000, 4000)
 """Clients of a restart come back spread over this window, not all at once."""
@@ -47,6 +51,8 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.phase: Phase = "starting"
+        self.on_loopback = False
+        """True if nothing but this machine reaches the service."""
         self.exit_requested = asyncio.Event()
         self.failure: YapError | None = None
 
@@ -188,6 +194,9 @@ class Server(uvicorn.Server):
                 access_log=False,
                 lifespan="on",
                 server_header=False,
+                # uvicorn's own default trusts whoever is on this host; it reads FORWARDED_ALLOW_IPS if none are given.
+                proxy_headers=bool(settings.proxies),
+                forwarded_allow_ips=settings.proxies,
                 timeout_graceful_shutdown=3,
             )
         )
@@ -199,6 +208,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
+        sys.setswitchinterval(_SWITCH_S)
         notify("STATUS=Opening the engines.")
         if sockets is None and self._settings.listen_fds and self._settings.listen_pid == os.getpid():
             self._port_is_held = True
@@ -215,6 +225,8 @@ class Server(uvicorn.Server):
         if self.should_exit:
             return
         host, self.bound_port = self.servers[0].sockets[0].getsockname()[:2]
+        bound = [listener.getsockname()[0] for server in self.servers for listener in server.sockets]
+        self.lifecycle.on_loopback = all(ipaddress.ip_address(address).is_loopback for address in bound)
         self.lifecycle.phase = "ready"
         discretion.serving()
         notify("READY=1", f"STATUS=Serving on {host}:{self.bound_port}.")

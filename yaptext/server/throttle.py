@@ -1,7 +1,8 @@
-"""Rates: so many a minute, for a key and for an address that keeps giving wrong ones."""
+"""Rates: so many a minute, for a key, for an address that keeps giving wrong ones, and for lines of the log."""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
 from collections import OrderedDict
@@ -58,6 +59,29 @@ class Throttle:
             self._buckets.move_to_end(name)
             if len(self._buckets) > self._max:
                 self._buckets.popitem(last=False)
+
+
+class Sparing:
+    """Lines of the log that anybody can cause: `per_minute` of an event with the same fields, of which there are few,
+    then one with `held_back`, how many more there were in that minute."""
+
+    def __init__(self, tell: Callable[..., object], per_minute: int = 10) -> None:
+        self._tell, self._per_minute = tell, per_minute
+        self._counts: dict[object, int] = {}
+
+    def tell(self, event: str, **fields: str | int) -> None:
+        kind = event, *fields.values()
+        count = self._counts.get(kind, 0)
+        if not count:
+            asyncio.get_running_loop().call_later(60, self._end_minute, kind, event, fields)
+        self._counts[kind] = count + 1
+        if count < self._per_minute:
+            self._tell(event, **fields)
+
+    def _end_minute(self, kind: object, event: str, fields: dict[str, str | int]) -> None:
+        held_back = self._counts.pop(kind) - self._per_minute
+        if held_back > 0:
+            self._tell(event, **fields, held_back=held_back)
 
 
 def network(address: str) -> str:
