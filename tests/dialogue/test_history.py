@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yaptext.dialogue.heard import heard_part
-from yaptext.dialogue.history import Message, Transcript, keep_recent, of_items, parse
+from yaptext.dialogue.history import Message, Transcript, keep_recent, of_items, parse, recent
 from yaptext.dialogue.layout import Line
 from yaptext.wire.messages import HistoryItem
 
@@ -374,3 +374,13 @@ def test_a_history_comes_as_a_list() -> None:
         HistoryItem("assistant", "hello"),
     ]
     assert told(of_items(items)) == [("note", "Earlier on."), ("user", "Bob: hi"), ("assistant", "hello")]
+
+
+def test_a_long_last_line_with_a_newline_leaves_something() -> None:
+    """After the cut there was nothing but the end of that line."""
+    assert recent("User: " + "x" * 5000 + "\n", 1000).strip("x\n") == "" != recent("User: " + "x" * 5000 + "\n", 1000)
+
+
+def test_a_transcript_is_cut_by_its_bytes() -> None:
+    """A rare character may be as many tokens as it has bytes."""
+    assert len(recent("\U00012345" * 5000, 4000).encode()) <= 4000

@@ -110,6 +110,20 @@ async def test_rule_2_nothing_of_a_turn_follows_its_done(concurrent: bool) -> No
         assert done["tokens_sent"] == 3
 
 
+@pytest.mark.parametrize(("steps", "sent"), [(2, 0), (3, 3), (5, 3), (6, 6)])
+async def test_rule_2_tokens_of_half_a_character_are_sent_with_it(steps: int, sent: int) -> None:
+    """Three that make one smiley, and three of the next: two of six were counted."""
+    pieces = ["", "", "\U0001f642", "", "", "\U0001f600", "b"]
+    async with talking(ScriptedEngine(Script(pieces, pace=(gate := Gate())))) as talk:
+        socket = talk.socket()
+        socket.start()
+        await socket.until("toolcall")
+        gate.step(steps)
+        await settle()
+        socket.say("cancel")
+        assert (await socket.until("done"))["tokens_sent"] == sent
+
+
 async def test_rule_2_tokens_that_wait_for_a_slow_socket_are_dropped_by_a_cancel() -> None:
     """`done cancelled` comes right after what the socket had taken, and counts only that."""
     async with talking(ScriptedEngine(Script([f" {n}" for n in range(40)], pace=(gate := Gate())))) as talk:

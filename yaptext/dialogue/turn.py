@@ -128,7 +128,7 @@ class Turn:
         speakable = self._asked.speakable if self._asked is not None else _chosen(given.speakable, settings.speakable)
         self._speakable = Speakable() if speakable else None
         self._marks: list[tuple[int, int]] = []
-        self._sent_chars = self._own_chars = 0
+        self._sent_chars = self._own_chars = self._unsent = 0
         self._tools = session.tools or (stage.decider.tools if stage.decider else None)
         session.turns += 1
         self.number = session.turns
@@ -406,16 +406,19 @@ class Turn:
 
     def _pass_on(self, delta: Delta) -> None:
         text = delta.text
-        if not text or self.over or self._waits_for_results:
+        if self.over or self._waits_for_results:
             return
-        if self._speakable is not None:
+        if text and self._speakable is not None:
             text = self._in_speech(self._speakable, text)
-        self._push(text, delta.tokens)
+        self._push(text, delta.tokens - delta.reasoning)
 
     def _push(self, text: str, tokens: int) -> None:
+        """Sends it; tokens without a text of their own, as of half a character, count with the next that has one."""
+        self._unsent += tokens
         if not text:
             return
-        self._sink.push(text, tokens)
+        self._sink.push(text, self._unsent)
+        self._unsent = 0
         self._text.append(text)
         if self._timings.ttft_ms is None:
             self._timings.ttft_ms = self._since_received()
