@@ -116,7 +116,7 @@ KINDS: dict[str, Callable[[random.Random], str]] = {
     "rare characters": lambda dice: _start(
         dice, history_text="".join(chr(dice.randrange(0x12000, 0x12399)) for _ in range(90_000))
     ),
-    "items": lambda dice: _start(dice, history=[{"role": "user", "content": f"{dice.random()}"}] * 20_000),
+    "items": lambda dice: _start(dice, history=[{"role": "user", "content": f"{dice.random()}"}] * 17_000),
     "personas": lambda dice: _start(dice, persona_text=_random_words(dice, 5_000)),
     "tools": lambda dice: _start(dice, tools=_tools(dice)),
     "warm-ups": lambda dice: json.dumps(

@@ -268,9 +268,9 @@ def test_a_cut_reply_is_a_new_message() -> None:
     """Token ids of the longer text are not taken for those of the shorter."""
     talk = Transcript()
     talk.add_turn("hi", "Hello friend.")
-    talk.messages[-1].lines["turns"] = Line("Hello friend.")
+    talk.messages[-1].lines.turns = Line("Hello friend.")
     talk.cut_reply(5, None)
-    assert talk.messages[-1].lines == {}
+    assert talk.messages[-1].lines.turns is None
 
 
 @pytest.mark.parametrize("heard", [14, 15, 1000])

@@ -776,11 +776,16 @@ async def test_only_recent_history_is_told(template: Any, talk: list[tuple[str, 
     kept = [index for index in range(len(talk)) if f"m{index:02}" in text]
     assert kept == list(range(len(talk)))[len(talk) - len(kept) :]
     assert len(kept) <= 16
-    sizes = [line.size or 0 for message in messages[len(messages) - len(kept) :] for line in message.lines.values()]
-    assert sum(sizes) <= limit
+    lines = [message.lines for message in messages[len(messages) - len(kept) :]]
+    assert sum(line.size or 0 for each in lines for line in (each.tool, each.instruction) if line is not None) <= limit
     noted = "A NOTE" in text
     assert noted <= (note and len(kept) == len(talk))
     assert noted or not kept or talk[kept[0]][0] == "User"
+
+
+def kept_of(message: Message) -> dict[str, bytes]:
+    line = message.lines.instruction
+    return (line and line.kept) or {}
 
 
 async def test_messages_are_encoded_once() -> None:
@@ -789,12 +794,12 @@ async def test_messages_are_encoded_once() -> None:
     decider = open_decider(engine)
     messages = parse(TALK)
     await decider.decide(decider.tools, messages, "U")
-    before = [dict(message.lines["tool as text"].kept or {}) for message in messages]
+    before = [dict(kept_of(message)) for message in messages]
     messages.append(Message("user", "and then"))
     await decider.decide(decider.tools, messages, "U")
-    assert all(before) and [message.lines["tool as text"].kept for message in messages[:-1]] == before
+    assert all(before) and [kept_of(message) for message in messages[:-1]] == before
     for message, known in zip(messages, before, strict=False):
-        assert all((message.lines["tool as text"].kept or {})[place] is ids for place, ids in known.items())
+        assert all(kept_of(message)[place] is ids for place, ids in known.items())
 
 
 async def test_only_so_many_tool_sets_are_remembered() -> None:

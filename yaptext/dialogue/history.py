@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import Literal
+
+import msgspec
 
 from yaptext.dialogue.heard import Spoken, heard_part
 from yaptext.dialogue.layout import Line
@@ -51,8 +52,18 @@ def in_lines(text: str, *, labels: bool = True) -> str:
     return "".join(joined)
 
 
-@dataclass(slots=True, eq=False)
-class Message:
+class Lines(msgspec.Struct, eq=False, gc=False):
+    """How a message stands in each kind of prompt, with its token ids: made once in its life, not once a turn."""
+
+    segments: Line | None = None
+    turns: Line | None = None
+    bare: Line | None = None
+    tool: Line | None = None
+    instruction: Line | None = None
+    """In a tool prompt whose template knows no tools."""
+
+
+class Message(msgspec.Struct, eq=False, gc=False):
     """One thing said. `note` is transcript text without a speaker, `tool` is a call with what it returned. `sent` is
     how the prompt of its own turn had an utterance, `spoken` how a reply was sent, if that differs from `text`."""
 
@@ -60,8 +71,7 @@ class Message:
     text: str
     sent: str | None = None
     spoken: Spoken | None = None
-    lines: dict[str, Line] = field(default_factory=dict)
-    """How it stands in each kind of prompt, with its token ids: each is made once in its life, not once a turn."""
+    lines: Lines = msgspec.field(default_factory=Lines)
 
 
 def parse(text: str) -> list[Message]:

@@ -226,11 +226,12 @@ def _role(message: Message) -> Role | None:
 
 
 def _line(format: Format, message: Message) -> Line:
-    line = message.lines.get(format)
+    line: Line | None = getattr(message.lines, format)
     if line is None:
         text = message.text.strip()
         text = (message.sent or text).strip() if format == "turns" else _LABELS[message.speaker] + in_lines(text)
-        line = message.lines[format] = Line(text, {})
+        line = Line(text, {})
+        setattr(message.lines, format, line)
     return line
 
 

@@ -132,13 +132,16 @@ class Head:
         return None if self.labels else "assistant" if message.speaker == "assistant" else "user"
 
     def line(self, message: Message) -> Line:
-        kind = "tool as text" if self.labels else "tool"
-        line = message.lines.get(kind)
+        line = message.lines.instruction if self.labels else message.lines.tool
         if line is None:
             text = message.text.strip()
             if self.labels:
                 text = ("" if message.speaker == "note" else f"{message.speaker.capitalize()}: ") + in_lines(text)
-            line = message.lines[kind] = Line(text, {})
+            line = Line(text, {})
+            if self.labels:
+                message.lines.instruction = line
+            else:
+                message.lines.tool = line
         return line
 
     def talk(self, recent: Sequence[Message], utterance: str, results: Sequence[str] = ()) -> Conversation:

@@ -71,7 +71,7 @@ class PersonaFields(Struct, frozen=True, omit_defaults=True):
     user_identity: str | UnsetType | None = UNSET
 
 
-class HistoryItem(Struct, frozen=True, omit_defaults=True):
+class HistoryItem(Struct, frozen=True, omit_defaults=True, gc=False):
     """One message of a history. `system` is text without a speaker; `name` is who spoke, if not just the role."""
 
     role: Literal["user", "assistant", "system"]
