@@ -239,3 +239,26 @@ class Gate:
     def step(self, count: int = 1) -> None:
         for _ in range(count):
             self._permits.release()
+
+
+_OF_A_CODEC = (
+    "encode", "encode_all", "clip", "disguise", "split", "encode_rendered", "show", "render", "thinking", "leading",
+    "end_ids", "ticks", "bounded_by_bytes", "block_size", "max_model_len",
+)  # fmt: skip
+
+
+class TokenizedEngine(ScriptedEngine):
+    """With the tokenizer and template of a real codec, and no memory of what it was asked: for measuring the service
+    in front of it."""
+
+    def __init__(self, codec: Any, chat: Script | None = None) -> None:
+        super().__init__(chat or Script())
+        for name in _OF_A_CODEC:
+            setattr(self, name, getattr(codec, name))
+
+    def _use_cache(self, prompt: list[int], salt: str) -> int:
+        return 0
+
+    def stream(self, *args: Any, **named: Any) -> Any:
+        self.requests.clear()
+        return super().stream(*args, **named)

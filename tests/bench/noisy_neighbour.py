@@ -36,17 +36,13 @@ NEIGHBOURS, PAUSE_S = 8, 0.9
 NOISY_SOCKETS = 8
 FRAMES_PER_S = 40.0
 """Of all noisy sockets together: what 6,000 frames a minute are, at once for a minute and no more after it."""
-_CODEC = (
-    "encode", "encode_all", "clip", "disguise", "split", "encode_rendered", "show", "render", "thinking", "leading",
-    "end_ids", "ticks", "bounded_by_bytes", "block_size",
-)  # fmt: skip
 
 
 def serve(key_file: str) -> None:
     """Runs until it is killed; its first line on stdout is where it listens."""
     os.sched_setaffinity(0, {SERVER_CORE})
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from fakes import ScriptedEngine
+    from fakes import TokenizedEngine
     from transformers import AutoTokenizer
 
     from yaptext.engine import demo
@@ -62,21 +58,7 @@ def serve(key_file: str) -> None:
     settings = Settings.load(YAP_TEXT_KEY_FILE=key_file, PORT=0, MAX_CONCURRENT_CONNECTIONS=100, KV_OVERCOMMIT=0)
     folder = demo.folder(settings.state)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    codec = HubCodec(tokenizer, max_model_len=8192, block_size=16)
-
-    class Forgetful(ScriptedEngine):
-        """Its own memory would count as the service's."""
-
-        def _use_cache(self, prompt: list[int], salt: str) -> int:
-            return 0
-
-        def stream(self, *args: Any, **named: Any) -> Any:
-            self.requests.clear()
-            return super().stream(*args, **named)
-
-    engine = Forgetful(max_model_len=8192)
-    for name in _CODEC:
-        setattr(engine, name, getattr(codec, name))
+    engine = TokenizedEngine(HubCodec(tokenizer, max_model_len=8192, block_size=16))
     engine.check_schema = GrammarCheck(str(folder), len(tokenizer)).check  # type: ignore[method-assign]
     lifecycle = Lifecycle()
     app = create_app(settings, open_engines=lambda _: Engines(chat=engine, tool=engine), lifecycle=lifecycle)

@@ -19,17 +19,13 @@ from functools import cache
 from typing import Any
 
 from conftest import talking, until
-from fakes import Script, ScriptedEngine
+from fakes import Script, TokenizedEngine
 from hypothesis import HealthCheck, Phase, given, settings, target
 from hypothesis import strategies as st
 
 from yaptext.engine.codec import HubCodec
 
 MAX_BYTES = 1_000_000
-_CODEC = (
-    "encode", "encode_all", "clip", "disguise", "split", "encode_rendered", "show", "render", "thinking", "leading",
-    "end_ids", "ticks", "bounded_by_bytes", "block_size",
-)  # fmt: skip
 _REPLY = ("Hello", " there", ", it", " is", " fine", " today", ".") * 20
 PIECES = [
     "a", "word ", "7", " ", "\n", "User: hi\n", "Assistant: \u201cyes\u201d\n", "[12:01] **User:** a\n", "\u4f60\u597d",
@@ -125,28 +121,15 @@ frames = st.builds(_with_junk, st.one_of(starts, others), junk, counts, st.boole
 
 
 @cache
-def engine() -> ScriptedEngine:
-    """With the embedded model's tokenizer and template, and no memory."""
+def engine() -> TokenizedEngine:
+    """With the embedded model's tokenizer and template."""
     from transformers import AutoTokenizer
 
     from yaptext.engine import demo
     from yaptext.settings import Settings
 
-    class Forgetful(ScriptedEngine):
-        def _use_cache(self, prompt: list[int], salt: str) -> int:
-            return 0
-
-        def stream(self, *args: Any, **named: Any) -> Any:
-            self.requests.clear()
-            return super().stream(*args, **named)
-
-    found = Forgetful(Script(_REPLY), max_model_len=8192)
-    codec = HubCodec(
-        AutoTokenizer.from_pretrained(demo.folder(Settings.load().state)), max_model_len=8192, block_size=16
-    )
-    for name in _CODEC:
-        setattr(found, name, getattr(codec, name))
-    return found
+    tokenizer = AutoTokenizer.from_pretrained(demo.folder(Settings.load().state))
+    return TokenizedEngine(HubCodec(tokenizer, max_model_len=8192, block_size=16), Script(_REPLY))
 
 
 @contextmanager

@@ -126,6 +126,7 @@ class SteeredEngine(ScriptedEngine):
                 if step[1] is not None:
                     return
         finally:
+            stream.over = True  # it lets go, perhaps for a timeout: nobody reads what would come now
             try:
                 await self.free.wait()
             finally:
