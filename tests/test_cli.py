@@ -59,9 +59,9 @@ def test_help_lists_every_variable() -> None:
     ],
 )
 def test_a_bad_setting_ends_the_start_with_one_line(environment: dict[str, str], told: str) -> None:
-    """No traceback: the line names variable and value. Status 2, or 1 where a later try may find the model."""
+    """No traceback: the line names variable and value. Status 2: no later try would find it otherwise."""
     ended = run("serve", LOG_LEVEL="error", **environment)
-    assert ended.returncode == (1 if "CHAT_MODEL" in environment else 2)
+    assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1 and told in ended.stderr, ended.stderr
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.errors import SettingsError
-from yaptext.settings import LOOPBACK, Settings, moved_names, variables
+from yaptext.settings import LOOPBACK, Settings, hidden_paths, moved_names, variables
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -359,6 +359,13 @@ def test_a_bad_value_of_an_old_name_is_named(env: pytest.MonkeyPatch) -> None:
     assert "'maybe'" in line
 
 
+@pytest.mark.parametrize("value", ["delve", "{", "[]", "5", '{"a": "b"}'])
+def test_a_bias_that_is_no_json_object_is_one_line(env: pytest.MonkeyPatch, value: str) -> None:
+    """Like any other wrong value, and with the others."""
+    lines = refusals(env, CHAT_LOGIT_BIAS=value, PORT="http")
+    assert [line.partition("=")[0] for line in lines] == ["PORT", "CHAT_LOGIT_BIAS"], lines
+
+
 def test_a_value_of_many_lines_is_one_line(env: pytest.MonkeyPatch) -> None:
     """A line break in a value does not break the line."""
     assert r"'8\n0'" in refusal(env, PORT="8\n0")
@@ -394,6 +401,71 @@ def test_the_key_is_not_empty(env: pytest.MonkeyPatch) -> None:
     """No caller gets in with an empty key."""
     with pytest.raises(SettingsError, match="at least 1"):
         Settings.load(YAP_TEXT_API_KEY="")
+
+
+@pytest.mark.parametrize("written", [f"{SECRET}\n", f"  {SECRET} \r\n", f"\ufeff{SECRET}", f"\ufeff {SECRET}\n"])
+def test_what_an_editor_leaves_around_a_key_does_not_count(
+    env: pytest.MonkeyPatch, tmp_path: Path, written: str
+) -> None:
+    """Line ends, white space and a byte order mark: in the environment and in a credential."""
+    assert load(env, YAP_TEXT_API_KEY=written).api_key.get_secret_value() == SECRET
+    (tmp_path / "YAP_TEXT_API_KEY").write_text(written, encoding="utf-8")
+    (tmp_path / "HF_TOKEN").write_text(written, encoding="utf-8")
+    settings = load(env, YAP_TEXT_API_KEY="another", CREDENTIALS_DIRECTORY=str(tmp_path))
+    assert settings.api_key.get_secret_value() == SECRET
+    assert value_of(settings, "HF_TOKEN") == SECRET
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\ufeff", "\ufeff\n"])
+def test_a_blank_key_is_none(env: pytest.MonkeyPatch, tmp_path: Path, blank: str) -> None:
+    """A credential of that kind counts as empty; no caller gets in with an empty key."""
+    (tmp_path / "YAP_TEXT_API_KEY").write_text(blank, encoding="utf-8")
+    assert load(env, YAP_TEXT_API_KEY=SECRET, CREDENTIALS_DIRECTORY=str(tmp_path)).own_key == SECRET
+    env.delenv("CREDENTIALS_DIRECTORY")
+    assert "YAP_TEXT_API_KEY=(hidden) is not allowed: it is blank" in refusal(env, YAP_TEXT_API_KEY=blank)
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (f'"{SECRET}"', "begins with a quote"),
+        (f"'{SECRET}'\n", "begins with a quote"),
+        (f"YAP_TEXT_API_KEY={SECRET}", "begins with the variable's name"),
+        (f"{SECRET} {SECRET}", "white space"),
+        (f"{SECRET}\n{SECRET}\n", "white space"),
+    ],
+)
+@pytest.mark.parametrize("by", ["environment", "credential"])
+def test_more_than_a_key_is_refused_and_not_shown(
+    env: pytest.MonkeyPatch, tmp_path: Path, by: str, written: str, told: str
+) -> None:
+    """No client would send it: all would be refused, and nobody would know why."""
+    if by == "credential":
+        (tmp_path / "YAP_TEXT_API_KEY").write_text(written)
+        line = refusal(env, CREDENTIALS_DIRECTORY=str(tmp_path))
+    else:
+        line = refusal(env, YAP_TEXT_API_KEY=written)
+    assert line.startswith("YAP_TEXT_API_KEY=(hidden) is not allowed: ") and told in line
+    assert SECRET not in line
+
+
+def test_a_path_that_the_unit_hides_is_named(env: pytest.MonkeyPatch) -> None:
+    """To a process of systemd an error about a path in a home folder says which setting it is, and why it is missing
+    there; without systemd, or about another path, it says nothing more."""
+    env.setenv("TOOLS_FILE", "/home/ada/tools.json")
+    env.setenv("CHAT_MODEL", "/root/model")
+    env.setenv("SESSION_STORE", "sqlite:/run/user/1000/sessions.db")
+    env.setenv("PERSONAS_DIR", "/srv/personas")
+    told = "/root/model is not a folder; /srv/personas, /run/user/1000/sessions.db"
+    env.delenv("INVOCATION_ID", raising=False)
+    assert hidden_paths(told) == []
+    env.setenv("INVOCATION_ID", "5f0c1e2ab9d4")
+    notes = hidden_paths(told)
+    assert [(note.partition(":")[0], "ProtectHome" in note) for note in notes] == [
+        ("SESSION_STORE", True),
+        ("CHAT_MODEL", True),
+    ]
+    assert "/root " in notes[1]
 
 
 # The default key

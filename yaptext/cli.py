@@ -9,29 +9,79 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from yaptext import __version__, keyfile
-from yaptext.errors import SettingsError, YapError
-from yaptext.settings import Settings, forget_secrets, moved_names, unknown_names, variables
+from yaptext.errors import SettingsError, StartError, StartRefused, YapError
+from yaptext.settings import (
+    LOOPBACK,
+    LogPlaces,
+    Settings,
+    forget_secrets,
+    hidden_paths,
+    moved_names,
+    unknown_names,
+    variables,
+)
+
+_MOST_STATUS = 600
+"""Characters of a reason in STATUS=: systemd drops a message of over 4096 bytes."""
+_FIRST_PASSED_FD = 3
+_UVICORN_FAILED = 3
+"""The status with which uvicorn ends a start, whatever is wrong."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command; returns the exit status: 2 for wrong settings or arguments, 1 for what may pass by itself.
-    An error that has a name is one line on stderr, or one for each thing that is wrong."""
+    """Runs one command; returns the exit status: 2 for what has to be mended, wrong arguments among it, 75 for what may
+    pass by itself, 1 for any other failure. An error that has a name is one line on stderr, or one for each thing that
+    is wrong; of a service it is one event of the log."""
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.command(parsed))
     except YapError as error:
-        for line in str(error).splitlines():
-            print(f"yap-text: {line}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
+        lines = str(error).splitlines()
+        if parsed.command in (_serve, _quantize) and not sys.stderr.isatty():  # a unit's, not a person's
+            lines += hidden_paths(str(error))
+        if parsed.command is _serve:
+            _tell_operator(lines, error.exit_status)
+        else:
+            _tell(lines)
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # the log has its traceback
+        from yaptext.observe.notify import notify
+
+        notify(f"STATUS=It crashed: {type(error).__name__}")
+        raise
+
+
+def _tell(lines: list[str]) -> None:
+    for line in lines:
+        print(f"yap-text: {line}", file=sys.stderr)
+
+
+def _tell_operator(lines: list[str], exit_status: int) -> None:
+    """Why the service does not start: one event wherever the log goes, and the text that `systemctl status` shows. A
+    person at a terminal reads plain lines."""
+    import structlog
+
+    from yaptext.observe import notify
+
+    if not structlog.is_configured():  # the settings themselves are wrong
+        _start_logs_anyway()
+    reason = " | ".join(lines)
+    if sys.stderr.isatty():
+        _tell(lines)
+    else:
+        structlog.get_logger(__name__).critical("start.failed", reason=reason, exit_status=exit_status)
+    notify.notify(f"STATUS=The start failed: {reason[:_MOST_STATUS]}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +149,41 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--json", action="store_true", help="one JSON object a model, one a line")
     prompt.set_defaults(command=_prompt)
 
+    sessions = commands.add_parser(
+        "sessions",
+        help="show, back up or restore the session file",
+        description="Shows the session file of SESSION_STORE: its sessions, its bytes, the oldest and the latest use, "
+        "also while a service has it.",
+    )
+    sessions.set_defaults(command=_sessions, action="show")
+    actions = sessions.add_subparsers(metavar="COMMAND")
+    backup = actions.add_parser(
+        "backup",
+        help="copy the sessions into a new file",
+        description="Copies every session into a new file of mode 0600, while a service writes them or not. What is "
+        "sealed with SESSION_STORE_KEY stays sealed.",
+    )
+    restore = actions.add_parser(
+        "restore",
+        help="put the sessions of a backup in place",
+        description="Puts the sessions of a backup in place, while no service has the session file. The file before "
+        "stays beside it.",
+    )
+    for name, action in (("backup", backup), ("restore", restore)):
+        action.add_argument("file", metavar="FILE", type=Path)
+        action.set_defaults(action=name)
+
+    log = commands.add_parser(
+        "log",
+        help="say why a user's turns were slow",
+        description="Says in words why the turns of a session were slow, from the journal of the unit yap-text, or "
+        "from the file that YAP_TEXT_LOG_FILE names.",
+    )
+    log.add_argument("session", metavar="SESSION", help="session_id")
+    log.add_argument("--file", metavar="LOG", type=Path, help="the log to read (default: YAP_TEXT_LOG_FILE)")
+    log.add_argument("--turns", metavar="N", type=int, default=20, help="how many of the latest (default 20)")
+    log.set_defaults(command=_log)
+
     from yaptext.tools.bench.options import add_options
 
     bench = commands.add_parser("bench", help="measure a running service, beside another server if one is named")
@@ -136,7 +221,9 @@ def _settings_help() -> str:
     lines = []
     for name, default, meaning in variables():
         lines.append(f"  {name}" + (f" (default {default})" if default else ""))
-        lines.append(textwrap.fill(meaning, 90, initial_indent="      ", subsequent_indent="      "))
+        lines.append(
+            textwrap.fill(meaning, 90, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False)
+        )
     return "\n".join(lines)
 
 
@@ -144,19 +231,18 @@ def _start_logs(settings: Settings) -> None:
     """Logs, the supervisor's socket, and a line for each old name that is in use."""
     from yaptext.observe import discretion, logs, notify
 
-    on_journal = settings.journal_stream is not None and _is_journal(settings.journal_stream)
+    notify.connect(settings.notify_socket)
     try:
         logs.configure(
             level=settings.log_level,
             format=settings.log_format,
-            journald=on_journal,
+            journald=_is_journal(settings.journal_stream),
             file=settings.log_file,
             text=settings.log_text,
         )
     except OSError as error:
         raise SettingsError(f"YAP_TEXT_LOG_FILE={str(settings.log_file)!r} cannot be written: {error}") from None
     discretion.catch_crashes()
-    notify.connect(settings.notify_socket)
     logging.captureWarnings(True)
     for kind in (FutureWarning, DeprecationWarning):  # of torch, vLLM and autoawq, about their own next versions
         warnings.simplefilter("ignore", kind)
@@ -169,6 +255,40 @@ def _start_logs(settings: Settings) -> None:
         log.warning("setting.unknown", note=note)
 
 
+def _start_logs_anyway() -> None:
+    """As far as the environment alone lets it."""
+    from yaptext.observe import logs, notify
+
+    places = LogPlaces.find()
+    notify.connect(places.notify_socket)
+    with suppress(OSError):  # of the file: stderr has the log by then
+        logs.configure(
+            level="info", format=places.format, journald=_is_journal(places.journal_stream), file=places.file
+        )
+
+
+def _warn_of(settings: Settings) -> None:
+    """What an operator will hardly have meant."""
+    import structlog
+
+    log = structlog.get_logger(__name__)
+    if settings.leaves_default_key:
+        log.warning(
+            "key.default",
+            hint="The credential YAP_TEXT_API_KEY holds no key, so the public default key yap_token counts: every "
+            "program on this host can use the service. Write a key to /etc/yap-text/api-key and restart.",
+        )
+    if settings.listen_fds and settings.listen_pid == os.getpid():
+        with socket.socket(fileno=os.dup(_FIRST_PASSED_FD)) as held:
+            host, port = held.getsockname()[:2]
+        names = (host, "localhost") if host in LOOPBACK else (host,)
+        asked = {"host": f"HOST={settings.host}"} if settings.host not in names else {}
+        asked |= {"port": f"PORT={settings.port}"} if settings.port != port else {}
+        if ignored := [text for field, text in asked.items() if field in settings.model_fields_set]:
+            held_by = f"yap-text.socket holds {host}:{port}; for another address: systemctl edit yap-text.socket"
+            log.warning("setting.ignored", note=f"{' and '.join(ignored)} without effect: {held_by}")
+
+
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.load(serving=True)
     if not settings.reloads:
@@ -178,13 +298,23 @@ def _serve(_: argparse.Namespace) -> int:
     least = 1 if resource.getrlimit(resource.RLIMIT_CORE)[1] else 0
     resource.setrlimit(resource.RLIMIT_CORE, (least, least))
     _start_logs(settings)
+    _warn_of(settings)
     forget_secrets()
     from yaptext.server.app import create_app
     from yaptext.server.lifecycle import Lifecycle, Server
 
     lifecycle = Lifecycle()
     server = Server(create_app(settings, lifecycle=lifecycle), settings, lifecycle)
-    server.run()
+    try:
+        server.run()
+    except SystemExit as ended:
+        if ended.code != _UVICORN_FAILED:  # a signal
+            raise
+        error = ended.__context__
+        if not isinstance(error, OSError):
+            raise YapError("the start crashed; the log has the traceback") from None
+        kind = StartRefused if isinstance(error, PermissionError) else StartError
+        raise kind(f"cannot listen on HOST={settings.host}, PORT={settings.port}: {error}") from None
     return server.exit_status
 
 
@@ -210,10 +340,18 @@ def _quantize(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _is_journal(stream: str) -> bool:
+def _is_journal(stream: str | None) -> bool:
     """JOURNAL_STREAM is inherited by shells too: it counts where stderr is that very stream."""
+    if stream is None:
+        return False
     status = os.fstat(sys.stderr.fileno())
     return stream == f"{status.st_dev}:{status.st_ino}"
+
+
+def _log(parsed: argparse.Namespace) -> int:
+    from yaptext.commands.log import log
+
+    return log(parsed.session, file=parsed.file or Settings.load().log_file, turns=max(1, parsed.turns))
 
 
 def _address(parsed: argparse.Namespace) -> tuple[str, str]:
@@ -259,6 +397,17 @@ def _prompt(parsed: argparse.Namespace) -> int:
         return prompt(Settings.load(), parsed.models, options)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _sessions(parsed: argparse.Namespace) -> int:
+    from yaptext.commands import sessions
+
+    settings = Settings.load()
+    if parsed.action == "backup":
+        return sessions.back_up(settings, parsed.file)
+    if parsed.action == "restore":
+        return sessions.restore(settings, parsed.file)
+    return sessions.show(settings)
 
 
 def _bench(parsed: argparse.Namespace) -> int:

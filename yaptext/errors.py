@@ -2,7 +2,8 @@
 
 YapError
 ├── SettingsError              a variable is wrong; the start ends with this line
-├── StartError                 weights or an engine cannot be opened; the start ends
+├── StartError                 weights or an engine cannot be opened; the start ends, a later one may not
+│   └── StartRefused           nor can a later one: the settings name what is not there, or does not fit
 ├── HostNotAllowed             a browser asks under another site's name; HTTP only, 403
 ├── QuantizeError              a model cannot be quantized, verified or pushed; nothing half-made is left
 └── WireError                  told to the client as an `error` frame
@@ -26,15 +27,32 @@ from typing import ClassVar
 
 
 class YapError(Exception):
-    """The root: `except YapError` is every error that has a name here."""
+    """The root: `except YapError` is every error that has a name here.
+
+    `exit_status` is that of a command which ends with the error: 2 stays wrong until somebody mends it, and systemd
+    does not try again (`RestartPreventExitStatus=`); 75 (EX_TEMPFAIL of sysexits.h) may pass by itself.
+    """
+
+    exit_status: ClassVar[int] = 1
 
 
 class SettingsError(YapError):
     """One line that names the variable, its value and what is allowed."""
 
+    exit_status = 2
+
 
 class StartError(YapError):
-    """The service cannot start; the message says what to do about it."""
+    """The service cannot start; the message says what to do about it. The hub, the driver, the disk or the port may
+    be there at the next try."""
+
+    exit_status = 75
+
+
+class StartRefused(StartError):
+    """The service cannot start with these settings and models, however often it is tried."""
+
+    exit_status = 2
 
 
 class HostNotAllowed(YapError):

@@ -11,6 +11,7 @@ import difflib
 import errno
 import ipaddress
 import itertools
+import json
 import math
 import os
 import re
@@ -18,11 +19,11 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from yaptext.errors import SettingsError
 
@@ -35,6 +36,8 @@ _LARGEST = 10**15
 """What a number may be at most: SQLite, the event loop and the product of two take it."""
 _MOST_GPU = 0.98
 _MOST_SECRET_BYTES = 65_536
+_HIDDEN = ("/home", "/root", "/run/user")
+"""What `ProtectHome=yes` takes from a unit."""
 _AROUND_TOKENS = 160
 """Least room in a prompt for template, time, persona and history."""
 
@@ -142,7 +145,7 @@ class Settings(BaseSettings):
     chat_min_p: float = _env("CHAT_MIN_P", 0.05, "Minimum probability relative to the best token.", ge=0, le=1)  # fmt: skip
     chat_presence_penalty: float = _env("CHAT_PRESENCE_PENALTY", 0.0, "Presence penalty; 0 is off.", ge=-2, le=2)
     chat_frequency_penalty: float = _env("CHAT_FREQUENCY_PENALTY", 0.0, "Frequency penalty; 0 is off.", ge=-2, le=2)
-    chat_logit_bias: dict[str, float] = _env("CHAT_LOGIT_BIAS", {}, "JSON object that makes tokens likelier or not, -100 to 100 each, by their text: `{\" delve\": -5}`.")  # fmt: skip
+    chat_logit_bias: Annotated[dict[str, float], NoDecode] = _env("CHAT_LOGIT_BIAS", {}, "JSON object that makes tokens likelier or not, -100 to 100 each, by their text: `{\" delve\": -5}`.")  # fmt: skip
     chat_repetition_penalty: float = _env("CHAT_REPETITION_PENALTY", 1.05, "Repetition penalty; 1 is off.", gt=0, le=2)  # fmt: skip
 
     # --- the decision
@@ -174,6 +177,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _env("LOG_LEVEL", "info", "Least level that is logged.")  # fmt: skip
     log_format: Literal["auto", "json", "console"] = _env("LOG_FORMAT", "auto", "`auto` is JSON, and a readable form where stderr is a terminal.")  # fmt: skip
     log_text: bool = _env("LOG_TEXT", False, "1 logs what was said: utterance, decision and reply of each turn, and the words of exceptions.")  # fmt: skip
+    log_address: Literal["whole", "truncated", "none"] = _env("LOG_ADDRESS", "truncated", "Addresses in the log, which are those of refused connections and requests: `whole`, `truncated` to their network (IPv4 /24, IPv6 /48), or `none`.")  # fmt: skip
     log_file: Path | None = _env("YAP_TEXT_LOG_FILE", None, "Also writes the log to this file, and opens it anew when it was rotated away.")  # fmt: skip
 
     # --- set by systemd, not by people
@@ -202,6 +206,27 @@ class Settings(BaseSettings):
                 "knows: set YAP_TEXT_API_KEY, or name the origins"
             )
         return self
+
+    @field_validator("api_key")
+    @classmethod
+    def _bare_key(cls, value: SecretStr) -> SecretStr:
+        """The key as clients send it. What is surely more than a key is refused."""
+        key = _bare(value.get_secret_value())
+        if not key:
+            raise ValueError("it is blank")
+        if key[0] in "\"'":
+            raise ValueError("it begins with a quote: write the key alone")
+        if key.startswith("YAP_TEXT_API_KEY="):
+            raise ValueError("it begins with the variable's name: write the key alone")
+        if re.search(r"\s", key):
+            raise ValueError("white space stands inside: a key is one word")
+        return SecretStr(key)
+
+    @field_validator("chat_logit_bias", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        """Here, where a text that is none is a line of its own: pydantic-settings would end the start with it."""
+        return json.loads(value) if isinstance(value, str) else value
 
     @field_validator("*")
     @classmethod
@@ -309,6 +334,12 @@ class Settings(BaseSettings):
         return None if self.key_file and key == DEFAULT_API_KEY else key
 
     @property
+    def leaves_default_key(self) -> bool:
+        """Whether a credential is there for the API key, and is empty or the default key itself."""
+        file = self.credentials_directory and self.credentials_directory / "YAP_TEXT_API_KEY"
+        return self.own_key == DEFAULT_API_KEY and file is not None and file.exists()
+
+    @property
     def reloads(self) -> bool:
         """Whether SIGHUP means to read the key file anew. Without one and without a supervisor the terminal is gone."""
         return bool(self.key_file or self.personas_dir or self.notify_socket)
@@ -401,6 +432,11 @@ _QUANTIZATIONS = {
     "bfloat16": "none",
 }
 """vLLM's and others' words, and what they mean here: the checkpoint's own config says how it is quantized."""
+
+
+def _bare(secret: str) -> str:
+    """Without the line end, the white space and the byte order mark that editors leave around it."""
+    return secret.strip().removeprefix("\ufeff").strip()
 
 
 def _items(listed: str | None) -> list[str]:
@@ -546,6 +582,41 @@ def unknown_names(environ: Mapping[str, str] | None = None) -> list[str]:
     return notes
 
 
+def hidden_paths(told: str) -> list[str]:
+    """One note for each variable whose path the error `told` is about, if systemd runs this process and its units do
+    not see that path: there it looks like one that is missing or closed."""
+    if not os.environ.get("INVOCATION_ID"):
+        return []
+    values = {**os.environ, **moved_names().values}
+    notes = []
+    for field in Settings.model_fields.values():
+        name = str(field.validation_alias)
+        path = values.get(name, "").removeprefix("sqlite:")
+        folder = next((folder for folder in _HIDDEN if Path(path).is_relative_to(folder)), None)
+        if folder and path in told:
+            notes.append(f"{name}: the unit does not see {folder} (ProtectHome=yes): move it, for example to /srv")
+    return notes
+
+
+class LogPlaces(NamedTuple):
+    """Where the log goes by the environment alone: for a start whose settings are wrong. A wrong value is no value."""
+
+    format: str
+    file: Path | None
+    journal_stream: str | None
+    notify_socket: str | None
+
+    @classmethod
+    def find(cls) -> LogPlaces:
+        format, file = os.environ.get("LOG_FORMAT", ""), os.environ.get("YAP_TEXT_LOG_FILE")
+        return cls(
+            format if format in ("json", "console") else "auto",
+            Path(file) if file else None,
+            os.environ.get("JOURNAL_STREAM"),
+            os.environ.get("NOTIFY_SOCKET"),
+        )
+
+
 class _MovedNames(PydanticBaseSettingsSource):
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         raise NotImplementedError  # the whole source is one dict, below
@@ -569,7 +640,7 @@ class _Credentials(_MovedNames):
         try:
             if not file.exists():
                 return ""
-            return read_file(file, _MOST_SECRET_BYTES).decode().strip()
+            return _bare(read_file(file, _MOST_SECRET_BYTES).decode())
         except OSError as error:
             raise SettingsError(f"CREDENTIALS_DIRECTORY: {file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:

@@ -9,8 +9,9 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,203 @@ def test_a_read_only_disk_does_not_keep_the_service_from_starting(small_disk: Pa
     life.write()
     life.end()
     assert said(Life(small_disk / "sessions.db", clocks), "a")
+
+
+# --- a start that finds a file which it cannot write, or not even read
+
+
+def kill_a_writer(path: Path) -> None:
+    """Leaves session `a` as a killed process does: with a log of writes, and shared memory beside it."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    code = CHILD.replace("while True:", "for _ in range(3):") + "sys.stdin.read()\n"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stderr is not None
+        for _ in range(3):
+            assert int(child.stderr.readline())
+        child.kill()
+    assert path.with_name(f"{path.name}-wal").stat().st_size
+
+
+def fill(folder: Path) -> Path:
+    filler = folder / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1000))
+    return filler
+
+
+@pytest.mark.parametrize("gone", ["", "-shm", ".lock"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_start_on_a_full_disk_finds_the_sessions(small_disk: Path, log: Log, killed: bool, gone: str) -> None:
+    """Of a process that was closed or killed, whatever is missing beside the file. What is said meanwhile is written
+    when there is room again."""
+    path, clocks = small_disk / "sessions.db", Clocks()
+    clocks.set_by = time.time() - clocks.now
+    if killed:
+        kill_a_writer(path)
+    else:
+        life = Life(path, clocks)
+        life.say("a")
+        life.end()
+    if gone:
+        path.with_name(f"{path.name}{gone}").unlink(missing_ok=True)
+    filler = fill(small_disk)
+    again = Life(path, clocks)
+    before = said(again, "a")
+    assert before and not log.of("sessions.not_read")
+    assert again.file._lock is not None, "no second process takes it"
+    assert [line["sessions"] for line in log.of("sessions.restored")][-1:] == [1]
+    if not killed:  # what a killed process left beside the file may make room
+        assert again.file.failing and len(log.of("sessions.unsaved")) == 1
+    again.say("a", "more")
+    again.write()
+    filler.unlink()
+    again.write()
+    assert not again.file.failing
+    again.end()
+    assert said(Life(path, clocks), "a") == [*before, "more", "a reply"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_start_on_a_read_only_disk_finds_the_sessions(small_disk: Path, log: Log, killed: bool) -> None:
+    """With the log of writes that a killed process left, and without one."""
+    path, clocks = small_disk / "sessions.db", Clocks()
+    clocks.set_by = time.time() - clocks.now
+    if killed:
+        kill_a_writer(path)
+    else:
+        life = Life(path, clocks)
+        life.say("a")
+        life.end()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert said(Life(path, clocks), "a")
+    assert len(log.of("sessions.unsaved")) == 1 and not log.of("sessions.not_read")
+
+
+def test_a_log_that_cannot_be_read_is_read_later(small_disk: Path, log: Log) -> None:
+    """On a disk for reading alone SQLite needs the shared memory that belongs to it. Reading the file without its log
+    would find an older state."""
+    path, clocks = small_disk / "sessions.db", Clocks()
+    clocks.set_by = time.time() - clocks.now
+    kill_a_writer(path)
+    path.with_name(f"{path.name}-shm").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    again = Life(path, clocks)
+    assert said(again, "a") is None and len(log.of("sessions.not_read")) == 1
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    again.write()
+    assert said(again, "a")
+
+
+def test_a_file_that_is_busy_at_the_start_is_read(path: Path, clocks: Clocks, log: Log) -> None:
+    """Who writes keeps nobody from reading."""
+    life = Life(path, clocks)
+    life.say("a")
+    life.end()
+    with held(path):
+        again = Life(path, clocks)
+    assert said(again, "a") and len(log.of("sessions.unsaved")) == 1
+    again.end()
+    assert said(Life(path, clocks), "a")
+
+
+def test_a_file_that_cannot_be_written_is_read_within_its_bounds(path: Path, clocks: Clocks) -> None:
+    """What has expired, and what is over MAX_SESSIONS, could not be deleted."""
+    life = Life(path, clocks)
+    for name in "abcd":
+        life.say(name)
+        clocks.now += 20
+    life.end()
+    with held(path):
+        again = Life(path, clocks, most=2, ttl_s=70)
+    assert [name for name in "abcd" if said(again, name)] == ["c", "d"]
+    assert len(again.store) == 2
+
+
+@contextmanager
+def shut(path: Path) -> Iterator[None]:
+    """Somebody else has the file, also for reading."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.executescript("PRAGMA locking_mode=EXCLUSIVE; UPDATE session SET used_at = used_at;")
+        yield
+
+
+def test_what_was_not_read_is_never_replaced(path: Path, clocks: Clocks, log: Log) -> None:
+    """An error says so once. When the file can be read, a session that did not begin again comes back to its client; of
+    one that did, memory has the new one, and the file has both."""
+    life = Life(path, clocks)
+    for name in "ab":
+        session = life.say(name, f"before {name}")
+        session.persona = Persona("savage")
+        life.store.keep(session)
+    life.end()
+    with shut(path):
+        again = Life(path, clocks)
+        assert said(again, "b") is None
+        again.say("a", "since")
+        again.write()
+        assert again.file.failing
+    (line,) = log.of("sessions.not_read")
+    assert line["level"] == "error" and line["error"] == "database is locked" and line["file"] == str(path)
+    assert not log.of("sessions.unsaved")
+    with held(path):
+        again.write()
+    assert again.file.failing and again.file.take(("k", "a")) is None, "read, and not written"
+    again.write()
+    assert not again.file.failing and again.file.take(("k", "a")) is None
+    again.say("a", "and more")
+    assert said(again, "a") == ["since", "a reply", "and more", "a reply"]
+    assert said(again, "b") == ["before b", "a reply"]
+    again.say("b", "back")
+    again.end()
+    third = Life(path, clocks)
+    assert said(third, "a") == ["before a", "a reply", "since", "a reply", "and more", "a reply"]
+    assert said(third, "b") == ["before b", "a reply", "back", "a reply"]
+    session = third.store.find(("k", "a"))
+    assert session is not None and (session.turns, session.persona) == (3, Persona("savage"))
+
+
+def test_what_is_forgotten_unread_stays_forgotten(path: Path, clocks: Clocks) -> None:
+    """Before the file was read, and after: no client finds it, no byte of it is left, and no later row begins with
+    it."""
+    life = Life(path, clocks)
+    for name in "abc":
+        life.say(name)
+    life.end()
+    with shut(path):
+        again = Life(path, clocks)
+        erased = again.store.forget(("k", "a"))[1]
+        again.say("c", "since")
+        again.write()
+        assert erased is not None and not erased.done()
+    again.write()
+    assert erased.done() and said(again, "a") is None
+    session, erased = again.store.forget(("k", "b"))
+    assert session is not None and erased is not None
+    again.store.forget(("k", "c"))
+    again.write()
+    assert erased.done() and said(again, "b") is None
+    assert WORDS.encode() not in on_disk(path)
+    again.say("c", "another")
+    again.end()
+    assert said(Life(path, clocks), "c") == ["another", "a reply"]
+
+
+def test_what_is_read_late_expires(path: Path, clocks: Clocks) -> None:
+    """In memory, too, whose client never returned."""
+    life = Life(path, clocks)
+    life.say("a")
+    life.end()
+    with shut(path):
+        again = Life(path, clocks)
+    again.write()
+    assert len(again.file._late) == 1
+    clocks.now += 61
+    again.write()
+    assert not again.file._late and said(again, "a") is None
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 100), (100, 4096), (4096, 8192), (5000, 20_000)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from faults.process import serving, turn
+from faults.process import say, serving, turn, until
 from privileged import tmpfs
 
 Mount = Callable[[str, str], Path]
@@ -92,10 +93,42 @@ def test_a_full_stderr_ends_no_turn(tmp_path: Path, mount: Mount) -> None:
     assert "Traceback" not in process.output
 
 
+@pytest.mark.subprocess
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_restart_on_a_full_disk_finds_kept_sessions(tmp_path: Path, mount: Mount, killed: bool) -> None:
+    """Of a service that was stopped or killed. What is said meanwhile is written when there is room again."""
+    disk = mount("state", "size=512k")
+    stored = {"SESSION_STORE": f"sqlite:{disk}/sessions.db"}
+    with serving(tmp_path / "output", ENGINE, "key", **stored) as process:
+        process.wait_ready()
+        with process.connect() as socket:
+            for number in range(5):
+                turn(socket, "before", session_id=f"s{number}")
+            say(socket, "forget", session_id="none")
+            until(socket, "forgotten")  # what came before it is in the file
+        process.popen.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
+        process.popen.wait(60)
+    ballast = fill(disk)
+    with serving(tmp_path / "again", ENGINE, "key", **stored) as process:
+        process.wait_ready()
+        assert [event["sessions"] for event in process.events("sessions.restored")] == [5]
+        assert not process.events("sessions.not_read")
+        if not killed:  # what a killed process left beside the file may make room
+            assert len(process.events("sessions.unsaved")) == 1
+        with process.connect() as socket:
+            for number in range(5):
+                say(socket, "get_session", session_id=f"s{number}")
+                assert until(socket, "session", "error")[-1]["history"][0]["content"] == "before"
+            assert turn(socket, "more", session_id="s0")[-1]["turn"] == 2
+            ballast.unlink()
+            say(socket, "forget", session_id="s4")
+            until(socket, "forgotten")  # that is, in the file
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(("options", "reason"), [("size=20m", "No space left"), ("ro", "Read-only file system")])
 def test_a_state_folder_that_takes_no_model_is_one_line(mount: Mount, options: str, reason: str) -> None:
-    """The start ends with status 1, for which systemd tries again; nothing half-made is left."""
+    """The start ends with status 75, for which systemd tries again; nothing half-made is left."""
     state = mount("state", options)
     ended = subprocess.run(
         [sys.executable, "-m", "yaptext", "serve"],
@@ -104,7 +137,7 @@ def test_a_state_folder_that_takes_no_model_is_one_line(mount: Mount, options: s
         text=True,
         check=False,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 75
     assert ended.stderr.count("\n") == 1 and "cannot write the demo model" in ended.stderr, ended.stderr
     assert reason in ended.stderr
     assert list(state.rglob("*.safetensors")) == []

@@ -92,6 +92,16 @@ def test_fields_stand_beside_the_event(stderr: Stderr) -> None:
     assert "module" in event["where"]
 
 
+def test_a_line_begins_with_its_event_and_its_level(stderr: Stderr) -> None:
+    """`systemctl status` shows the beginning of a line, however many fields there are."""
+    stderr.configure()
+    structlog.contextvars.bind_contextvars(connection=7)
+    structlog.get_logger("here").info("turn.finished", ttft_ms=1.5)
+    assert list(stderr.event())[:2] == ["event", "level"]
+    logging.getLogger("there").error("odd")
+    assert list(stderr.event())[:2] == ["event", "level"]
+
+
 def test_a_message_of_many_lines_is_one_line(stderr: Stderr) -> None:
     """Also text beyond ASCII, and with arguments to fill in."""
     stderr.configure()

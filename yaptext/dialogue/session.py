@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from yaptext.dialogue.history import Transcript
 from yaptext.dialogue.layout import Rounds
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.sessionfile import SessionFile
+from yaptext.dialogue.sessionfile import Kept, SessionFile
 from yaptext.settings import Settings
 from yaptext.wire.messages import IdentifiedCall
 
@@ -145,10 +145,7 @@ class SessionStore:
         self._sessions = self.held.sessions
         self._by_key: dict[str, Held] = {}
         for age_s, kept in file.load() if file is not None else ():
-            session = Session(kept.key)
-            session.used_at = clock() - age_s
-            kept.fill(session)
-            self._add(session)
+            self._restore(clock() - age_s, kept)
 
     @classmethod
     def of(cls, settings: Settings) -> SessionStore:
@@ -169,7 +166,7 @@ class SessionStore:
 
     def find(self, key: SessionKey) -> Session | None:
         """The session, where it exists and has not expired."""
-        session = self._sessions.get(key)
+        session = self._sessions.get(key) or self._take_late(key)
         if session is None or (session.current is None and self._clock() - session.used_at > self.bounds.ttl_s):
             return None
         return session
@@ -202,6 +199,8 @@ class SessionStore:
     def forget(self, key: SessionKey) -> tuple[Session | None, Future[None] | None]:
         """Takes a session out, and has the file erase it, whether somebody waits for that or not. A turn that
         still runs in it is not kept. The future is done when nothing can be read in the file; None without a file."""
+        if key not in self._sessions:
+            self._take_late(key)
         session = self._remove(key)
         if session is not None:
             session.forgotten = True
@@ -216,6 +215,22 @@ class SessionStore:
         """Writes what the file lacks. Blocks, for a few seconds at most."""
         if self._file is not None:
             self._file.close(_FLUSH_S)
+
+    def _restore(self, used_at: float, kept: Kept) -> Session:
+        session = Session(kept.key)
+        session.used_at = used_at
+        kept.fill(session)
+        return self._add(session)
+
+    def _take_late(self, key: SessionKey) -> Session | None:
+        """A session that the file could only be asked for after the start. It was used before all that are here."""
+        late = self._file.take(key) if self._file is not None else None
+        if late is None:
+            return None
+        session = self._restore(*late)
+        for held in (self.held, self._by_key[session.key_name]):
+            held.sessions.move_to_end(key, last=False)
+        return session
 
     def _add(self, session: Session) -> Session:
         session.bytes = session.weigh()

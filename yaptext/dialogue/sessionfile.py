@@ -3,6 +3,11 @@
 No turn waits for it: `put` leaves a copy, and one thread writes what has changed. Rows are found by a hash, and with a
 key nothing in them can be read. What the disk refuses is told in one line, kept in memory and tried again. A session
 that cannot be a row is left out, alone; what a newer version wrote is never replaced.
+
+A disk that is full or read-only is read all the same. Until the file was read, no row of it is replaced: what changes
+waits in memory, and reading is tried again before each write. Sessions that are read late come back when their clients
+do. If a session of the same key began before that, memory keeps the new one, and its row is both: the old transcript,
+then the new one.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +53,8 @@ _GATHER_S, _RETRY_S, _SWEEP_S = 0.5, 5.0, 60.0
 _CLOCK_STEP_S = 1.0
 _VERSION = 1
 """Of a body, to be raised when its form changes: one that tells none is of version 1."""
+_OF_THE_DISK = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY)
+"""What SQLite says if it cannot write what it wants beside a file that it reads."""
 _OF_ONE_ROW = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
 """What SQLite says of a row; its other errors are the file's."""
 
@@ -79,6 +86,16 @@ class Kept(msgspec.Struct, frozen=True):
         tools = session.tools.given if session.tools is not None else None
         return cls(session.key, session.persona, session.seed, session.turns, said, tools)
 
+    def after(self, earlier: Kept) -> Kept:
+        """Both as one: the transcript of `earlier`, then this one's; persona and tools are this one's if it has any."""
+        return msgspec.structs.replace(
+            self,
+            persona=earlier.persona if self.persona == Persona() else self.persona,
+            turns=earlier.turns + self.turns,
+            messages=[*earlier.messages, *self.messages],
+            tools=earlier.tools if self.tools is None else self.tools,
+        )
+
     def fill(self, session: Session) -> None:
         """Makes a new session what the kept one was, less a style or tools that this version does not know."""
         known = self.persona.style in styles()
@@ -95,8 +112,18 @@ def _tool_set(tools: bytes) -> ToolSet:
     return ToolSet(msgspec.json.decode(tools))
 
 
+@dataclass(slots=True)
+class _Late:
+    """A session that was read after `load`."""
+
+    used_at: float
+    kept: Kept
+    joined: bool = False
+    """A session of its key began before it was read. Each row of that one begins with this."""
+
+
 class SessionFile:
-    """One file, held by one process. `load` once, then `start`, `put` at will, and `close`."""
+    """One file, held by one process. `load` once, then `start`, `put` and `take` at will, and `close`."""
 
     def __init__(
         self,
@@ -119,6 +146,9 @@ class SessionFile:
         """Sessions whose last state is no row. A later state may be one."""
         self._ours: set[bytes] = set()
         """Ids of rows that this version may replace: looked at, or written by itself."""
+        self._unread = True
+        """Rows may be there that nobody has read."""
+        self._late: dict[SessionKey, _Late] = {}
         self._failed = False
         self._sweep_at = 0.0
         self._lock: int | None = None
@@ -137,31 +167,24 @@ class SessionFile:
         """What was kept, each with the seconds since its last use, oldest first. Blocks.
 
         Raises `SettingsError` for a file that is something else, `StartError` where another process holds it. What the
-        system refuses is no error: then there is nothing yet, and writing is tried later.
+        system refuses is no error: it is tried later. Sessions that could not be read now come by `take`.
         """
         try:
-            with closing(self._connect()) as database:
-                rows = database.execute("SELECT id, used_at, body FROM session ORDER BY used_at").fetchall()
+            found = self._decode(self._read())
         except (OSError, sqlite3.Error) as error:
-            self._fail(error)
-            return []
-        found, of_other_versions = [], 0
-        for id, used_at, body in rows:
-            try:
-                found.append((max(0.0, self._wall() - used_at), self._seal.open(id, body)))
-            except _OtherVersion:
-                of_other_versions += 1
-            except Exception:  # InvalidTag of a library that is not imported here, and errors of the decoder
-                continue
-        _log.info("sessions.restored", file=str(self._path), sessions=len(found))
-        if unread := len(rows) - len(found):
-            _log.warning(
-                "sessions.unreadable",
+            if self._is_missing():
+                self._fail(error)
+                return []
+            _log.error(
+                "sessions.not_read",
                 file=str(self._path),
-                sessions=unread,
-                of_other_versions=of_other_versions,
-                hint="written under another SESSION_STORE_KEY, or by another version; they stay until they expire",
+                error=str(error),
+                hint="until it can be read, clients do not find its sessions, and nothing in it is replaced; reading "
+                "is tried again, and what is said meanwhile waits in memory",
             )
+            self._failed = True
+            return []
+        self._unread = False
         return found
 
     def start(self) -> None:
@@ -177,10 +200,21 @@ class SessionFile:
             if len(self._waiting) > self._max:
                 del self._waiting[next(iter(self._waiting))]
 
+    def take(self, key: SessionKey) -> tuple[float, Kept] | None:
+        """A session that could only be read after `load`, and when it was last used. Asked for each key that is not in
+        memory; there is an answer once. Never waits for the disk."""
+        with self._guard:
+            late = self._late.get(key)
+            if late is None or late.joined:
+                return None
+            del self._late[key]
+            return late.used_at, late.kept
+
     def forget(self, key: SessionKey) -> Future[None]:
         """Has a session deleted; the future is done when nothing of it can be read in the file. Never waits."""
         with self._guard:
             self._waiting.pop(key, None)
+            self._late.pop(key, None)
             return self._forgotten.setdefault(key, Future())
 
     def close(self, timeout_s: float) -> None:
@@ -222,6 +256,8 @@ class SessionFile:
         if not self._writing and not due:
             return
         try:
+            if self._unread:
+                self._read_late()
             if self._database is None:
                 self._database = self._connect()
             elif not self._path.exists():
@@ -229,6 +265,7 @@ class SessionFile:
             self._save(self._database, forgotten)
             if due:  # also from the log of writes nothing deleted can be read
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._drop_late()
                 self._sweep_at = self._clock() + _SWEEP_S
             with self._guard:
                 for key, done in forgotten.items():
@@ -266,6 +303,10 @@ class SessionFile:
 
     def _save_row(self, database: sqlite3.Connection, used_at: float, kept: Kept) -> None:
         """Leaves a session out that cannot be a row, so that it holds up nobody else's. Raises what is of the file."""
+        with self._guard:
+            if late := self._late.get(kept.key):
+                late.joined, late.used_at = True, used_at
+                kept = kept.after(late.kept)
         id = self._seal.id(kept.key)
         try:
             self._check_ours(database, id)
@@ -312,7 +353,7 @@ class SessionFile:
             del self._left_out[next(iter(self._left_out))]
 
     def _purge(self, database: sqlite3.Connection) -> None:
-        oldest = self._clock() + self._wall_offset - self._ttl_s
+        oldest = self._now() - self._ttl_s
         database.execute("DELETE FROM session WHERE used_at < ?", (oldest,))
         over = "SELECT id FROM session ORDER BY used_at DESC LIMIT -1 OFFSET ?"
         database.execute(f"DELETE FROM session WHERE id IN ({over})", (self._max,))
@@ -325,9 +366,82 @@ class SessionFile:
                 file=str(self._path),
                 error=str(error) if known else type(error).__name__,  # the words of others may quote what was said
                 sessions=len(self._waiting),
-                hint="conversations go on; a restart before it can be written again would forget them",
+                hint="conversations go on; a restart before it can be written again would forget what changes",
             )
         self._failed = True
+
+    # --- reading
+
+    def _read(self) -> list[tuple[bytes, float, bytes]]:
+        """The rows, oldest first, also of a file that cannot be written. Raises what the system says of one that cannot
+        be read either."""
+        try:
+            with closing(self._connect()) as database:
+                return self._rows(database)
+        except (OSError, sqlite3.Error) as error:
+            if self._is_missing():
+                raise
+            refused = error
+        named = of_setting(self._path)
+        with closing(open_to_read(self._path, named)) as database:
+            rows = self._rows(database) if has_table(database, named) else []
+        self._fail(refused)
+        return rows
+
+    def _rows(self, database: sqlite3.Connection) -> list[tuple[bytes, float, bytes]]:
+        """Within the bounds of number and age, which a file that cannot be written may be over."""
+        question = "SELECT id, used_at, body FROM session WHERE used_at >= ? ORDER BY used_at DESC LIMIT ?"
+        return database.execute(question, (self._now() - self._ttl_s, self._max)).fetchall()[::-1]
+
+    def _decode(self, rows: Sequence[tuple[bytes, float, bytes]]) -> list[tuple[float, Kept]]:
+        """Each with the seconds since its last use. One line says how many, another how many cannot be read."""
+        found, of_other_versions = [], 0
+        for id, used_at, body in rows:
+            try:
+                found.append((max(0.0, self._now() - used_at), self._seal.open(id, body)))
+            except _OtherVersion:
+                of_other_versions += 1
+            except Exception:  # InvalidTag of a library that is not imported here, and errors of the decoder
+                continue
+        _log.info("sessions.restored", file=str(self._path), sessions=len(found))
+        if unread := len(rows) - len(found):
+            _log.warning(
+                "sessions.unreadable",
+                file=str(self._path),
+                sessions=unread,
+                of_other_versions=of_other_versions,
+                hint="written under another SESSION_STORE_KEY, or by another version; they stay until they expire",
+            )
+        return found
+
+    def _read_late(self) -> None:
+        """What `load` could not read, for `take`. A session that has changed since is another one of the same key."""
+        found = self._decode(self._read())
+        with self._guard:
+            for age_s, kept in found:
+                if kept.key not in self._forgotten:
+                    joined = kept.key in self._waiting or kept.key in self._writing
+                    self._late[kept.key] = _Late(self._clock() - age_s, kept, joined)
+        self._unread = False
+
+    def _drop_late(self) -> None:
+        """Those that have expired."""
+        since = self._clock() - self._ttl_s
+        with self._guard:
+            self._late = {key: late for key, late in self._late.items() if late.used_at >= since}
+
+    def _now(self) -> float:
+        """The time of day as rows have it."""
+        return self._clock() + self._wall_offset
+
+    def _is_missing(self) -> bool:
+        try:
+            self._path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # it may be there
+            return False
+        return False
 
     # --- the file
 
@@ -335,64 +449,122 @@ class SessionFile:
         """The database, made where there is none; a damaged one is moved aside."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._path.exists():
-            if not self._path.is_file():  # a FIFO would never open
-                raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is no regular file")
-            with self._path.open("rb") as file:
-                if file.read(16).strip(b"\0") not in _HEADERS:
-                    raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is no database")
-        self._hold()
+            _check_header(self._path, of_setting(self._path))
+        if self._lock is None:
+            self._lock = hold(self._path)
         try:
             return self._open()
         except sqlite3.DatabaseError as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: of our own check
             if code & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise
-        aside = f"{self._path}.damaged-{int(self._wall())}"
-        for suffix in ("-wal", "-shm", ""):
-            if os.path.exists(f"{self._path}{suffix}"):
-                os.rename(f"{self._path}{suffix}", aside + suffix)
+        aside = move_aside(self._path, f"damaged-{int(self._wall())}")
         _log.error("sessions.damaged", file=str(self._path), moved_to=aside, hint="begun anew, without what was kept")
         return self._open()
-
-    def _hold(self) -> None:
-        """Takes the file for this process. The lock is none that the engines' processes inherit."""
-        if self._lock is not None:
-            return
-        lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            who = os.read(lock, 20).decode(errors="replace")
-            os.close(lock)
-            if isinstance(error, BlockingIOError):
-                raise StartError(f"SESSION_STORE={str(self._path)!r} is in use by process {who}") from None
-            raise
-        self._lock = lock
-        os.ftruncate(lock, 0)
-        os.write(lock, str(os.getpid()).encode())
 
     def _open(self) -> sqlite3.Connection:
         self._path.touch(0o600)
         database = sqlite3.connect(self._path, timeout=1, isolation_level=None)
         try:
-            (owner,), (tables,) = (
-                database.execute(question).fetchone()
-                for question in ("PRAGMA application_id", "SELECT count(*) FROM sqlite_schema")
-            )
-            if tables and owner != _APPLICATION_ID:
-                raise SettingsError(f"SESSION_STORE={str(self._path)!r} is not allowed: it is another database")
+            has_table(database, of_setting(self._path))
             (health,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if health != "ok":
                 raise sqlite3.DatabaseError(health)
             self._path.chmod(0o600)
             database.executescript(_SCHEMA)
             # From before the clock was set back: as if used now.
-            database.execute("UPDATE session SET used_at = ?1 WHERE used_at > ?1", (self._clock() + self._wall_offset,))
+            database.execute("UPDATE session SET used_at = ?1 WHERE used_at > ?1", (self._now(),))
             self._purge(database)
         except BaseException:
             database.close()
             raise
         return database
+
+
+def of_setting(path: Path) -> str:
+    """What errors call the session file."""
+    return f"SESSION_STORE={str(path)!r}"
+
+
+def _check_header(path: Path, named: str) -> None:
+    if not path.is_file():  # a FIFO would never open
+        raise SettingsError(f"{named} is not allowed: it is no regular file")
+    with path.open("rb") as file:
+        if file.read(16).strip(b"\0") not in _HEADERS:
+            raise SettingsError(f"{named} is not allowed: it is no database")
+
+
+def has_table(database: sqlite3.Connection, named: str) -> bool:
+    """False for a database that is empty yet. Raises `SettingsError` for another one than a session file."""
+    (owner,), (tables,) = (
+        database.execute(question).fetchone()
+        for question in ("PRAGMA application_id", "SELECT count(*) FROM sqlite_schema")
+    )
+    if tables and owner != _APPLICATION_ID:
+        raise SettingsError(f"{named} is not allowed: it is another database")
+    return bool(tables)
+
+
+def open_to_read(path: Path, named: str) -> sqlite3.Connection:
+    """A database with what its log of writes holds, while another process writes it, and on a disk that takes no byte.
+    Raises `SettingsError` for what is no database, and what the system says.
+
+    Beside a file with a log SQLite wants shared memory, and makes it if it can. It reads a log without writing there
+    (`readonly_shm`) if the file of it exists. Where there is no log, nothing is needed (`immutable`): the process that
+    writes would have one. https://www.sqlite.org/wal.html#read_only_databases
+    """
+    _check_header(path, named)
+    log = Path(f"{path}-wal")
+    refused: sqlite3.Error | None = None
+    for options in ("mode=ro", "mode=ro&readonly_shm=1", "mode=ro&immutable=1"):
+        if "immutable" in options and log.exists() and log.stat().st_size:  # SQLite itself may have made an empty one
+            break
+        database = None
+        try:
+            uri = f"{path.absolute().as_uri()}?{options}"
+            database = sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None)
+            database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            return database
+        except BaseException as error:
+            if database is not None:
+                database.close()
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if not isinstance(error, sqlite3.Error) or code not in _OF_THE_DISK:
+                raise
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def hold(path: Path) -> int:
+    """Takes the file for this process until the descriptor is closed. Raises `StartError` if another process holds it.
+    The lock is none that the engines' processes inherit."""
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        who = os.read(lock, 20).decode(errors="replace")
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            process = f"process {who}" if who else "another process"
+            raise StartError(f"{of_setting(path)} is in use by {process}") from None
+        raise
+    with suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(lock, os.write(lock, str(os.getpid()).encode()))  # in that order: in place, it needs no room
+    return lock
+
+
+def move_aside(path: Path, suffix: str) -> str:
+    """Renames the file, and what SQLite has beside it, to `PATH.SUFFIX`, or if that exists to `PATH.SUFFIX-2` and so
+    on. Returns the name."""
+    aside, number = f"{path}.{suffix}", 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = f"{path}.{suffix}-{number}"
+    for part in ("-wal", "-shm", ""):
+        if os.path.exists(f"{path}{part}"):
+            os.rename(f"{path}{part}", aside + part)
+    return aside
 
 
 class _Seal:

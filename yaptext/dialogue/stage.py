@@ -23,7 +23,16 @@ from yaptext.dialogue.session import Session, SessionStore
 from yaptext.dialogue.toolcall import Decider, NoDecider
 from yaptext.dialogue.toolset import ToolSet, ToolSets
 from yaptext.engine.base import WARM, Engine, Engines, Reasoning, Sampling, exhaust
-from yaptext.errors import BadMessage, EngineFailed, NotDeployed, StartError, TextTooLong, UnknownPersona, WireError
+from yaptext.errors import (
+    BadMessage,
+    EngineFailed,
+    NotDeployed,
+    StartError,
+    StartRefused,
+    TextTooLong,
+    UnknownPersona,
+    WireError,
+)
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
 from yaptext.wire.messages import (
@@ -356,7 +365,7 @@ class Stage:
             room = self.prompts.room
             wanted = self.settings.persona_max_tokens + self.settings.history_max_tokens
             if room < 64:
-                raise StartError(
+                raise StartRefused(
                     f"the chat model's context is {self.engines.chat.max_model_len} tokens: CHAT_MAX_OUT and "
                     f"USER_UTT_MAX_TOKENS leave {max(room, 0)} to persona and history; lower them, or raise "
                     "CHAT_MAX_MODEL_LEN"
@@ -570,7 +579,7 @@ async def _token_bias(engine: Engine, by_text: dict[str, float]) -> tuple[tuple[
     for text, bias in by_text.items():
         ids = await engine.encode(text)
         if len(ids) != 1 or not -100 <= bias <= 100:
-            raise StartError(
+            raise StartRefused(
                 f"CHAT_LOGIT_BIAS: {text!r} is {len(ids)} tokens of {engine.model}, bias {bias}; allowed are single "
                 "tokens, and -100 to 100"
             )
@@ -585,7 +594,7 @@ def _check_reasoning(engine: Engine, reasoning: Reasoning | None) -> None:
     try:
         engine.check_reasoning(reasoning)
     except StartError as error:
-        raise StartError(
+        raise StartRefused(
             f"{engine.model} thinks before it speaks, and that cannot be kept out of its replies: {error}. Name vLLM's "
             "parser in REASONING_PARSER; with REASONING_PARSER=none thinking is sent like speech"
         ) from None

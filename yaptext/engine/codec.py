@@ -25,7 +25,7 @@ from tokenizers.models import WordLevel
 
 from yaptext.engine.base import Place, whose
 from yaptext.engine.template import ChatTemplate
-from yaptext.errors import StartError
+from yaptext.errors import StartRefused
 
 _LONG_TEXT = 1000
 """Characters from which a text is tokenized in a thread (about 0.3 ms of the event loop)."""
@@ -61,7 +61,7 @@ class HubCodec:
         self.max_model_len, self.block_size = max_model_len, block_size
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise StartError(f"{type(tokenizer).__name__} is no fast tokenizer: the model needs a tokenizer.json")
+            raise StartRefused(f"{type(tokenizer).__name__} is no fast tokenizer: the model needs a tokenizer.json")
         parts = _taken_apart(backend.to_str())
         self._whole, self._content, self._cutter, self._control = (
             parts.whole,

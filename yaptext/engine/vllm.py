@@ -19,7 +19,7 @@ from yaptext.engine.codec import HubCodec
 from yaptext.engine.grammar import GrammarCheck
 from yaptext.engine.prefill import Prefill
 from yaptext.engine.template import template_file
-from yaptext.errors import EngineDead, EngineFailed, StartError
+from yaptext.errors import EngineDead, EngineFailed, StartError, StartRefused
 from yaptext.observe.notify import notify
 from yaptext.settings import Settings
 
@@ -320,7 +320,7 @@ def _arguments(
     """AsyncEngineArgs for one role, as plain data. With `blocks` of KV cache, nothing is measured."""
     cuda = settings.on_cuda
     if settings.kv_dtype == "int8_per_token_head" and not cuda:
-        raise StartError("KV_DTYPE=int8 gives garbage on CPU: use auto or fp8")
+        raise StartRefused("KV_DTYPE=int8 gives garbage on CPU: use auto or fp8")
     wanted = settings.chat_max_model_len if role == "chat" else settings.tool_max_model_len
     context = min(wanted or (8192 if role == "chat" else 4096), checkpoint.context)
     batched = settings.batched_tokens(role)

@@ -16,7 +16,7 @@ from yaptext.engine import shelf
 from yaptext.engine.base import Role
 from yaptext.engine.codec import HubCodec
 from yaptext.engine.template import template_file
-from yaptext.errors import SettingsError, StartError, YapError
+from yaptext.errors import SettingsError, StartError, StartRefused, YapError
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -45,8 +45,8 @@ def wants_demo(settings: Settings) -> bool:
 def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoint:
     """The checkpoint for `role`; `demo` is the folder of the embedded model where that is to serve.
 
-    Raises `StartError` where no model is named for a deployed role, it cannot be read, or its weights are
-    not what `QUANTIZATION` asks for.
+    Raises `StartRefused` where no model is named for a deployed role, there is none of that name, or its weights are
+    not what `QUANTIZATION` asks for; `StartError` where it cannot be read now.
     """
     if demo is not None:
         return _best_of(settings, role, str(demo), "no model is configured: the embedded demo model serves")
@@ -56,10 +56,10 @@ def choose(settings: Settings, role: Role, demo: Path | None = None) -> Checkpoi
     if awq:
         checkpoint = _describe(settings, role, awq, f"AWQ_{name}_MODEL")
         if checkpoint.kind != "awq":
-            raise StartError(f"AWQ_{name}_MODEL={awq} has {checkpoint.kind} weights: name it in {name}_MODEL")
+            raise StartRefused(f"AWQ_{name}_MODEL={awq} has {checkpoint.kind} weights: name it in {name}_MODEL")
         return checkpoint
     if not plain:
-        raise StartError(
+        raise StartRefused(
             f"{name}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it "
             f"(AWQ_{name}_MODEL does as well)"
         )
@@ -83,15 +83,17 @@ def _describe(settings: Settings, role: Role, source: str, reason: str) -> Check
     if wanted == "gptq" and role == "tool" and kind == "float" and settings.tool_quantization is None:
         wanted = "auto"  # as the guide has it: GPTQ is about the chat model
     if wanted == "awq" and kind == "float":
-        raise StartError(
+        raise StartRefused(
             f"QUANTIZATION=awq, but {source} has float weights: no finished AWQ folder lies in "
             f"{settings.state / 'awq'}. Run `yap-text quantize`, or name an AWQ checkpoint in AWQ_CHAT_MODEL or "
             "AWQ_TOOL_MODEL"
         )
     if wanted in ("awq", "gptq") and kind != wanted:
-        raise StartError(f"QUANTIZATION={wanted}, but {source} has {kind} weights: name a {wanted.upper()} checkpoint")
+        raise StartRefused(
+            f"QUANTIZATION={wanted}, but {source} has {kind} weights: name a {wanted.upper()} checkpoint"
+        )
     if wanted in ("none", "fp8") and kind not in ("float", "fp8"):
-        raise StartError(f"QUANTIZATION={wanted}, but {source} has {kind} weights: use QUANTIZATION=auto")
+        raise StartRefused(f"QUANTIZATION={wanted}, but {source} has {kind} weights: use QUANTIZATION=auto")
     online = kind == "float" and wanted in ("auto", "fp8")
     if online and not settings.on_cuda:
         online = False
@@ -141,7 +143,7 @@ def open_codec(settings: Settings, source: str, *, max_model_len: int | None = N
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, token=hub_token(settings))
     except Exception as error:  # of dozens of types, as the hub client's below
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise StartError(f"cannot read the tokenizer of {source}: {detail}") from error
+        raise _unread(error)(f"cannot read the tokenizer of {source}: {detail}") from error
     ends = [(config.get("text_config") or config).get("eos_token_id"), generation.get("eos_token_id")]
     return HubCodec(
         tokenizer,
@@ -200,10 +202,24 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
         raise
     except Exception as error:  # the hub client raises dozens of types; all mean the same here
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise StartError(f"cannot read the config of {source}: {detail}") from error
+        raise _unread(error)(f"cannot read the config of {source}: {detail}") from error
     if not isinstance(config, dict):
-        raise StartError(f"the config.json of {source} is not an object")
+        raise StartRefused(f"the config.json of {source} is not an object")
     return config
+
+
+def _unread(error: Exception) -> type[StartError]:
+    """What a file that cannot be read means. The hub has no such model, or not for this token; the folder has no such
+    file; what is read is no JSON: that stays. A hub, a network or a disk that fails may be back."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):  # not in the cache, and the hub did not answer
+        return StartError
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
+        return StartRefused
+    hubs = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
+    lasting = (*hubs, FileNotFoundError, NotADirectoryError, PermissionError, ValueError)
+    return StartRefused if isinstance(error, lasting) else StartError
 
 
 def _read_json(settings: Settings, source: str, name: str) -> Any:
@@ -213,7 +229,7 @@ def _read_json(settings: Settings, source: str, name: str) -> Any:
     if folder.is_dir():
         return json.loads((folder / name).read_text(encoding="utf-8"))
     if source.startswith((".", "/", "~")):
-        raise StartError(f"{source} is not a folder")
+        raise StartRefused(f"{source} is not a folder")
     from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
 
     logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 from yaptext.observe import discretion
 from yaptext.observe.sinks import ToFile, ToStderr
@@ -37,6 +37,11 @@ _SHARED: list[Processor] = [
     structlog.processors.TimeStamper(fmt="iso", utc=True),
     structlog.processors.StackInfoRenderer(),
 ]
+
+
+def _name_first(_: Any, __: str, event: EventDict) -> EventDict:
+    """What happened and how bad it is, then its fields: `systemctl status` shows the beginning of a line."""
+    return {name: event[name] for name in ("event", "level") if name in event} | dict(event)
 
 
 def formatter() -> logging.Formatter:
@@ -66,7 +71,7 @@ def _formatter(format: str) -> logging.Formatter:
     else:
         # Without locals: they hold what users say.
         tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
-        chain += [tracebacks, structlog.processors.JSONRenderer(), redact]
+        chain += [tracebacks, _name_first, structlog.processors.JSONRenderer(), redact]
     return structlog.stdlib.ProcessorFormatter(processors=chain, foreign_pre_chain=_SHARED)
 
 

@@ -19,6 +19,7 @@ def notify(*assignments: str) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.sendto("\n".join(assignments).encode(), _address)
+            # A reason may quote a path, which may hold any bytes.
+            sender.sendto("\n".join(assignments).encode(errors="backslashreplace"), _address)
     except OSError:
         pass
