@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from typing import Any
 
+import httpx
 import pytest
 from conftest import Frame, service
 from fakes import Gate, Script, ScriptedEngine
+from structlog.testing import capture_logs
 from websockets import ConnectionClosed
 
 from yaptext.engine.base import Engines
+from yaptext.server import lifecycle, pulse
 
 
 @pytest.mark.parametrize("dying", ["chat", "tool"])
@@ -39,3 +43,58 @@ async def test_when_one_engine_dies_every_turn_hears_it_and_the_process_ends(dyi
         assert codes == [[("engine_failed", 1), ("going_away", None)], [("going_away", None)]]
         assert running.server.exit_status == 1
     assert all(engine.closed and engine.hurried for engine in engines.values())
+
+
+@pytest.mark.parametrize("watchdog", [False, True])
+async def test_a_hung_engine_is_told_by_every_route(monkeypatch: pytest.MonkeyPatch, watchdog: bool) -> None:
+    """Nothing is raised by it. With a watchdog or without: the health checks, /status, the gauge and systemd's status
+    name it after seconds, and say when it is back. The other engine goes on being heard."""
+    monkeypatch.setattr(pulse, "_SILENT_S", 0.2)
+    monkeypatch.setattr(pulse, "_LOOK_S", 0.05)
+    if not watchdog:
+        monkeypatch.setattr(lifecycle, "_PROBE_EVERY_S", 0.05)
+    statuses: list[str] = []
+    monkeypatch.setattr(lifecycle, "notify", lambda *told: statuses.extend(s for s in told if s[:6] == "STATUS"))
+    chat, tool, gate = ScriptedEngine(model="big"), ScriptedEngine(model="small"), Gate()
+    settings = {"WATCHDOG_USEC": 100_000} if watchdog else {}
+    with capture_logs() as lines:
+        async with service(Engines(chat=chat, tool=tool), **settings) as running:
+            async with httpx.AsyncClient(base_url=running.http, headers={"X-API-Key": "yap_token"}) as client:
+
+                async def ready(code: int) -> None:
+                    async with asyncio.timeout(60):
+                        while (await client.get("/readyz")).status_code != code:  # noqa: ASYNC110
+                            await asyncio.sleep(0.02)
+
+                async def told() -> tuple[Any, Any, list[str]]:
+                    status = (await client.get("/status")).json()
+                    metrics = (await client.get("/metrics")).text.splitlines()
+                    gauges = [line for line in metrics if line.startswith("yaptext_engine_silent{")]
+                    return status["status"], status["healthy"], gauges
+
+                gauges = ['yaptext_engine_silent{engine="chat"} 0.0', 'yaptext_engine_silent{engine="tool"} 0.0']
+                await ready(200)
+                assert await told() == ("running", True, gauges)
+                tool.chat = Script(pace=gate)
+                await ready(503)
+                for path in ("/readyz", "/healthz"):
+                    answer = await client.get(path)
+                    assert answer.status_code == 503 and answer.json()["status"] == "engine_silent"
+                    assert answer.json()["reason"].startswith("The tool engine has not answered since ")
+                assert await told() == ("engine_silent", False, [gauges[0], gauges[1].replace("0.0", "1.0")])
+                assert statuses[-1].startswith("STATUS=Serving on ") and "The tool engine has not" in statuses[-1]
+                asked = len(chat.requests)
+                async with asyncio.timeout(60):
+                    while len(chat.requests) < asked + 2:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+                tool.chat = Script()
+                gate.step()
+                await ready(200)
+                assert (await client.get("/healthz")).status_code == 200
+                assert await told() == ("running", True, gauges)
+                assert statuses[-1] == f"STATUS=Serving on 127.0.0.1:{running.server.bound_port}."
+    found = [line for line in lines if line["event"] in ("engine.silent", "engine.answers")]
+    assert [(line["event"], line["engine"], line["model"]) for line in found[:2]] == [
+        ("engine.silent", "tool", "small"),
+        ("engine.answers", "tool", "small"),
+    ]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
+import structlog
 import websockets
 from conftest import Running, service
-from fakes import ScriptedEngine
+from fakes import Gate, Script, ScriptedEngine
 from structlog.testing import capture_logs
 
+from yaptext import __version__
 from yaptext.engine.base import Engines
 from yaptext.errors import SettingsError
+from yaptext.observe import logs
 from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.server.throttle import Shown, Sparing
 from yaptext.settings import Settings, moved_names
 from yaptext.wire import asyncapi
 
@@ -319,13 +326,108 @@ async def test_the_protocols_document_is_built_once(built: list[int]) -> None:
         assert head.headers["ETag"] == tag and int(head.headers["Content-Length"]) == len(found[0].content)
 
 
-async def test_refusals_do_not_fill_the_log() -> None:
-    """Ten lines a minute of a kind; the metric counts them all."""
+@pytest.mark.parametrize(
+    ("how", "address"), [(None, "127.0.0.0/24"), ("whole", "127.0.0.1"), ("truncated", "127.0.0.0/24"), ("none", None)]
+)
+async def test_refusals_do_not_fill_the_log(how: str | None, address: str | None) -> None:
+    """One line an address, then one every ten seconds with their number; the metric counts them all."""
+    settings = {} if how is None else {"LOG_ADDRESS": how}
     with capture_logs() as lines:
-        async with service(scripted(), FAILED_KEYS_PER_MINUTE=0) as running, client_of(running) as client:
+        async with service(scripted(), FAILED_KEYS_PER_MINUTE=0, **settings) as running, client_of(running) as client:
             for _ in range(25):
                 assert (await first_frame(running, "wrong", None))["error_code"] == "authentication_failed"
+                assert (await client.get("/status", headers={"X-API-Key": "wrong"})).status_code == 401
             metrics = (await client.get("/metrics")).text
-    refused = [line for line in lines if line["event"] == "connection.refused"]
-    assert [line["error_code"] for line in refused] == ["authentication_failed"] * 10
+    for event, fields in (("connection.refused", {}), ("request.refused", {"status": 401})):
+        refused = [line for line in lines if line["event"] == event]
+        assert len(refused) < 10 and refused[0]["count"] == 1
+        for line in refused:
+            assert line["error_code"] == "authentication_failed" and line.get("address") == address
+            assert fields.items() <= line.items()
     assert 'yaptext_errors_total{code="authentication_failed"} 25.0' in metrics
+
+
+# --- what is told of it
+
+
+async def test_ready_says_what_serves() -> None:
+    """Who reads only the log knows the models, their weights, the slots and the version."""
+    chat, tool = ScriptedEngine(model="big", weights="awq"), ScriptedEngine(model="small")
+    with capture_logs() as lines:
+        async with service(Engines(chat=chat, tool=tool), MAX_CONCURRENT_CONNECTIONS=7) as running:
+            address = f"127.0.0.1:{running.server.bound_port}"
+    (ready,) = [line for line in lines if line["event"] == "server.ready"]
+    assert (ready["url"], ready["address"], ready["version"]) == (f"http://{address}", address, __version__)
+    assert ready["models"] == {"chat": "big", "tool": "small"} and ready["pid"] == os.getpid()
+    assert ready["weights"] == {"chat": "awq", "tool": "float"} and ready["connections"] == 7
+
+
+async def test_a_turn_says_whose_it_is_and_what_ran_beside_it() -> None:
+    """So that a slow one can be explained; a connection names the session of its last turn, if it had one."""
+    engine, gate = ScriptedEngine(backlog_ms=12.34), Gate()
+
+    async def say(socket: Any, session_id: str, until: str) -> None:
+        await socket.send(json.dumps({"type": "start", "session_id": session_id, "user_utterance": "hi"}))
+        while json.loads(await socket.recv())["type"] != until:
+            pass
+
+    with capture_logs() as lines:
+        async with service(Engines(chat=engine, tool=engine), WARM_NEXT_TURN=0) as running:
+            engine.chat = Script(["a"], pace=gate)
+            async with running.connect() as first, running.connect() as second, running.connect() as third:
+                await say(first, "one", "toolcall")
+                await say(second, "two", "toolcall")
+                gate.step(2)
+                for socket in (first, second):
+                    while json.loads(await socket.recv())["type"] != "done":
+                        pass
+                engine.chat = Script(["a"])
+                await say(first, "three", "done")
+                await third.send('{"type": "end"}')
+                await third.wait_closed()
+    turns = {line["session_id"]: line for line in lines if line["event"] == "turn.finished"}
+    assert [(turns[name]["key"], turns[name]["others"]) for name in ("one", "two", "three")] == [
+        ("default", 0),
+        ("default", 1),
+        ("default", 0),
+    ]
+    assert {line["backlog_ms"] for line in turns.values()} == {12.3}
+    closed = [line["session_id"] for line in lines if line["event"] == "connection.closed"]
+    assert sorted(closed, key=str) == [None, "three", "two"]
+
+
+FAIL2BAN = (
+    r'^(?:\S+ \S+: )?\{"event": "(?:connection|request)\.refused", "level": "info", "address": "<SUBNET>", '
+    r'(?:"status": 401, )?"error_code": "authentication_failed"'
+)
+"""README's filter. fail2ban puts an address, with or without its mask, in the place of <SUBNET>."""
+
+
+@pytest.mark.parametrize("how", ["whole", "truncated", "none"])
+async def test_a_wrong_key_is_a_line_that_fail2ban_finds(how: Shown) -> None:
+    """Over both protocols, as JSON; not a server that is full, and not what an address may be made of."""
+    wanted = re.compile(FAIL2BAN.replace("<SUBNET>", r"(?P<found>[0-9a-f.:]+(?:/\d+)?)"))
+    written: list[str] = []
+    logger, handler = logging.getLogger("refusals"), logging.Handler()
+    handler.setFormatter(logs.formatter())
+    handler.emit = lambda record: written.append(handler.format(record))  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    logger.propagate = False
+
+    def tell(event: str, **fields: object) -> None:
+        chain = [structlog.stdlib.add_log_level, structlog.stdlib.ProcessorFormatter.wrap_for_formatter]
+        structlog.wrap_logger(logger, processors=chain, wrapper_class=structlog.stdlib.BoundLogger).info(
+            event, **fields
+        )
+
+    sparing = Sparing(tell, how)
+    for address in ("192.0.2.7", "2001:db8:1:2::9", '192.0.2.9", "error_code": "authentication_failed'):
+        sparing.tell("connection.refused", address, error_code="authentication_failed")
+        sparing.tell("request.refused", address, status=401, error_code="authentication_failed")
+        sparing.tell("connection.refused", address, error_code="server_at_capacity")
+        sparing.tell("request.refused", address, status=400)
+    logger.removeHandler(handler)
+    found = [match["found"] for match in map(wanted.match, written) if match is not None]
+    expected = {"whole": ["192.0.2.7", "2001:db8:1:2::9"], "truncated": ["192.0.2.0/24", "2001:db8:1::/48"], "none": []}
+    assert found == [address for address in expected[how] for _ in range(2)] and written

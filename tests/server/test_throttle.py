@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from yaptext.server.throttle import Bucket, Sparing, Throttle, network
+from yaptext.server.throttle import Bucket, Shown, Sparing, Throttle, network, shown
 
 
 class Clock:
@@ -84,21 +84,79 @@ def test_who_owns_an_address(address: str, whose: str) -> None:
     assert network(address) == whose
 
 
-async def test_of_many_lines_of_a_kind_a_few_are_told_and_the_rest_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the minute and kind; a minute with few of them ends without a word."""
-    ends: list[Callable[[], None]] = []
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "call_later", lambda _, call, *given: ends.append(partial(call, *given)))
-    told: list[tuple[str, dict[str, object]]] = []
-    sparing = Sparing(lambda event, **fields: told.append((event, fields)), 2)
+class Log:
+    """What a Sparing told, and the ends of its ten seconds, which a test calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[dict[str, object]] = []
+        self._ends: list[Callable[[], None]] = []
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "call_later", lambda _, call, *given: self._ends.append(partial(call, *given)))
+
+    def write(self, event: str, **fields: object) -> None:
+        self.told.append({"event": event, **fields})
+
+    def ten_seconds_pass(self) -> list[dict[str, object]]:
+        """What is told at their end."""
+        self.told.clear()
+        ends, self._ends = self._ends, []
+        for end in ends:
+            end()
+        return self.told
+
+    @property
+    def remembered(self) -> int:
+        return len(self._ends)
+
+
+async def test_of_many_lines_of_an_address_one_is_told_and_the_rest_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first at once, then a line every ten seconds while there are more; other addresses and kinds have theirs."""
+    log = Log(monkeypatch)
+    sparing = Sparing(log.write)
     for _ in range(5):
-        sparing.tell("a", code="x")
-    for code in ("y", "y"):
-        sparing.tell("a", code=code)
-    assert told == [("a", {"code": "x"})] * 2 + [("a", {"code": "y"})] * 2
-    told.clear()
-    for end in ends:
-        end()
-    assert told == [("a", {"code": "x", "held_back": 3})]
-    sparing.tell("a", code="x")
-    assert told[1:] == [("a", {"code": "x"})] and len(ends) == 3
+        sparing.tell("a", "192.0.2.1", code="x")
+    sparing.tell("a", "192.0.2.200", code="x")
+    sparing.tell("a", "192.0.2.1", code="y")
+    sparing.tell("a", "198.51.100.1", code="x")
+    first = {"event": "a", "address": "192.0.2.0/24", "code": "x", "count": 1}
+    assert log.told == [first, first | {"code": "y"}, first | {"address": "198.51.100.0/24"}]
+    assert log.ten_seconds_pass() == [first | {"count": 5}]
+    sparing.tell("a", "192.0.2.1", code="x")
+    sparing.tell("a", "192.0.2.1", code="x")
+    assert log.ten_seconds_pass() == [first | {"count": 2}]
+    assert log.ten_seconds_pass() == [] and log.remembered == 0
+
+
+async def test_a_flood_from_many_addresses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the log nor the memory grows with them; an address that is told apart stays so while it goes on."""
+    log = Log(monkeypatch)
+    sparing = Sparing(log.write, "whole", most=32)
+    for number in range(10_000):
+        sparing.tell("a", f"10.0.{number >> 8}.{number & 255}", code="x")
+    assert len(log.told) == log.remembered == 33 and log.told[-1]["address"] == "others"
+    for number in range(10_000):
+        sparing.tell("a", f"10.0.{number >> 8}.{number & 255}", code="x")
+    told = log.ten_seconds_pass()
+    assert len(told) == 33
+    assert {line["address"]: line["count"] for line in told}["others"] == 2 * (10_000 - 32) - 1
+
+
+@pytest.mark.parametrize(
+    ("address", "whole", "truncated"),
+    [
+        ("192.0.2.1", "192.0.2.1", "192.0.2.0/24"),
+        ("::ffff:192.0.2.1", "192.0.2.1", "192.0.2.0/24"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2:3:4:5:6", "2001:db8:1::/48"),
+        ("fe80::1%eth0", "fe80::1", "fe80::/48"),
+        ("", "unknown", "unknown"),
+        ('192.0.2.1", "forged', "unknown", "unknown"),
+    ],
+)
+async def test_an_address_is_shown_as_the_operator_wants(address: str, whole: str, truncated: str) -> None:
+    """What is no address is not repeated."""
+    expected: dict[Shown, str | None] = {"whole": whole, "truncated": truncated, "none": None}
+    for how, line in expected.items():
+        assert shown(address, how) == line
+        told: list[dict[str, object]] = []
+        Sparing(lambda event, told=told, **fields: told.append(fields), how).tell("a", address)
+        assert told == [{"count": 1} if line is None else {"address": line, "count": 1}]

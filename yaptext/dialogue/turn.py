@@ -146,6 +146,8 @@ class Turn:
         self.finished: asyncio.Event = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._begun = False
+        self._others, self._backlog_ms = 0, 0.0
+        """How many turns ran when this one began, and the chat engine's backlog then."""
         self.over = False
         """True once the last frame is out. The engine may take until `finished` to let go."""
         self._cut_as: str | None = None
@@ -238,6 +240,10 @@ class Turn:
     def _begin(self) -> None:
         session, start, transcript = self._session, self._start, self._session.transcript
         self._begun = True
+        metrics = self._stage.metrics
+        self._others, metrics.running_turns = metrics.running_turns, metrics.running_turns + 1
+        busiest = self._stage.engines.chat or self._stage.engines.tool
+        self._backlog_ms = busiest.load().backlog_ms if busiest is not None else 0.0
         kind: Literal["start", "tool_result"] = "tool_result"
         if isinstance(start, Start):
             kind = "start"
@@ -510,12 +516,16 @@ class Turn:
         self.over = True
         self.finished.set()
         self._timings.total_ms = self._timings.total_ms or self._since_received()
+        self._stage.metrics.running_turns -= self._begun
         self._stage.metrics.turn(outcome, self._usage, self._timings)
         _log.info(
             "turn.finished",
             outcome=outcome,
             turn=self.number,
             session_id=self._session.session_id,
+            key=self._session.key_name,
+            others=self._others,
+            backlog_ms=round(self._backlog_ms, 1),
             finish_reason=self._finish_reason,
             tokens_sent=self._sink.sent_tokens,
             tool_reason=self._decision.reason if self._decision else None,

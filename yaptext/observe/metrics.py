@@ -34,12 +34,16 @@ class Metrics:
         self.engine_requests = self._gauge("yaptext_engine_requests", "Requests an engine itself counts.", "engine")
         self.engine_kv_use = self._gauge("yaptext_engine_kv_use", "Share of the KV cache in use.", "engine")
         self.engine_backlog_ms = self._gauge("yaptext_engine_backlog_ms", "Milliseconds of waiting prompts.", "engine")
+        self.engine_silent = self._gauge("yaptext_engine_silent", "1 while an engine does not answer.", "engine")
+        self.reload_failed = self._gauge("yaptext_reload_failed", "1 while the last reload was refused.")
         self.connections_max = self._gauge("yaptext_connections_max", "WebSockets there may be now.")
         self.session_tokens = 0.0
         """Prompt and reply of a turn, the mean over recent ones: what a session keeps in the KV cache."""
         size = self._gauge("yaptext_session_tokens", "KV cache tokens of a session.")
         size.set_function(lambda: self.session_tokens)
         self._sized = 0
+        self.running_turns = 0
+        """Turns between their ack and their end."""
         self.tool_ms = self._histogram("yaptext_decision_ms", "Milliseconds of a decision.")
         self.ttft_ms = self._histogram("yaptext_ttft_ms", "Milliseconds from start to the first token.")
         self.total_ms = self._histogram("yaptext_turn_ms", "Milliseconds of a whole turn.")

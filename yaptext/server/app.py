@@ -12,13 +12,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 import structlog
 from msgspec import UNSET
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -59,6 +60,7 @@ _OF_PROXIES = ("forwarded", "x-forwarded-for", "via")
 _LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 _MAX_HOST = 300
 """Characters of a `Host` that are looked at: a name has 253."""
+_SILENT = "engine_silent"
 _MOST_TAGS = 16
 """Of one If-None-Match."""
 
@@ -105,6 +107,9 @@ class Service:
         metrics.session_file_failing.set(self.stage.sessions.file_failing)
         metrics.tasks.set(len(asyncio.all_tasks()))
         metrics.connections_max.set(self.admission.fitting)
+        metrics.reload_failed.set(self.lifecycle.reload is not None and not self.lifecycle.reload.ok)
+        for pulse in self.lifecycle.pulses:
+            metrics.engine_silent.labels(pulse.role).set(pulse.silent_since is not None)
         for role, engine in self.stage.engines.distinct.items():
             load = engine.load()
             metrics.engine_running.labels(role).set(load.running)
@@ -155,8 +160,9 @@ def create_app(
             lobby = Lobby(pending, settings.handshake_timeout_s)
             rewarming = lifecycle.while_ready(stage.rewarm(most))
             watching = lifecycle.watching(engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming)
-            async with watching, keys.reloading(on_hangup=settings.reloads, also=lambda: _reload_personas(settings)):
-                refusals = Sparing(_log.info)
+            reload = partial(_reload, settings, keys, lifecycle)
+            async with watching, keys.reloading(on_hangup=settings.reloads, reload=reload):
+                refusals = Sparing(_log.info, settings.log_address)
                 since = time.monotonic()
                 service = Service(settings, stage, admission, lobby, keys, lifecycle, refusals, described, since)
                 yield {"service": service}
@@ -187,17 +193,23 @@ def create_app(
     return app
 
 
-def _reload_personas(settings: Settings) -> None:
-    """Takes the operator's styles as they are now. A wrong file changes nothing."""
+async def _reload(settings: Settings, keys: Keys, lifecycle: Lifecycle) -> None:
+    with lifecycle.reloading() as refused:
+        refused.extend(filter(None, (_reload_personas(settings), await keys.reload())))
+
+
+def _reload_personas(settings: Settings) -> str | None:
+    """Takes the operator's styles as they are now. A wrong file changes nothing; then returns why."""
     if settings.personas_dir is None:
-        return
+        return None
     try:
         persona.use_folder(settings.personas_dir)
         persona.check_style(settings.default_persona_style)
     except SettingsError as error:
         _log.error("personas.refused", error=str(error))
-    else:
-        _log.info("personas.loaded", styles=list(persona.styles()))
+        return str(error)
+    _log.info("personas.loaded", styles=list(persona.styles()))
+    return None
 
 
 def _keys(settings: Settings) -> Keys:
@@ -221,17 +233,23 @@ async def _warm_up(stage: Stage) -> None:
 
 
 async def healthz(request: Request) -> Response:
-    """200 while the engines live."""
+    """200 while the engines live and answer."""
     _check_host(request)
-    alive = await request.state.service.alive()
-    return _json({"status": "ok" if alive else "engine_dead"}, 200 if alive else 503)
+    service: Service = request.state.service
+    if not await service.alive():
+        return _json({"status": "engine_dead"}, 503)
+    if (silence := service.lifecycle.silence) is not None:
+        return _json({"status": _SILENT, "reason": silence}, 503)
+    return _json({"status": "ok"})
 
 
 async def readyz(request: Request) -> Response:
-    """200 while new conversations are welcome: engines live and no drain has begun."""
+    """200 while new conversations are welcome: engines live and answer, and no drain has begun."""
     _check_host(request)
     service: Service = request.state.service
     phase = service.lifecycle.phase if await service.alive() else "dead"
+    if phase == "ready" and (silence := service.lifecycle.silence) is not None:
+        return _json({"status": _SILENT, "reason": silence}, 503)
     return _json({"status": phase}, 200 if phase == "ready" else 503)
 
 
@@ -239,12 +257,16 @@ async def status(request: Request) -> Response:
     service: Service = request.state.service
     _identify(request)
     engines, phase = service.stage.engines, service.lifecycle.phase
+    silence = service.lifecycle.silence
+    running = _SILENT if silence is not None else "degraded" if engines.lacking else "running"
     loads = {role: (engine, engine.load()) for role, engine in engines.distinct.items()}
     return _json(
         {
             # `running` and `healthy` are what monitors of the guide's server look for.
-            "status": ("degraded" if engines.lacking else "running") if phase == "ready" else phase,
-            "healthy": phase != "dead",
+            "status": running if phase == "ready" else phase,
+            "healthy": phase != "dead" and silence is None,
+            "silence": silence,
+            "reload": service.lifecycle.reload,
             "lacking": engines.lacking,
             "version": __version__,
             "uptime_s": round(time.monotonic() - service.started_at, 1),
@@ -317,14 +339,15 @@ async def converse(websocket: WebSocket) -> None:
         with account.slot(connection), service.admission.slot(connection):
             await websocket.accept()
             ending = await connection.serve()
-        _log.info("connection.closed", key=account.name, code=ending.code, reason=ending.reason)
+        session_id = connection.session_id
+        _log.info("connection.closed", key=account.name, code=ending.code, reason=ending.reason, session_id=session_id)
     except WireError as refusal:
         await _refuse(websocket, service, refusal)
 
 
 async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) -> None:
     service.stage.metrics.errors.labels(refusal.code).inc()
-    service.refusals.tell("connection.refused", error_code=refusal.code)
+    service.refusals.tell("connection.refused", _address(websocket), error_code=refusal.code)
     capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else UNSET
     frame = encode(error_frame(refusal, capacity=capacity))
     try:
@@ -399,12 +422,19 @@ async def _wrong_host(_: Request, error: Exception) -> Response:
     return _json({"error_code": "host_not_allowed", "message": str(error), "detail": str(error)}, 403)
 
 
-async def _turned_away(_: Request, error: Exception) -> Response:
+async def _turned_away(request: Request, error: Exception) -> Response:
     assert isinstance(error, WireError)
+    status = 401 if error.retry_after_ms is None else 429
+    service: Service = request.state.service
+    service.refusals.tell("request.refused", _address(request), status=status, error_code=error.code)
     content = {"error_code": error.code, "message": error.message, "detail": error.message}
     if error.retry_after_ms is None:
-        return _json(content, 401)
-    return _json(content, 429, {"Retry-After": str(math.ceil(error.retry_after_ms / 1000))})
+        return _json(content, status)
+    return _json(content, status, {"Retry-After": str(math.ceil(error.retry_after_ms / 1000))})
+
+
+def _address(connection: HTTPConnection) -> str:
+    return connection.client.host if connection.client else ""
 
 
 def _json(content: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:

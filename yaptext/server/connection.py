@@ -89,6 +89,11 @@ class Connection:
         """True while a turn is running or waits to run."""
         return self._turn is not None and not self._turn.finished.is_set()
 
+    @property
+    def session_id(self) -> str | None:
+        """Of its last turn."""
+        return None if self._turn is None else self._turn.session.session_id
+
     def end(self, error: WireError) -> None:
         """Ends the connection with an error frame and its close code. The first reason counts."""
         self._end(Ending(error.close_code, error.code, error_frame(error)))

@@ -8,7 +8,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -150,17 +150,17 @@ class Keys:
 
     @asynccontextmanager
     async def reloading(
-        self, *, on_hangup: bool = True, also: Callable[[], None] = lambda: None
+        self, *, on_hangup: bool = True, reload: Callable[[], Awaitable[object]] | None = None
     ) -> AsyncIterator[None]:
-        """While the block runs, SIGHUP reads the file again, also one that came before and was held back; and calls
-        `also`."""
+        """While the block runs, SIGHUP reads the file again, also one that came before and was held back; or calls
+        `reload`, which does that and more."""
         if not on_hangup:
             yield
             return
         loop, wanted = asyncio.get_running_loop(), asyncio.Event()
         loop.add_signal_handler(signal.SIGHUP, wanted.set)
         held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        task = asyncio.create_task(self._reload_when(wanted, also))
+        task = asyncio.create_task(_reload_when(wanted, reload or self.reload))
         try:
             yield
         finally:
@@ -170,23 +170,16 @@ class Keys:
             task.cancel()
             await asyncio.wait([task])
 
-    async def _reload_when(self, wanted: asyncio.Event, also: Callable[[], None]) -> None:
-        while True:
-            await wanted.wait()
-            wanted.clear()
-            also()
-            await self.reload()
-
-    async def reload(self) -> None:
+    async def reload(self) -> str | None:
         """Takes the file as it is now; sockets of keys that are gone are told and closed. A file that is not as it
-        should be changes nothing."""
+        should be changes nothing; then returns why."""
         if self._file is None:
-            return
+            return None
         try:
             keys, removed = await asyncio.to_thread(self._read_again)
         except SettingsError as error:
             _log.error("keys.refused", error=str(error))
-            return
+            return str(error)
         self._keys, before, self._accounts = keys, self._accounts, {}
         for account in before.values():
             key = keys.get(account.hash)
@@ -197,6 +190,7 @@ class Keys:
             for connection in account.connections:
                 connection.end(AuthenticationFailed("The key of this connection was removed."))
         _log.info("keys.loaded", keys=len(keys), removed=removed)
+        return None
 
     def _read(self) -> dict[bytes, Key]:
         """The keys there are now, by hash. Raises `SettingsError`."""
@@ -214,6 +208,13 @@ class Keys:
         if account is None and (key := self._keys.get(hash)) is not None:
             account = self._accounts[hash] = Account(key, self._clock)
         return account
+
+
+async def _reload_when(wanted: asyncio.Event, reload: Callable[[], Awaitable[object]]) -> None:
+    while True:
+        await wanted.wait()
+        wanted.clear()
+        await reload()
 
 
 def _keys_in_headers(connection: HTTPConnection) -> list[bytes]:

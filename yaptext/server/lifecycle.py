@@ -14,18 +14,24 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import structlog
 import uvicorn
 
-from yaptext.engine.base import DECIDE, Engines, Sampling, exhaust
-from yaptext.errors import EngineDead, EngineFailed, GoingAway, YapError
+from yaptext import __version__
+from yaptext.engine.base import Engines
+from yaptext.errors import EngineDead, GoingAway, YapError
 from yaptext.observe import discretion
 from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
 from yaptext.server.protocol import HttpProtocol, WebSocketProtocol
+from yaptext.server.pulse import Pulse
 from yaptext.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,6 +39,10 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 _WATCH_S = 0.5
+_PROBE_EVERY_S = 15.0
+"""Engines are asked for a token at least so often, and twice in the time of the supervisor's watchdog."""
+_MOST_STATUS_BYTES = 1000
+"""systemd drops a message of over 4096 bytes."""
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter while the event loop waits for it; Python's default is 5 ms."""
 _FIRST_PASSED_FD = 3
@@ -46,6 +56,15 @@ _LEAVE_S = 3.0
 Phase = Literal["starting", "ready", "draining", "dead"]
 
 
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """What became of the latest reload: `error` says what was refused. `at` is in UTC."""
+
+    ok: bool
+    error: str | None
+    at: str
+
+
 class Lifecycle:
     """The phase the process is in, and the steps from one to the next."""
 
@@ -55,6 +74,44 @@ class Lifecycle:
         """True if nothing but this machine reaches the service."""
         self.exit_requested = asyncio.Event()
         self.failure: YapError | None = None
+        self.pulses: list[Pulse] = []
+        self.reload: Reload | None = None
+        """None until the first SIGHUP."""
+        self.address = ""
+        """Where it serves."""
+
+    @property
+    def silence(self) -> str | None:
+        """Which engines do not answer, in words."""
+        silent = [(pulse.role, pulse.silent_since) for pulse in self.pulses if pulse.silent_since is not None]
+        told = [f"The {role} engine has not answered since {since:%H:%M:%S} UTC." for role, since in silent]
+        return " ".join(told) or None
+
+    def tell(self, *assignments: str) -> None:
+        """Tells the supervisor where the service serves, and what is wrong (`STATUS=`)."""
+        if self.phase != "ready":
+            return
+        told = f"Serving on {self.address}. {self.silence or ''}"
+        if self.reload is not None and not self.reload.ok:
+            told += f" The last reload was refused: {self.reload.error}"
+        line = " ".join(told.split()).encode(errors="replace")[:_MOST_STATUS_BYTES]
+        notify(*assignments, f"STATUS={line.decode(errors='ignore')}")
+
+    @contextmanager
+    def reloading(self) -> Iterator[list[str]]:
+        """Around a reload. The block adds why something was refused."""
+        refused: list[str] = []
+        if self.phase == "ready":
+            notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            yield refused
+        except Exception:
+            _log.exception("reload.crashed")
+            refused.append("a fault of the service; the log has the traceback (reload.crashed)")
+        # File names may hold any bytes.
+        error = "; ".join(refused).encode(errors="backslashreplace").decode()
+        self.reload = Reload(not refused, error or None, datetime.now(UTC).isoformat(timespec="seconds"))
+        self.tell("READY=1")
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -74,11 +131,11 @@ class Lifecycle:
         watchdog_s: float | None = None,
         *more: Coroutine[None, None, None],
     ) -> AsyncIterator[None]:
-        """While the block runs, a dead engine ends every turn and the process, and the supervisor's watchdog
-        (`watchdog_s`) is fed as long as every engine answers. `more` runs beside these."""
-        watches = [self._watch(engines, admission), *more]
-        if watchdog_s:
-            watches.append(self._feed(engines, watchdog_s / 2))
+        """While the block runs, a dead engine ends every turn and the process, one that does not answer is told, and
+        the supervisor's watchdog (`watchdog_s`) is fed as long as every engine answers. `more` runs beside these."""
+        every_s = min(_PROBE_EVERY_S, watchdog_s / 2) if watchdog_s else _PROBE_EVERY_S
+        self.pulses = [Pulse(role, engine, self.tell) for role, engine in engines.distinct.items()]
+        watches = [self._watch(engines, admission), *more, *self._probes(every_s)]
         tasks = [asyncio.create_task(self._guard(watch)) for watch in watches]
         try:
             yield
@@ -105,17 +162,18 @@ class Lifecycle:
                 if self.phase != "ready":
                     return
 
-    async def _feed(self, engines: Engines, every_s: float) -> None:
-        while True:
-            try:
-                for engine in engines.distinct.values():
-                    prompt = await engine.encode("ok")
-                    await exhaust(engine.stream(prompt, Sampling(max_tokens=1), priority=DECIDE))
-            except EngineFailed as error:  # a hung engine never comes this far: then nothing is fed
-                _log.error("watchdog.failed", error=error.message)
-            else:
+    def _probes(self, every_s: float) -> Iterator[Coroutine[None, None, None]]:
+        """One for each engine. The watchdog is fed whenever all have been heard since the last time."""
+        unheard = set(self.pulses)
+
+        def heard(pulse: Pulse) -> None:
+            unheard.discard(pulse)
+            if not unheard:
                 notify("WATCHDOG=1")
-            await asyncio.sleep(every_s)
+                unheard.update(self.pulses)
+
+        for pulse in self.pulses:
+            yield pulse.keep(every_s, partial(heard, pulse))
 
     async def _watch(self, engines: Engines, admission: Admission) -> None:
         while True:
@@ -227,12 +285,23 @@ class Server(uvicorn.Server):
         host, self.bound_port = self.servers[0].sockets[0].getsockname()[:2]
         bound = [listener.getsockname()[0] for server in self.servers for listener in server.sockets]
         self.lifecycle.on_loopback = all(ipaddress.ip_address(address).is_loopback for address in bound)
+        self.lifecycle.address = f"[{host}]:{self.bound_port}" if ":" in host else f"{host}:{self.bound_port}"
         self.lifecycle.phase = "ready"
         discretion.serving()
-        notify("READY=1", f"STATUS=Serving on {host}:{self.bound_port}.")
+        self.lifecycle.tell("READY=1")
         if self._stop_signal is not None:  # it came during an import that swallows every exception
             self.begin_drain()
-        _log.info("server.ready", url=f"http://{host}:{self.bound_port}", pid=os.getpid())
+        service = self.lifespan.state["service"]
+        _log.info(
+            "server.ready",
+            url=f"http://{self.lifecycle.address}",
+            pid=os.getpid(),
+            version=__version__,
+            address=self.lifecycle.address,
+            models=msgspec.to_builtins(service.stage.models),
+            weights={role: engine.weights for role, engine in service.stage.engines.distinct.items()},
+            connections=service.admission.fitting,
+        )
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self.lifecycle.exit_requested.is_set()

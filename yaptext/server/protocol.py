@@ -74,7 +74,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, refusal: _Refused) -> None:
         refusals: Sparing = self.app_state["service"].refusals
-        refusals.tell("request.refused", status=refusal.status)
+        peer = self.transport.get_extra_info("peername")
+        refusals.tell("request.refused", peer[0] if peer else "", status=refusal.status)
         head = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         text = refusal.message.encode()
         self.transport.write(STATUS_LINE[refusal.status] + head % len(text) + text)

@@ -7,8 +7,13 @@ import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Literal
 
 Clock = Callable[[], float]
+Shown = Literal["whole", "truncated", "none"]
+OTHERS = "others"
+_Kind = tuple[str, str | None, tuple[tuple[str, str | int], ...]]
+"""An event, its address as it is shown, and its fields."""
 
 
 class Bucket:
@@ -62,26 +67,53 @@ class Throttle:
 
 
 class Sparing:
-    """Lines of the log that anybody can cause: `per_minute` of an event with the same fields, of which there are few,
-    then one with `held_back`, how many more there were in that minute."""
+    """Lines of the log that anybody can cause. The first of an event, its fields and an address is told at once, then
+    every `every_s` one line that says how many more there were (`count`).
 
-    def __init__(self, tell: Callable[..., object], per_minute: int = 10) -> None:
-        self._tell, self._per_minute = tell, per_minute
-        self._counts: dict[object, int] = {}
+    At most `most` are told apart at a time, so that many addresses fill neither the log nor the memory: what comes over
+    that is told as of the address `others`. `how` is LOG_ADDRESS."""
 
-    def tell(self, event: str, **fields: str | int) -> None:
-        kind = event, *fields.values()
-        count = self._counts.get(kind, 0)
-        if not count:
-            asyncio.get_running_loop().call_later(60, self._end_minute, kind, event, fields)
-        self._counts[kind] = count + 1
-        if count < self._per_minute:
-            self._tell(event, **fields)
+    def __init__(
+        self, tell: Callable[..., object], how: Shown = "truncated", *, every_s: float = 10.0, most: int = 32
+    ) -> None:
+        self._tell, self._how, self._every_s, self._most = tell, how, every_s, most
+        self._counts: dict[_Kind, int] = {}
+        """How many came since their last line."""
 
-    def _end_minute(self, kind: object, event: str, fields: dict[str, str | int]) -> None:
-        held_back = self._counts.pop(kind) - self._per_minute
-        if held_back > 0:
-            self._tell(event, **fields, held_back=held_back)
+    def tell(self, event: str, address: str, **fields: str | int) -> None:
+        """`fields` are few: whoever is refused must not choose them."""
+        kind = event, shown(address, self._how), tuple(fields.items())
+        if kind not in self._counts and len(self._counts) >= self._most:
+            kind = event, OTHERS, tuple(fields.items())
+        if kind in self._counts:
+            self._counts[kind] += 1
+        else:
+            self._write(kind, 1)
+
+    def _write(self, kind: _Kind, count: int) -> None:
+        event, address, fields = kind
+        self._counts[kind] = 0
+        asyncio.get_running_loop().call_later(self._every_s, self._sum_up, kind)
+        self._tell(event, **({} if address is None else {"address": address}), **dict(fields), count=count)
+
+    def _sum_up(self, kind: _Kind) -> None:
+        if count := self._counts.pop(kind):
+            self._write(kind, count)
+
+
+def shown(address: str, how: Shown) -> str | None:
+    """The address as the log may have it; None: not at all."""
+    if how == "none":
+        return None
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return "unknown"  # a socket without addresses, or what a trusted proxy wrote
+    if isinstance(ip, ipaddress.IPv6Address):
+        ip = ip.ipv4_mapped or ip
+    if how == "whole":
+        return str(ip)
+    return str(ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False))
 
 
 def network(address: str) -> str:
