@@ -148,6 +148,8 @@ class Stage:
     prompt_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By role: what prompts are made of, for `/status`."""
     warmed: WarmedTranscripts = field(default_factory=WarmedTranscripts)
+    large_frames: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of all sockets: who holds it may read one in this round of the loop."""
     tool_sets: ToolSets = field(init=False)
 
     def __post_init__(self) -> None:

@@ -51,6 +51,8 @@ _FLUSH_TIMEOUT_S = 2.0
 _ABORT_TIMEOUT_S = 10.0
 """How long an engine may take to let go of a turn before its task is cancelled again."""
 _MAX_WARMS = 4
+_LARGE_BYTES = 32_768
+"""Frames over this are read one in a round of the loop, of all sockets: each takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,9 @@ class Connection:
         message: ClientMessage | None = None
         try:
             self._account.spend("messages")
+            if len(frame) > _LARGE_BYTES:
+                async with self._stage.large_frames:
+                    await asyncio.sleep(0)
             message, ignored = read(frame)
             await self._dispatch(message, ignored)
         except WireError as error:
