@@ -82,7 +82,7 @@ PARAMETERS: dict[str, Any] = {
 
 
 REFUSED = {
-    "an unknown type", "a reference to nowhere", "an empty range", "nothing allowed", "an empty choice",
+    "an unknown type", "a reference to nowhere", "an empty range", "a huge range", "nothing allowed", "an empty choice",
     "more parts than parts",
 }  # fmt: skip
 

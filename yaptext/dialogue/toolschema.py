@@ -26,6 +26,8 @@ _IN_GRAMMAR = {
 _MAX_COUNTED_PROPERTIES = 24
 """Of an object whose `minProperties` or `maxProperties` the grammar holds to."""
 MAX_RANGES = 64
+_LARGEST = 10**15
+"""Of a bound; xgrammar takes none of hundreds of digits."""
 _RANGES = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _ONE_SCHEMA = {"items", "additionalProperties", "not", "if", "then", "else"}
 _NAMED_SCHEMAS = {"properties", "$defs", "definitions", "dependentSchemas"}
@@ -123,6 +125,8 @@ def _problem(part: dict[str, Any], root: dict[str, Any]) -> str | None:
     for word in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
         if word in part and (isinstance(part[word], bool) or not isinstance(part[word], int | float)):
             return f"{word!r} must be a number"
+        if word in part and not abs(part[word]) <= _LARGEST:
+            return f"{word!r} must be within 10^15"
     lowest = max((part[word] for word in ("minimum", "exclusiveMinimum") if word in part), default=None)
     highest = min((part[word] for word in ("maximum", "exclusiveMaximum") if word in part), default=None)
     if lowest is not None and highest is not None and lowest >= highest and part.get("minimum") != part.get("maximum"):
