@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from yaptext.dialogue.stage import Stage
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Engines
 from yaptext.keyfile import NO_LIMITS, Key, Limits
+from yaptext.observe import notify
 from yaptext.server.app import create_app
 from yaptext.server.connection import Connection
 from yaptext.server.keys import Account
@@ -245,3 +247,23 @@ async def vllm_engine(state_folder: Path) -> AsyncIterator[Any]:
         yield engines.chat
         assert engines.chat is not None
         await engines.chat.aclose()
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[socket.socket]:
+    """systemd's side of the notify socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(tmp_path / "notify"))
+        receiver.settimeout(60)
+        notify.connect(str(tmp_path / "notify"))
+        yield receiver
+        notify.connect(None)
+
+
+def fill(folder: Path) -> Path:
+    """Fills the disk that a folder is on, of a few MB; returns the file that does."""
+    ballast = folder / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1000))
+    return ballast

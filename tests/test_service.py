@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import re
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from fakes import Gate, Script, ScriptedEngine
 
 from yaptext.engine.base import Engine, Engines
 from yaptext.errors import StartError
-from yaptext.observe import notify
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 PARIS = "What is the capital of France?"
@@ -311,17 +310,6 @@ async def test_a_dead_engine_fails_its_turns_and_ends_the_process() -> None:
 
 
 # --- under systemd
-
-
-@pytest.fixture
-def supervisor(tmp_path: Path) -> Iterator[socket.socket]:
-    """systemd's side of the notify socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(str(tmp_path / "notify"))
-        receiver.settimeout(60)
-        notify.connect(str(tmp_path / "notify"))
-        yield receiver
-        notify.connect(None)
 
 
 async def heard(supervisor: socket.socket, line: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from yaptext import __version__, keyfile
 from yaptext.errors import SettingsError, StartError, StartRefused, YapError
 from yaptext.settings import (
+    FIRST_PASSED_FD,
     LOOPBACK,
     LogPlaces,
     Settings,
@@ -32,7 +33,6 @@ from yaptext.settings import (
 
 _MOST_STATUS = 600
 """Characters of a reason in STATUS=: systemd drops a message of over 4096 bytes."""
-_FIRST_PASSED_FD = 3
 _UVICORN_FAILED = 3
 """The status with which uvicorn ends a start, whatever is wrong."""
 
@@ -279,7 +279,7 @@ def _warn_of(settings: Settings) -> None:
             "program on this host can use the service. Write a key to /etc/yap-text/api-key and restart.",
         )
     if settings.listen_fds and settings.listen_pid == os.getpid():
-        with socket.socket(fileno=os.dup(_FIRST_PASSED_FD)) as held:
+        with socket.socket(fileno=os.dup(FIRST_PASSED_FD)) as held:
             host, port = held.getsockname()[:2]
         names = (host, "localhost") if host in LOOPBACK else (host,)
         asked = {"host": f"HOST={settings.host}"} if settings.host not in names else {}

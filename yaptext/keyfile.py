@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from yaptext.errors import SettingsError
-from yaptext.settings import read_file
+from yaptext.files import read_file
 
 OWN_NAME = "default"
 """Of the key in YAP_TEXT_API_KEY; no line may have it."""

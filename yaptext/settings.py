@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from yaptext.errors import SettingsError
+from yaptext.files import read_file
 
 DEFAULT_API_KEY = "yap_token"
 SECRETS = ("YAP_TEXT_API_KEY", "HF_TOKEN", "SESSION_STORE_KEY")
@@ -36,7 +36,9 @@ _LARGEST = 10**15
 """What a number may be at most: SQLite, the event loop and the product of two take it."""
 _MOST_GPU = 0.98
 _MOST_SECRET_BYTES = 65_536
-_HIDDEN = ("/home", "/root", "/run/user")
+FIRST_PASSED_FD = 3
+"""The listening socket that systemd passes, if `LISTEN_FDS` is 1 (sd_listen_fds(3))."""
+HIDDEN = ("/home", "/root", "/run/user")
 """What `ProtectHome=yes` takes from a unit."""
 _AROUND_TOKENS = 160
 """Least room in a prompt for template, time, persona and history."""
@@ -592,7 +594,7 @@ def hidden_paths(told: str) -> list[str]:
     for field in Settings.model_fields.values():
         name = str(field.validation_alias)
         path = values.get(name, "").removeprefix("sqlite:")
-        folder = next((folder for folder in _HIDDEN if Path(path).is_relative_to(folder)), None)
+        folder = next((folder for folder in HIDDEN if Path(path).is_relative_to(folder)), None)
         if folder and path in told:
             notes.append(f"{name}: the unit does not see {folder} (ProtectHome=yes): move it, for example to /srv")
     return notes
@@ -710,15 +712,3 @@ def _state_faults(given: Mapping[str, Any]) -> list[str]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             return []
         return [f"{name}={str(named[name])!r} is not allowed: it cannot be written to: {error.strerror}"]
-
-
-def read_file(path: Path, most_bytes: int) -> bytes:
-    """The content of a file that a setting names. Raises `OSError`, also for a FIFO, which would never open, for a
-    device, which would never end, and for more than `most_bytes`."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise OSError(errno.EFBIG, f"it is over {most_bytes} bytes, the limit", str(path))
-    return content

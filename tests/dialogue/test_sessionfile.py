@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import fill
 from privileged import tmpfs
 
 from yaptext.dialogue import sessionfile
@@ -376,20 +377,9 @@ def kill_a_writer(path: Path) -> None:
     assert path.with_name(f"{path.name}-wal").stat().st_size
 
 
-def fill(folder: Path) -> Path:
-    filler = folder / "filler"
-    with suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1000))
-    return filler
-
-
-@pytest.mark.parametrize("gone", ["", "-shm", ".lock"])
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_start_on_a_full_disk_finds_the_sessions(small_disk: Path, log: Log, killed: bool, gone: str) -> None:
-    """Of a process that was closed or killed, whatever is missing beside the file. What is said meanwhile is written
-    when there is room again."""
-    path, clocks = small_disk / "sessions.db", Clocks()
+def left_behind(folder: Path, killed: bool) -> tuple[Path, Clocks]:
+    """A file with one session, of a process that was killed or closed it."""
+    path, clocks = folder / "sessions.db", Clocks()
     clocks.set_by = time.time() - clocks.now
     if killed:
         kill_a_writer(path)
@@ -397,6 +387,15 @@ def test_a_start_on_a_full_disk_finds_the_sessions(small_disk: Path, log: Log, k
         life = Life(path, clocks)
         life.say("a")
         life.end()
+    return path, clocks
+
+
+@pytest.mark.parametrize("gone", ["", "-shm", ".lock"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_start_on_a_full_disk_finds_the_sessions(small_disk: Path, log: Log, killed: bool, gone: str) -> None:
+    """Of a process that was closed or killed, whatever is missing beside the file. What is said meanwhile is written
+    when there is room again."""
+    path, clocks = left_behind(small_disk, killed)
     if gone:
         path.with_name(f"{path.name}{gone}").unlink(missing_ok=True)
     filler = fill(small_disk)
@@ -419,14 +418,7 @@ def test_a_start_on_a_full_disk_finds_the_sessions(small_disk: Path, log: Log, k
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_start_on_a_read_only_disk_finds_the_sessions(small_disk: Path, log: Log, killed: bool) -> None:
     """With the log of writes that a killed process left, and without one."""
-    path, clocks = small_disk / "sessions.db", Clocks()
-    clocks.set_by = time.time() - clocks.now
-    if killed:
-        kill_a_writer(path)
-    else:
-        life = Life(path, clocks)
-        life.say("a")
-        life.end()
+    path, clocks = left_behind(small_disk, killed)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     assert said(Life(path, clocks), "a")
     assert len(log.of("sessions.unsaved")) == 1 and not log.of("sessions.not_read")
@@ -591,7 +583,7 @@ def test_a_file_that_is_something_else_is_left_alone(path: Path, clocks: Clocks)
 
 
 def test_a_fifo_is_no_session_file(path: Path, clocks: Clocks) -> None:
-    """Opening one would wait for whoever writes into it."""
+    """To open one for reading blocks until somebody opens it for writing."""
     path.parent.mkdir()
     os.mkfifo(path)
     blocked = threading.Thread(target=lambda: path.open("wb").close(), daemon=True)

@@ -898,7 +898,7 @@ async def test_nonsense_in_a_throw_away_decision_ends_nothing() -> None:
 
 
 async def test_a_dead_engine_is_told_by_a_throw_away_decision() -> None:
-    """That is for whoever watches."""
+    """The watch over the engines needs to see it."""
     engine = ScriptedEngine(decision=Script(("[",), error=EngineFailed("gone")))
     decider = Decider(engine, ToolSet([{"name": "a"}]), max_out=20, history_tokens=0, timeout_s=5)
     with pytest.raises(EngineFailed):

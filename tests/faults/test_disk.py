@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from conftest import fill
 from faults.process import say, serving, turn, until
 from privileged import tmpfs
 
@@ -27,14 +28,6 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
             return stack.enter_context(tmpfs(tmp_path / name, options))
 
         yield mount
-
-
-def fill(folder: Path) -> Path:
-    ballast = folder / "ballast"
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1000))
-    return ballast
 
 
 @pytest.mark.subprocess

@@ -347,7 +347,7 @@ async def test_refusals_do_not_fill_the_log(how: str | None, address: str | None
     assert 'yaptext_errors_total{code="authentication_failed"} 25.0' in metrics
 
 
-# --- what is told of it
+# --- log lines and metrics
 
 
 async def test_ready_says_what_serves() -> None:
@@ -400,7 +400,7 @@ FAIL2BAN = (
     r'^(?:\S+ \S+: )?\{"event": "(?:connection|request)\.refused", "level": "info", "address": "<SUBNET>", '
     r'(?:"status": 401, )?"error_code": "authentication_failed"'
 )
-"""README's filter. fail2ban puts an address, with or without its mask, in the place of <SUBNET>."""
+"""The filter in the README. fail2ban replaces <SUBNET> by an address, with or without a mask."""
 
 
 @pytest.mark.parametrize("how", ["whole", "truncated", "none"])

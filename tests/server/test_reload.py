@@ -18,19 +18,7 @@ from fakes import ScriptedEngine
 from yaptext import keyfile
 from yaptext.dialogue import persona
 from yaptext.engine.base import Engines
-from yaptext.observe import notify
 from yaptext.server.lifecycle import Lifecycle
-
-
-@pytest.fixture
-def supervisor(tmp_path: Path) -> Iterator[socket.socket]:
-    """systemd's side of the notify socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(str(tmp_path / "notify"))
-        receiver.settimeout(60)
-        notify.connect(str(tmp_path / "notify"))
-        yield receiver
-        notify.connect(None)
 
 
 @pytest.fixture(autouse=True)

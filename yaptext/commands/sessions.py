@@ -141,7 +141,7 @@ def _replace(path: Path, database: sqlite3.Connection, named: str) -> tuple[int,
 
 
 def _give(path: Path, new: Path) -> None:
-    """What root makes here belongs to whoever had the file, or has the folder: the service is not root."""
+    """Gives what root has made to the owner of the old file, or of the folder: the service does not run as root."""
     if os.geteuid() == 0:
         owner = (path if path.exists() else path.parent).stat()
         for file in (new, Path(f"{path}.lock")):

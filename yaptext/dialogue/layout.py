@@ -417,7 +417,7 @@ class Layout:
                 suffix = "\n" if end < count else joint.left
                 line = lines[begin]
                 if stretch is None and end == begin + 1 and (end < count or joint.control) and line.kept is not None:
-                    known = line.kept.get(f"{kind}\0{place}\0{prefix}\0{suffix}")
+                    known = line.kept.get(_where(kind, place, prefix, suffix))
                     if known is not None:
                         parts.append(memoryview(known).cast("I"))
                         begin, place, prefix = end, "inside", ""
@@ -456,7 +456,7 @@ class Layout:
         new: dict[Place, list[_Stretch]] = {}
         for stretch in stretches:
             if stretch.kept is not None:
-                known = stretch.kept.get(f"{self._kind}\0{stretch.place}\0{stretch.prefix}\0{stretch.suffix}")
+                known = stretch.kept.get(_where(self._kind, stretch.place, stretch.prefix, stretch.suffix))
                 if known is not None:
                     stretch.ids = memoryview(known).cast("I")
                     continue
@@ -466,8 +466,13 @@ class Layout:
             for stretch, ids in zip(group, await self._codec.encode_all(texts, place=place), strict=True):
                 stretch.ids = ids
                 if stretch.kept is not None:
-                    where = f"{self._kind}\0{place}\0{stretch.prefix}\0{stretch.suffix}"
+                    where = _where(self._kind, place, stretch.prefix, stretch.suffix)
                     stretch.kept[where] = array("I", ids).tobytes()
+
+
+def _where(kind: str, place: Place, prefix: str, suffix: str) -> str:
+    """The key of `Kept`."""
+    return f"{kind}\0{place}\0{prefix}\0{suffix}"
 
 
 def disguised(codec: Codec, value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import UnsetType
 
 from yaptext.errors import SettingsError, UnknownPersona
-from yaptext.settings import read_file
+from yaptext.files import read_file
 from yaptext.wire.messages import Gender, Identity, PersonaFields, gender, identity
 
 

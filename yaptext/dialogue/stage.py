@@ -22,6 +22,7 @@ from yaptext.dialogue.reply import reasoning_of
 from yaptext.dialogue.session import Session, SessionStore
 from yaptext.dialogue.toolcall import Decider, NoDecider
 from yaptext.dialogue.toolset import ToolSet, ToolSets
+from yaptext.dialogue.warmed import Warm, WarmedTranscripts
 from yaptext.engine.base import WARM, Engine, Engines, Reasoning, Sampling, exhaust
 from yaptext.errors import (
     BadMessage,
@@ -68,8 +69,6 @@ _REWARM_WITHIN_S, _REWARM_SHARE, _REWARM_PAUSE_S = 600.0, 0.5, 0.02
 for who comes anew."""
 _ITEM_BYTES, _NAME_CHARS = 64, 64
 _HEARD_CHARS = 65_536
-_WARMED_TRANSCRIPTS, _WARMED_CHARS = 64, 1_000_000
-"""Of each key, until their turn comes."""
 _NEXT_AFTER_S, _STEP_TOKENS = 0.1, 64
 """A turn that follows at once is not to wait for warming; one engine step cannot be interrupted, so each is small."""
 
@@ -84,50 +83,6 @@ class Told:
     @property
     def size(self) -> int:
         return len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Warm:
-    """A transcript that was warmed, with its token ids, and by which session."""
-
-    messages: list[history.Message]
-    session_id: str | None
-
-
-class WarmedTranscripts:
-    """Transcripts that were warmed, by name of the key and text, until the turn that they were warmed for. Those of one
-    key make no room for those of another."""
-
-    def __init__(self) -> None:
-        self._by_key: dict[str, dict[str, Warm]] = {}
-
-    def of(self, key_name: str) -> list[str]:
-        """Their texts, oldest first."""
-        return list(self._by_key.get(key_name, ()))
-
-    def keep(self, key_name: str, text: str, warm: Warm) -> None:
-        """The oldest go: of a key in its bounds, and the key's own."""
-        kept = self._by_key.setdefault(key_name, {})
-        kept.pop(text, None)
-        kept[text] = warm
-        while len(kept) > _WARMED_TRANSCRIPTS or (len(kept) > 1 and sum(map(len, kept)) > _WARMED_CHARS):
-            del kept[next(iter(kept))]
-
-    def take(self, key_name: str, text: str) -> Sequence[history.Message]:
-        """Its messages, which are then no longer kept here; none for a text that was not warmed."""
-        kept = self._by_key.get(key_name, {})
-        found = kept.pop(text, None)
-        if not kept:
-            self._by_key.pop(key_name, None)
-        return () if found is None else found.messages
-
-    def forget(self, key_name: str, session_id: str) -> bool:
-        """Drops what a session warmed; whether there was any."""
-        kept = self._by_key.get(key_name, {})
-        of_session = [text for text, warm in kept.items() if warm.session_id == session_id]
-        for text in of_session:
-            del kept[text]
-        return bool(of_session)
 
 
 _Frame = TypeVar("_Frame", bound=PersonaFields)
@@ -240,7 +195,7 @@ class Stage:
 
     def bounded(self, frame: _Frame) -> _Frame:
         """The frame with no more of its texts than is ever looked at: it may wait, and what waits is kept. Raises
-        `BadMessage`, and `TextTooLong` for a text that is over its limit at any rate of characters a token."""
+        `BadMessage`, and `TextTooLong` for a text that is over its limit in tokens, however few it takes."""
         limit = 16 * self.settings.persona_max_tokens
         if isinstance(frame.persona_text, str) and len(frame.persona_text) > limit:
             raise TextTooLong(f"persona_text is {len(frame.persona_text)} characters; limit is {limit}")

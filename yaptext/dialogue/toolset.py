@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 
 from yaptext.dialogue.toolschema import check_schema, for_grammar
 from yaptext.errors import BadMessage, SettingsError, YapError
-from yaptext.settings import read_file
+from yaptext.files import read_file
 from yaptext.wire.messages import Call
 
 MAX_TOOLS = 64

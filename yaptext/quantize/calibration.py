@@ -27,7 +27,8 @@ from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec, Role
 from yaptext.engine.weights import hub_token
 from yaptext.errors import QuantizeError, YapError
-from yaptext.settings import Settings, read_file
+from yaptext.files import read_file
+from yaptext.settings import Settings
 from yaptext.wire.messages import Call, Identity, gender
 
 HELD_OUT_BLOCKS = 4

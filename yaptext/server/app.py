@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
-import ipaddress
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -45,6 +43,7 @@ from yaptext.keyfile import Limits
 from yaptext.observe.metrics import CONTENT_TYPE
 from yaptext.server.admission import Admission
 from yaptext.server.connection import Connection
+from yaptext.server.door import check_host, check_origin
 from yaptext.server.keys import Account, Keys
 from yaptext.server.lifecycle import Lifecycle, going_away
 from yaptext.server.lobby import Lobby, fitting
@@ -57,9 +56,6 @@ from yaptext.wire.messages import encode, error_frame
 _log = structlog.get_logger(__name__)
 OpenEngines = Callable[[Settings], Engines]
 _OF_PROXIES = ("forwarded", "x-forwarded-for", "via")
-_LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
-_MAX_HOST = 300
-"""Characters of a `Host` that are looked at: a name has 253."""
 _SILENT = "engine_silent"
 _MOST_TAGS = 16
 """Of one If-None-Match."""
@@ -234,7 +230,7 @@ async def _warm_up(stage: Stage) -> None:
 
 async def healthz(request: Request) -> Response:
     """200 while the engines live and answer."""
-    _check_host(request)
+    check_host(request)
     service: Service = request.state.service
     if not await service.alive():
         return _json({"status": "engine_dead"}, 503)
@@ -245,7 +241,7 @@ async def healthz(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """200 while new conversations are welcome: engines live and answer, and no drain has begun."""
-    _check_host(request)
+    check_host(request)
     service: Service = request.state.service
     phase = service.lifecycle.phase if await service.alive() else "dead"
     if phase == "ready" and (silence := service.lifecycle.silence) is not None:
@@ -306,12 +302,12 @@ async def metrics(request: Request) -> Response:
     if not local or any(name in request.headers for name in _OF_PROXIES):
         _identify(request)
     else:
-        _check_host(request)
+        check_host(request)
     return Response(service.stage.metrics.exposition(service.refresh_gauges), media_type=CONTENT_TYPE)
 
 
 async def describe(request: Request) -> Response:
-    _check_host(request)
+    check_host(request)
     document: Document = request.state.service.described
     headers = {"ETag": document.etag, "Cache-Control": "no-cache"}
     known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",", _MOST_TAGS)}
@@ -331,7 +327,7 @@ async def converse(websocket: WebSocket) -> None:
     """`/ws`: key, slot, conversation. A refused client is told why in a frame, then closed."""
     service: Service = websocket.state.service
     try:
-        _check_origin(websocket, service.settings)
+        check_origin(websocket, service.settings)
         account = service.keys.identify(websocket)
         if service.lifecycle.phase == "draining":
             raise going_away()
@@ -364,57 +360,12 @@ async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) ->
         pass  # it left before it was told
 
 
-def _check_origin(websocket: WebSocket, settings: Settings) -> None:
-    """Raises `AuthenticationFailed` for a page of an origin that is not allowed. Only browsers send one.
-
-    Every page knows the default key, so with it those of this machine alone connect, unless the operator names some."""
-    origin, allowed = websocket.headers.get("origin"), settings.origins
-    if origin is None:
-        return
-    if allowed is not None:
-        fits, rule = origin.lower() in allowed, "it is not one of ALLOWED_ORIGINS."
-    else:
-        fits = settings.own_key != DEFAULT_API_KEY or _LOCAL_ORIGIN.fullmatch(origin.lower()) is not None
-        rule = "with the default API key only pages of this machine connect. Set YAP_TEXT_API_KEY or ALLOWED_ORIGINS."
-    if not fits:
-        raise AuthenticationFailed(f"Origin {origin[:100]!r} is not allowed: {rule}")
-
-
-def _check_host(request: Request) -> None:
-    """Raises `HostNotAllowed` if this machine alone reaches the service, and the request has the name of another.
-
-    So a browser asks for a page whose site has changed its address to this machine's (DNS rebinding): it takes the
-    answer for the site's own. An address can be no such name."""
-    service: Service = request.state.service
-    host = request.headers.get("host", "")[:_MAX_HOST]
-    if service.lifecycle.on_loopback and not _is_local(host):
-        name = _name_of(host)
-        if name not in service.settings.hosts and name != service.settings.host.lower():
-            raise HostNotAllowed(f"Host {host[:100]!r} is not allowed: it is not one of ALLOWED_HOSTS.")
-
-
-def _is_local(host: str) -> bool:
-    name = _name_of(host)
-    if not name or name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True
-
-
-def _name_of(host: str) -> str:
-    """Without the port."""
-    return (host if host.endswith("]") else host.rpartition(":")[0] or host).lower().rstrip(".")
-
-
 def _identify(request: Request, *, in_query: bool = True) -> Account:
     """The caller of an HTTP route that needs a key. Raises as `Keys.identify` does; and `HostNotAllowed`, as any page
     knows the default key."""
     service: Service = request.state.service
     if service.settings.own_key == DEFAULT_API_KEY:
-        _check_host(request)
+        check_host(request)
     return service.keys.identify(request, in_query=in_query)
 
 

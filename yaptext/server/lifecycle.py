@@ -32,7 +32,7 @@ from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
 from yaptext.server.protocol import HttpProtocol, WebSocketProtocol
 from yaptext.server.pulse import Pulse
-from yaptext.settings import Settings
+from yaptext.settings import FIRST_PASSED_FD, Settings
 
 if TYPE_CHECKING:
     from yaptext.server.connection import Connection
@@ -45,7 +45,6 @@ _MOST_STATUS_BYTES = 1000
 """systemd drops a message of over 4096 bytes."""
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter while the event loop waits for it; Python's default is 5 ms."""
-_FIRST_PASSED_FD = 3
 _RETRY_AFTER_MS = (1000, 4000)
 """Clients of a restart come back spread over this window, not all at once."""
 _CLOSE_EVERY_S, _CLOSES_WITHIN_S = 0.02, 1.0
@@ -252,7 +251,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 lifespan="on",
                 server_header=False,
-                # uvicorn's own default trusts whoever is on this host; it reads FORWARDED_ALLOW_IPS if none are given.
+                # By default uvicorn trusts every client of this host. It reads FORWARDED_ALLOW_IPS if none are given.
                 proxy_headers=bool(settings.proxies),
                 forwarded_allow_ips=settings.proxies,
                 timeout_graceful_shutdown=3,
@@ -270,7 +269,7 @@ class Server(uvicorn.Server):
         notify("STATUS=Opening the engines.")
         if sockets is None and self._settings.listen_fds and self._settings.listen_pid == os.getpid():
             self._port_is_held = True
-            sockets = [socket.socket(fileno=_FIRST_PASSED_FD)]
+            sockets = [socket.socket(fileno=FIRST_PASSED_FD)]
             self._settings.check_address(str(sockets[0].getsockname()[0]))
         try:
             await super().startup(sockets=sockets)

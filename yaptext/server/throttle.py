@@ -81,7 +81,7 @@ class Sparing:
         """How many came since their last line."""
 
     def tell(self, event: str, address: str, **fields: str | int) -> None:
-        """`fields` are few: whoever is refused must not choose them."""
+        """`fields` have few values: a client must not be able to choose them."""
         kind = event, shown(address, self._how), tuple(fields.items())
         if kind not in self._counts and len(self._counts) >= self._most:
             kind = event, OTHERS, tuple(fields.items())

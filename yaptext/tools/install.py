@@ -19,11 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from yaptext.errors import YapError
+from yaptext.settings import HIDDEN
 
 _RENDERED_COMMAND = "/usr/local/bin/yap-text"
 _STARTED = ("yap-text.socket", "yap-text.service", "yap-text-quantize.service", "yap-text-logrotate.timer")
-_HIDDEN = ("/home", "/root", "/run/user")
-"""What `ProtectHome=yes` takes from a unit."""
 _MARK = "# As installed, until this file is edited: "
 _NO_KEYS = "# NAME sha256:HASH [LIMIT=N ...], as `yap-text key new NAME --file` adds them\n"
 _KEPT_FOLDERS = (
@@ -148,7 +147,7 @@ def _command(host: Host, chosen: Path | None) -> Path:
     if chosen is None:
         places += [Path(sys.prefix), Path(sys.base_prefix).resolve(), Path(__file__).resolve()]
     for place in places:
-        for hidden in _HIDDEN:
+        for hidden in HIDDEN:
             if place.is_relative_to(hidden):
                 raise InstallError(
                     f"{place} is below {hidden}, which units do not see (ProtectHome=yes): put the checkout and its "
