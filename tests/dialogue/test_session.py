@@ -287,3 +287,13 @@ def test_transcripts_are_nothing_to_the_garbage_collector() -> None:
             message.lines.segments = Line(message.text, {"k": array("I", [7]).tobytes()})
     gc.collect()
     assert len(gc.get_objects()) - before < 20 * len(sessions)
+
+
+def test_a_session_that_changes_after_it_has_expired_harms_nothing() -> None:
+    """A client that only pings for an hour may still say what it heard of the last reply."""
+    store, clock = make_store(ttl_s=60)
+    session = store.open(key("a"))
+    clock.now += 61
+    store.keep(session)
+    assert store.find(key("a")) is None
+    assert store.open(key("a")) is not session

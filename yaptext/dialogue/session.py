@@ -261,7 +261,7 @@ class SessionStore:
         """Drops what has expired, and what is over the bounds."""
         since, bounds = self._clock() - self.bounds.ttl_s, self.bounds
         for session in list(itertools.takewhile(lambda session: session.used_at < since, self._sessions.values())):
-            if session.current is None:
+            if session.current is None and session is not newest:
                 self._remove(session.key)
         while self._by_key[newest.key_name].is_over(bounds.key_sessions, bounds.key_bytes):
             if not self._drop_oldest(newest.key_name, newest):
