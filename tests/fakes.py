@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -259,6 +260,11 @@ class TokenizedEngine(ScriptedEngine):
     def _use_cache(self, prompt: list[int], salt: str) -> int:
         return 0
 
-    def stream(self, *args: Any, **named: Any) -> Any:
+    async def stream(
+        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
+    ) -> AsyncGenerator[Delta, None]:
         self.requests.clear()
-        return super().stream(*args, **named)
+        await asyncio.sleep(0)  # no engine answers in the step of the loop that asks it
+        async with aclosing(super().stream(prompt, sampling, priority=priority)) as deltas:
+            async for delta in deltas:
+                yield delta

@@ -5,7 +5,8 @@
 The engines are scripted and answer at once; tokenizer, chat template, grammar check, sockets and all else are the real
 ones. Two keys of a key file with the default limits. The noisy one keeps at its limits, in each way by itself and in
 all together: large frames of each kind, new tools, histories, personas, warm-ups, new sessions, reconnects.
-Milliseconds at the neighbour's client, and MiB by which the server's memory grew.
+Milliseconds at the neighbour's client, and MiB by which the server's memory grew. Then the frame that holds the event
+loop longest, as `tests/fuzz/expensive.py` finds it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ FRAMES_PER_S = 40.0
 def serve(key_file: str) -> None:
     """Runs until it is killed; its first line on stdout is where it listens."""
     os.sched_setaffinity(0, {SERVER_CORE})
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the service
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from fakes import TokenizedEngine
     from transformers import AutoTokenizer
@@ -239,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="of quiet, and of all kinds together")
     parser.add_argument("--only", default=",".join(KINDS), help="kinds of noise")
+    parser.add_argument("--examples", type=int, default=600, help="frames of the search for the dearest one, or 0")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--noise", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -251,6 +254,10 @@ def main() -> None:
     else:
         os.sched_setaffinity(0, {CLIENT_CORE})
         print(measure(given.seconds, given.only.split(",")))
+        if given.examples:
+            tests = Path(__file__).parents[1]
+            search = [sys.executable, tests / "fuzz" / "expensive.py", "--examples", str(given.examples)]
+            subprocess.run(search, env=os.environ | {"PYTHONPATH": str(tests)}, check=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -197,9 +199,12 @@ def search(examples: int) -> tuple[float, str]:
 def main() -> None:
     from yaptext.observe import logs
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the service
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=1000)
     logs.configure(level="error", format="json", journald=False)
+    engine()
+    gc.freeze()  # as at the start of the service
     took, frame = search(parser.parse_args().examples)
     print(f"{took:.1f} ms by {len(frame)} bytes: {frame[:300]} ... {frame[-100:]}")
 

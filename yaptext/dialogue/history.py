@@ -83,18 +83,24 @@ def parse(text: str) -> list[Message]:
     each of its lines is a note. Empty messages are dropped.
     """
     found: list[tuple[Speaker, list[str]]] = []
+    known: dict[str, tuple[Speaker, tuple[bool, bool, bool]]] = {}  # a transcript has few labels, many times
     form: tuple[bool, bool, bool] | None = None
     for line in text.lstrip("\ufeff").strip().splitlines():
-        label = _LABEL.match(line)
-        if label and (form is None or form == _form(label)):
-            form = _form(label)
-            found.append((_SPEAKERS[label["name"].lower()], [line[label.end() :]]))
-        elif form is None:
+        if (label := _LABEL.match(line)) is not None:
+            written = label[0]
+            if written not in known:
+                known[written] = _SPEAKERS[label["name"].lower()], _form(label)
+            speaker, looks = known[written]
+            form = form or looks
+            if looks == form:
+                found.append((speaker, [line[len(written) :]]))
+                continue
+        if form is None:
             found.append(("note", [line]))
         else:
             found[-1][1].append(line)
-    messages = (Message(speaker, "\n".join(lines).strip()) for speaker, lines in found)
-    return [message for message in messages if message.text]
+    messages = ((speaker, "\n".join(lines).strip()) for speaker, lines in found)
+    return [Message(speaker, text) for speaker, text in messages if text]
 
 
 def _form(label: re.Match[str]) -> tuple[bool, bool, bool]:

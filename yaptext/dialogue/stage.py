@@ -391,6 +391,7 @@ class Stage:
                 persona = replace(persona, text=None)  # the style is what is to be warm
         text = persona.compose(self.settings.default_persona_style)
         told = (self.told(message) if isinstance(message, WarmHistory) else None) or Told([], "")
+        await asyncio.sleep(0)  # others' turn: a long history was parsed
         await self.check_persona(persona)
         prefix = await self.prompts.prefix(text, list(told.messages))
         if told.text and told.size <= history.REMEMBERED_CHARS:

@@ -268,6 +268,7 @@ class Turn:
 
     async def _answer(self) -> None:
         prompts, decider = self._stage.prompts, self._stage.decider
+        await asyncio.sleep(0)  # others' turn: a long history was parsed
         if self._utterance is not None:
             self._utterance = await self._stage.utterance(self._utterance)
         if prompts is None:

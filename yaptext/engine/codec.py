@@ -40,7 +40,10 @@ _SPACES = " \t\r\n\u2581"
 
 
 _THREADS = max(2, (os.cpu_count() or 1) // 2)
-_executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
+_executor = ThreadPoolExecutor(
+    _THREADS, thread_name_prefix="tokenize", initializer=partial(os.setpriority, os.PRIO_PROCESS, 0, 5)
+)
+"""The event loop goes first on a core that both want: a wait for a text is a wait of its own key."""
 _gates: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = WeakKeyDictionary()
 _T = TypeVar("_T")
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from msgspec import UNSET
@@ -26,6 +26,7 @@ from yaptext.wire.messages import (
     End,
     Error,
     Forget,
+    Frame,
     GetSession,
     Ping,
     Pong,
@@ -38,6 +39,7 @@ from yaptext.wire.messages import (
     encode,
     error_frame,
     read,
+    read_in_steps,
 )
 
 if TYPE_CHECKING:
@@ -154,10 +156,7 @@ class Connection:
         message: ClientMessage | None = None
         try:
             self._account.spend("messages")
-            if len(frame) > _LARGE_BYTES:
-                async with self._stage.large_frames:
-                    await asyncio.sleep(0)
-            message, ignored = read(frame)
+            message, ignored = await self._read_large(frame) if len(frame) > _LARGE_BYTES else read(frame)
             await self._dispatch(message, ignored)
         except WireError as error:
             session_id = getattr(message, "session_id", None)
@@ -165,6 +164,15 @@ class Connection:
         except Exception:
             _log.exception("frame.crashed")
             self.end(Internal("The frame could not be handled by a fault of the service."))
+
+    async def _read_large(self, frame: str | bytes) -> Frame:
+        """One of all sockets at a time, and the loop has its turn between the steps."""
+        async with self._stage.large_frames:
+            await asyncio.sleep(0)
+            for found in read_in_steps(frame):
+                if found is None:
+                    await asyncio.sleep(0)
+        return cast(Frame, found)
 
     async def _dispatch(self, message: ClientMessage, ignored: list[str]) -> None:
         match message:

@@ -7,7 +7,7 @@ In `Start` and `SetPersona` an absent field (`UNSET`) keeps the session's value,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args
 
 import msgspec
@@ -375,16 +375,24 @@ def decode(frame: str | bytes) -> ClientMessage:
 
 def read(frame: str | bytes) -> Frame:
     """As `decode`, with the unknown fields. Names of older clients count as today's."""
+    *_, found = read_in_steps(frame)
+    return cast(Frame, found)
+
+
+def read_in_steps(frame: str | bytes) -> Iterator[Frame | None]:
+    """As `read`, for a large frame: others may have their turn at each None, which the frame follows."""
     try:
         message: ClientMessage | None = _decode(frame)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         message, problem = None, error
+    yield None
     names = _names(frame)
     tag = None if names is None else _text(names.get("type"))
     if names is None or tag not in _KNOWN:
-        if message is not None:
-            return Frame(message, [])
-        raise _refusal(problem, tag) from None
+        if message is None:
+            raise _refusal(problem, tag) from None
+        yield Frame(message, [])
+        return
     known = _KNOWN[tag]
     absent = known - names.keys()
     renamed = {
@@ -392,13 +400,14 @@ def read(frame: str | bytes) -> Frame:
         for name, value in names.items()
     }
     if renamed.keys() != names.keys():
+        yield None
         try:
             message = _decode(msgspec.json.encode(renamed))
         except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
             message, problem = None, error
     if message is None:
         raise _refusal(problem, tag) from None
-    return Frame(message, sorted(name[:64] for name in renamed.keys() - known)[:32])
+    yield Frame(message, sorted(name[:64] for name in renamed.keys() - known)[:32])
 
 
 def _decode(frame: str | bytes) -> ClientMessage:
