@@ -1,6 +1,7 @@
 # make serve   sets everything up and serves on HOST:PORT
 # make quantize   sets everything up and makes AWQ weights of CHAT_MODEL and TOOL_MODEL (ARGS: of yap-text quantize)
-# make install   sets everything up and puts the systemd units in place (root; ARGS: of yap-text install)
+# make install   builds a version into PREFIX beside those there, then puts units and links in place (root; ARGS: of yap-text install)
+# make rollback   goes back to the version before (root)
 # make test    sets everything up and runs the tests, on CPU
 # make test-systemd, make test-nix   the units on real systemd (needs root), the flake on real Nix
 # make lint    ruff, mypy, import-linter and the locks
@@ -19,6 +20,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
+PREFIX ?= /opt/yap-text
 ENV ?= $(if $(wildcard /proc/driver/nvidia/version),serve-cuda,serve-cpu)
 
 VENV := .venv/$(ENV)
@@ -30,7 +32,7 @@ SIZE_serve-cuda := 8.5 GB installed, 4 to 15 minutes
 SIZE_test := 100 MB, half a minute
 SIZE_audit := 60 MB, half a minute
 
-.PHONY: serve quantize install test test-systemd test-nix lint lock audit sbom units clean venv venv-test
+.PHONY: serve quantize install rollback test test-systemd test-nix lint lock audit sbom units clean venv venv-test
 
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
@@ -38,8 +40,66 @@ serve: venv
 quantize: venv
 	@exec $(VENV)/bin/yap-text quantize $(ARGS)
 
-install: venv
-	@exec $(VENV)/bin/yap-text install $(ARGS)
+# A version is built at its final path, since a venv cannot be moved. Until its own `yap-text install` leads the link
+# `current` to it, a crash starts the version before. built.txt is a copy of the lock; it gets its name last.
+# A version with the same lock lends its wheels as hard links: pip replaces files, and writes into none.
+install:
+	@$(call require-python)
+	umask 022
+	prefix='$(abspath $(PREFIX))' lock=nix/lock/$(ENV).txt
+	python=$$($(PYTHON) -c 'import sys; print(sys.base_prefix)')
+	for place in "$$python" "$$prefix"; do
+	    case $$place/ in
+	        /home/* | /root/*) echo "$$place is below a home folder, which units do not see. Name another: PYTHON=, PREFIX=" >&2; exit 1 ;;
+	    esac
+	done
+	mkdir -p "$$prefix" || { echo "root can; or name another folder: make install PREFIX=DIR" >&2; exit 1; }
+	exec 9< "$$prefix"
+	flock -n 9 || { echo "another make install builds in $$prefix" >&2; exit 1; }
+	for part in "$$prefix"/*/built.txt.part; do # of one that was killed
+	    folder=$${part%/*}
+	    if [ -e "$$part" ] && [ ! -L "$$folder" ]; then rm -rf "$$folder"; fi
+	done
+	commit=$$(git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 '--exclude=*' 2> /dev/null || true)
+	contents=$$({
+	    echo "$$python"
+	    find pyproject.toml $$lock systemd yaptext -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+	} | sha256sum)
+	release=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+	version=$$prefix/$$release$${commit:+-$${commit:0:7}$${commit:40}}-$${contents:0:8}
+	if [ ! -e "$$version/built.txt" ]; then
+	    trap 'rm -rf "$$version"' EXIT
+	    mkdir "$$version"
+	    cp $$lock "$$version/built.txt.part"
+	    lender=
+	    for built in "$$prefix"/*/built.txt; do
+	        if cmp -s $$lock "$$built"; then lender=$${built%/*}; fi
+	    done
+	    if [ "$$lender" ]; then
+	        lender=$$(realpath "$$lender")
+	        echo "$(ENV): creating $$version with the wheels of $$lender"
+	        find "$$lender" -mindepth 1 -maxdepth 1 ! -name built.txt -exec cp -al -t "$$version" {} +
+	        rm -rf "$$version"/{pyvenv.cfg,bin/{activate*,Activate*,python*,yap-text}} "$$version"/lib/python*/site-packages/yaptext*
+	        $(PYTHON) -m venv --without-pip "$$version"
+	        { grep -lIZF -d skip "$$lender/" "$$version"/bin/* || true; } | xargs -0r sed -i "1,3s|$$lender/|$$version/|"
+	    else
+	        echo "$(ENV): creating $$version with $$(grep -c == $$lock) wheels: $(SIZE_$(ENV))"
+	        $(PYTHON) -m venv "$$version"
+	        $(call install,"$$version",$$lock)
+	    fi
+	    "$$version/bin/python" -m pip install -q --no-index --no-deps --no-build-isolation .
+	    for package in "$$version"/lib/python*/site-packages/yaptext; do echo "$$commit" > "$$package/commit.txt"; done
+	    $(call compile,"$$version")
+	    sync -f "$$version"
+	    mv "$$version"/built.txt{.part,}
+	    trap - EXIT
+	fi
+	exec "$$version/bin/yap-text" install $(ARGS)
+
+rollback:
+	@command='$(abspath $(PREFIX))/previous/bin/yap-text'
+	[ -x "$$command" ] || { echo "there is no previous version in $(PREFIX)" >&2; exit 1; }
+	exec "$$command" install $(ARGS)
 
 test: venv-test
 	@$(CPU)/bin/python -m pytest -m 'not systemd and not nix' --cov=yaptext --cov-report=term:skip-covered $(ARGS)

@@ -4,11 +4,12 @@
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-unstable";
 
   outputs =
-    { nixpkgs, ... }:
+    { self, nixpkgs, ... }:
     let
       system = "x86_64-linux"; # what the locks are for
       pkgs = nixpkgs.legacyPackages.${system};
-      ours = import ./nix/packages.nix { inherit pkgs; };
+      commit = self.rev or self.dirtyRev or null;
+      ours = import ./nix/packages.nix { inherit pkgs commit; };
       module = import ./nix/module.nix { inherit (ours) packages; };
       apps = builtins.mapAttrs (_: command: {
         type = "app";

@@ -116,7 +116,7 @@ in
       type = types.str;
       default = "127.0.0.1";
       example = "0.0.0.0";
-      description = "Address to listen on. systemd holds it (`yap-text.socket`), so that a restart refuses nobody.";
+      description = "Address to listen on. systemd holds it (`yap-text.socket`), also during a restart.";
     };
 
     port = mkOption {

@@ -1,6 +1,8 @@
 # The environments and the commands over them; `pkgs` is nixpkgs or what stands in for it in the tests.
 {
   pkgs,
+  # What /status shows, as `git describe --always --dirty` writes it. Null: unknown.
+  commit ? null,
   # nixpkgs packages a wheel of PyTorch's own index, so it knows where that is.
   torchIndex ? builtins.head (builtins.match "(.*/whl/).*" pkgs.python311.pkgs.torch-bin.src.url),
 }:
@@ -69,7 +71,7 @@ let
     name:
     build.project {
       name = "yap-text-${name}";
-      inherit source;
+      inherit source commit;
       below = environments.${name};
     };
   projects = builtins.mapAttrs (name: _: project name) environments;

@@ -130,12 +130,14 @@ in
       name,
       source,
       below,
+      commit ? null,
     }:
     runCommand name { } (
       pip
       + over below
       + ''
         cp -r --no-preserve=mode ${source} "$TMPDIR/source"
+        ${if commit == null then "" else "echo ${commit} > \"$TMPDIR/source/yaptext/commit.txt\""}
         pip_install --no-build-isolation "$TMPDIR/source"
       ''
       + compile

@@ -128,6 +128,8 @@ let
           "# 75 (the hub, the driver, the disk, the port) and 1 (a crash) may mend themselves."
           "RestartPreventExitStatus=2"
           "ExecStopPost=-+/bin/sh -c 'test \"$$EXIT_STATUS\" != 2 || systemctl --job-mode=ignore-dependencies stop yap-text.socket'"
+          "# A line after those that tell of each killed thread."
+          "ExecStopPost=-/bin/sh -c 'test \"$$EXIT_CODE\" = exited || echo \"<4>The service was ended by $$EXIT_CODE $$EXIT_STATUS ($$SERVICE_RESULT).\" >&2'"
           "# A stop during the start."
           "SuccessExitStatus=143"
           "# Growing to a minute; systemd before 254 does not know that, and waits the same seconds each time."
@@ -136,6 +138,15 @@ let
           "RestartMaxDelaySec=60"
           "# Engine processes are not told to stop while the service drains."
           "KillMode=mixed"
+          "# A descriptor a socket: MAX_CONCURRENT_CONNECTIONS (100,000 at most) and MAX_PENDING_HANDSHAKES, and some 100 for files."
+          "# The service raises its soft limit to what its settings need; 1024 stay for programs that use select(2)."
+          "LimitNOFILE=1024:524288"
+          "# If the kernel kills one process for lack of memory, be it an engine, all of them end and the service starts again:"
+          "# the journal then has `Failed with result 'oom-kill'`, and the kernel's log names the process."
+          "OOMPolicy=stop"
+          "# No MemoryHigh= and no MemoryMax=: what a model takes is known only once it is loaded. MemoryHigh= would slow every"
+          "# turn down until the watchdog ends the service. To protect what else runs on this host, set MemoryMax= in"
+          "# `systemctl edit yap-text`, well above the Memory: that `systemctl status yap-text` shows under load."
           "RuntimeDirectory=yap-text"
         ]
         ++ program
@@ -154,7 +165,7 @@ let
       {
         name = "Unit";
         lines = [
-          "Description=The port of Yap Text, held by systemd so that a restart refuses nobody"
+          "Description=The port of Yap Text, held by systemd, also during a restart"
         ];
       }
       {
@@ -165,6 +176,11 @@ let
           "ListenStream=${address}"
           "Backlog=1024"
           "NoDelay=yes"
+          "# The service runs all day, so a day has few activations: at most one a restart. If clients that reconnect activate a"
+          "# service that cannot start, the socket gives up after 20 starts. Restart= goes on, and opens it for each try. Mend what"
+          "# the journal names; then: systemctl reset-failed yap-text.socket; systemctl start yap-text.socket"
+          "TriggerLimitIntervalSec=10min"
+          "TriggerLimitBurst=20"
         ];
       }
       {

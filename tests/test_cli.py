@@ -266,3 +266,19 @@ class TestServed:
         assert served.process.wait(30) == 0
         assert served.events("drain.finished")
         assert not [event for event in map(json.loads, served.lines()) if event["level"] in ("error", "critical")]
+
+    def test_it_warned_only_of_what_an_operator_has_to_change(self, served: Served) -> None:
+        """Of a variable with an old name, and of the demo model. A library's warning that is new either asks for
+        something, or belongs into observe/expected.py."""
+        assert served.process.poll() is not None, "the whole life is in the log"
+        told = [event for event in map(json.loads, served.lines()) if event["level"] not in ("debug", "info")]
+        assert [(event["event"], event["level"]) for event in told] == [
+            ("setting.moved", "warning"),
+            ("demo.serving", "warning"),
+        ], told
+
+    def test_an_expected_warning_is_still_a_line(self, served: Served) -> None:
+        """Of vLLM, in both processes: what is in the list is what this vLLM says."""
+        told = [event for event in map(json.loads, served.lines()) if event["logger"].startswith("vllm.")]
+        assert {"vllm.engine.arg_utils", "vllm.v1.worker.cpu_worker"} <= {event["logger"] for event in told}
+        assert {event["level"] for event in told} == {"info"}

@@ -13,7 +13,7 @@ import pytest
 
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.errors import SettingsError
-from yaptext.settings import LOOPBACK, Settings, hidden_paths, moved_names, variables
+from yaptext.settings import LOOPBACK, Changes, Settings, changes, hidden_paths, moved_names, variables
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -346,10 +346,10 @@ def test_a_tools_file_that_is_no_file_is_refused_at_once(tmp_path: Path, kind: s
 def test_a_credential_that_cannot_be_read_is_one_line(
     env: pytest.MonkeyPatch, tmp_path: Path, content: bytes, told: str
 ) -> None:
-    """It names the file and shows nothing of it."""
+    """It names the file that the operator knows, and shows nothing of it."""
     (tmp_path / "HF_TOKEN").write_bytes(content)
     line = refusal(env, CREDENTIALS_DIRECTORY=str(tmp_path))
-    assert line.startswith(f"CREDENTIALS_DIRECTORY: {tmp_path / 'HF_TOKEN'} ") and told in line
+    assert line.startswith("the credential HF_TOKEN (by default the file /etc/yap-text/hf-token) ") and told in line
 
 
 def test_a_bad_value_of_an_old_name_is_named(env: pytest.MonkeyPatch) -> None:
@@ -445,7 +445,10 @@ def test_more_than_a_key_is_refused_and_not_shown(
         line = refusal(env, CREDENTIALS_DIRECTORY=str(tmp_path))
     else:
         line = refusal(env, YAP_TEXT_API_KEY=written)
-    assert line.startswith("YAP_TEXT_API_KEY=(hidden) is not allowed: ") and told in line
+    named = "YAP_TEXT_API_KEY=(hidden)"
+    if by == "credential":
+        named = "the credential YAP_TEXT_API_KEY (by default the file /etc/yap-text/api-key)"
+    assert line.startswith(f"{named} is not allowed: ") and told in line
     assert SECRET not in line
 
 
@@ -609,6 +612,53 @@ def test_two_old_names_of_one_variable_are_one_note(env: pytest.MonkeyPatch) -> 
 def test_moved_names_reads_what_it_is_given() -> None:
     """An environment that is not the process's own can be asked about."""
     assert moved_names({"KV_DTYPE": "int8"}).values == {"KV_DTYPE": "int8_per_token_head"}
+
+
+# What the log says of them
+
+
+def test_only_what_differs_from_the_defaults_is_told(env: pytest.MonkeyPatch) -> None:
+    """As it is set: a default that is written down is none, and what systemd sets at each start neither."""
+    nothing = Changes({}, {})
+    assert changes(load(env)) == nothing
+    assert changes(load(env, PORT="8000", LISTEN_FDS="1", JOURNAL_STREAM="8:1")) == nothing
+    env.setenv("CHAT_LOGIT_BIAS", '{"a": 1}')
+    told = changes(load(env, PORT="80", CACHE_PER_KEY="1", CHAT_TOP_P="0.5", TOOLS_FILE="/t"))
+    others = {"PORT": 80, "CACHE_PER_KEY": 1, "CHAT_TOP_P": 0.5, "TOOLS_FILE": "/t"}
+    assert told.settings == others | {"CHAT_LOGIT_BIAS": '{"a": 1.0}'}
+    assert told.sources == dict.fromkeys(told.settings, "environment")
+
+
+def test_an_old_name_is_told_as_todays(env: pytest.MonkeyPatch) -> None:
+    """Its value comes from the environment, too."""
+    assert changes(load(env, GEN_TIMEOUT_S="5")) == ({"CHAT_TIMEOUT_S": 5.0}, {"CHAT_TIMEOUT_S": "environment"})
+
+
+def test_credentials_are_told_as_such(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of two values the one that counts; an empty file is none."""
+    (tmp_path / "YAP_TEXT_API_KEY").write_text("from-a-file")
+    (tmp_path / "HF_TOKEN").touch()
+    (tmp_path / "YAP_TEXT_KEY_FILE").touch()
+    told = changes(load(env, CREDENTIALS_DIRECTORY=str(tmp_path), YAP_TEXT_API_KEY=SECRET, HF_TOKEN=SECRET))
+    assert told == Changes(
+        {"YAP_TEXT_API_KEY": "set", "YAP_TEXT_KEY_FILE": f"{tmp_path}/YAP_TEXT_KEY_FILE", "HF_TOKEN": "set"},
+        {"YAP_TEXT_API_KEY": "credential", "YAP_TEXT_KEY_FILE": "credential", "HF_TOKEN": "environment"},
+    )
+
+
+def test_no_secret_is_told(env: pytest.MonkeyPatch) -> None:
+    """Whatever holds one by its type, under any of its names, and a URL in any variable."""
+    secrets = ("YAP_TEXT_API_KEY", "HUGGINGFACE_HUB_TOKEN", "SESSION_STORE_KEY")
+    url = f"https://user:{SECRET}@hub.example/model"
+    told = changes(load(env, **dict.fromkeys(secrets, SECRET * 2), CHAT_MODEL=url, HF_AWQ_CHAT_REPO=url))
+    names = {"YAP_TEXT_API_KEY", "HF_TOKEN", "SESSION_STORE_KEY", "CHAT_MODEL", "HF_AWQ_CHAT_REPO"}
+    assert told.settings == dict.fromkeys(names, "set") and SECRET not in str(told)
+
+
+def test_a_very_long_value_is_told_by_its_beginning(env: pytest.MonkeyPatch) -> None:
+    """The line stays one in the journal."""
+    (value,) = changes(load(env, INTERRUPTED_MARK="x" * 60_000)).settings.values()
+    assert value == "x" * 500 + "..."
 
 
 # What the deployment decides

@@ -250,6 +250,41 @@ def test_with_2_the_socket_goes_too(tmp_path: Path, status: str) -> None:
 
 
 @pytest.mark.subprocess
+def test_the_settings_are_one_line_before_the_engines_open(tmp_path: Path) -> None:
+    """By name, with where each came from, and without a secret."""
+    code = BAD_ENGINES.format(error="errors.StartError('no card answers')")
+    (tmp_path / "SESSION_STORE_KEY").write_text("sealed-with-this-key")
+    variables = {"CREDENTIALS_DIRECTORY": str(tmp_path), "PORT": "0", "HUGGINGFACE_HUB_TOKEN": "hf_canary"}
+    ended = start(tmp_path, sys.executable, "-c", code, **variables)
+    (event,) = ended.events("server.settings")
+    assert event["level"] == "info"
+    set_here = {"YAP_TEXT_LOG_FILE": f"{tmp_path}/yap-text.log", "YAP_TEXT_STATE_DIR": str(tmp_path)}
+    assert event["settings"] == set_here | {"PORT": 0, "HF_TOKEN": "set", "SESSION_STORE_KEY": "set"}
+    assert event["sources"] == dict.fromkeys(event["settings"], "environment") | {"SESSION_STORE_KEY": "credential"}
+    names = [json.loads(line.partition(">")[2])["event"] for line in ended.journal]
+    assert names.index("server.settings") < names.index("start.failed")
+    assert not [line for line in ended.journal if "hf_canary" in line or "sealed-with-this-key" in line]
+
+
+@pytest.mark.subprocess
+def test_a_start_with_defaults_says_that_nothing_differs(tmp_path: Path) -> None:
+    """A line that is missing would not. Here systemd holds the port."""
+    code = BAD_ENGINES.format(error="errors.StartError('no card answers')")
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        ended = subprocess.run(
+            [sys.executable, "-c", HELD, str(held.fileno()), "-c", code],
+            env=os.environ | {"HOME": str(tmp_path)},
+            pass_fds=(held.fileno(),),
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    (event,) = [json.loads(line) for line in ended.stderr.splitlines() if "server.settings" in line]
+    assert (event["settings"], event["sources"]) == ({}, {})
+
+
+@pytest.mark.subprocess
 @pytest.mark.parametrize("content", ["", "\n", "\ufeff\n", "yap_token\n"])
 def test_a_credential_without_a_key_is_told(tmp_path: Path, content: str) -> None:
     """The public default key then opens the service."""

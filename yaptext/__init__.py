@@ -1,3 +1,9 @@
-"""Yap Text: real-time text inference for voice companions."""
+"""Yap Text: real-time text inference for voice companions. `__version__` names the commit, too: see `yaptext.build`."""
 
-__version__ = "0.1.0"
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from yaptext.build import build  # only now: engine processes need no version, and finding it may run git
+
+    return build().version

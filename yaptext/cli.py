@@ -18,12 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from yaptext import __version__, keyfile
-from yaptext.errors import SettingsError, StartError, StartRefused, YapError
+from yaptext.errors import QuantizeError, SettingsError, YapError
 from yaptext.settings import (
     FIRST_PASSED_FD,
     LOOPBACK,
     LogPlaces,
     Settings,
+    changes,
     forget_secrets,
     hidden_paths,
     moved_names,
@@ -50,6 +51,8 @@ def run(arguments: Sequence[str]) -> int:
             lines += hidden_paths(str(error))
         if parsed.command is _serve:
             _tell_operator(lines, error.exit_status)
+        elif parsed.command is _quantize:
+            _tell_operator(lines, error.exit_status, "quantize.failed", "Quantizing failed")
         else:
             _tell(lines)
         return error.exit_status
@@ -67,9 +70,11 @@ def _tell(lines: list[str]) -> None:
         print(f"yap-text: {line}", file=sys.stderr)
 
 
-def _tell_operator(lines: list[str], exit_status: int) -> None:
-    """Why the service does not start: one event wherever the log goes, and the text that `systemctl status` shows. A
-    person at a terminal reads plain lines."""
+def _tell_operator(
+    lines: list[str], exit_status: int, event: str = "start.failed", headline: str = "The start failed"
+) -> None:
+    """Why a unit fails: one event wherever the log goes, and the text that `systemctl status` shows. A person at a
+    terminal reads plain lines."""
     import structlog
 
     from yaptext.observe import notify
@@ -80,8 +85,8 @@ def _tell_operator(lines: list[str], exit_status: int) -> None:
     if sys.stderr.isatty():
         _tell(lines)
     else:
-        structlog.get_logger(__name__).critical("start.failed", reason=reason, exit_status=exit_status)
-    notify.notify(f"STATUS=The start failed: {reason[:_MOST_STATUS]}")
+        structlog.get_logger(__name__).critical(event, reason=reason, exit_status=exit_status)
+    notify.notify(f"STATUS={headline}: {reason[:_MOST_STATUS]}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         "quantize",
         help="make 4-bit AWQ weights of the deployed models",
         description="Quantizes CHAT_MODEL and TOOL_MODEL to 4-bit AWQ, proves the result and keeps it where `serve` "
-        "finds it; with HF_AWQ_PUSH=1 it goes to the hub, too. What is finished already is not done again.",
+        "finds it; with HF_AWQ_PUSH=1 it goes to the hub, too. What is finished already is not done again, nor is what "
+        "failed before, until a setting, the model or the code changes. Exit status: 2 if something has to be mended, "
+        "75 if a later try may do (hub, disk, another job), 1 after a crash.",
     )
     quantize.add_argument("--role", choices=("chat", "tool"), help="this model alone (default: DEPLOY_MODELS)")
     quantize.add_argument("--calibration", metavar="TEXT", help="AWQ_CALIBRATION: a file, a folder or hub:NAME")
@@ -110,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--tokens", metavar="N", help="AWQ_CALIBRATION_TOKENS, of one sample")
     quantize.add_argument("--group-size", metavar="N", help="AWQ_GROUP_SIZE: auto, 128, 64 or 32")
     quantize.add_argument("--force", action="store_true", help="redo what is finished")
+    quantize.add_argument("--again", action="store_true", help="try what failed before, although nothing has changed")
     quantize.add_argument("--allow-worse", action="store_true", help="keep a result that plain rounding beats")
     quantize.add_argument("--when-wanted", action="store_true", help="do nothing unless QUANTIZATION=awq asks for it")
     quantize.set_defaults(command=_quantize)
@@ -184,6 +192,18 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("--turns", metavar="N", type=int, default=20, help="how many of the latest (default 20)")
     log.set_defaults(command=_log)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is wrong with this machine",
+        description="Checks host, card, Python environment, settings, models, keys, network, units and the service "
+        "that runs, and says how many sessions fit. Changes nothing. If the units are installed, the settings are "
+        "theirs. Exit status 1 if a check failed; a warning is none.",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
+    doctor.add_argument("--offline", action="store_true", help="do not ask the hub")
+    doctor.add_argument("--shell", action="store_true", help="the settings of this shell, not of the units")
+    doctor.set_defaults(command=_doctor)
+
     from yaptext.tools.bench.options import add_options
 
     bench = commands.add_parser("bench", help="measure a running service, beside another server if one is named")
@@ -204,7 +224,9 @@ def _parser() -> argparse.ArgumentParser:
     install = commands.add_parser("install", help="put the systemd units in place, or remove them")
     install.add_argument("--prefix", metavar="DIR", type=Path, help="write below DIR and run no systemctl")
     install.add_argument("--command", metavar="PATH", type=Path, dest="program", help="what the units run")
-    install.add_argument("--uninstall", action="store_true", help="stop and remove what was put in place")
+    instead = install.add_mutually_exclusive_group()
+    instead.add_argument("--rollback", action="store_true", help="go back to the version before, with its units")
+    instead.add_argument("--uninstall", action="store_true", help="stop and remove what was put in place")
     install.set_defaults(command=_install)
     return parser
 
@@ -287,6 +309,19 @@ def _warn_of(settings: Settings) -> None:
         if ignored := [text for field, text in asked.items() if field in settings.model_fields_set]:
             held_by = f"yap-text.socket holds {host}:{port}; for another address: systemctl edit yap-text.socket"
             log.warning("setting.ignored", note=f"{' and '.join(ignored)} without effect: {held_by}")
+    elif _is_the_unit():
+        log.warning(
+            "socket.missing",
+            note=f"systemd passed no socket, so HOST={settings.host} and PORT={settings.port} count, and a restart "
+            "closes the port. After a change of yap-text.socket: systemctl restart yap-text.socket yap-text",
+        )
+
+
+def _is_the_unit() -> bool:
+    """Whether this is systemd's yap-text.service, which comes with a socket."""
+    with suppress(OSError):
+        return Path("/proc/self/cgroup").read_text().rstrip().endswith("/yap-text.service")
+    return False
 
 
 def _serve(_: argparse.Namespace) -> int:
@@ -299,22 +334,27 @@ def _serve(_: argparse.Namespace) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (least, least))
     _start_logs(settings)
     _warn_of(settings)
+    changed = changes(settings)
     forget_secrets()
-    from yaptext.server.app import create_app
+    import structlog
+
+    from yaptext.engine.base import Engines
+    from yaptext.server.app import create_app, open_vllm
     from yaptext.server.lifecycle import Lifecycle, Server
 
+    def open_engines(settings: Settings) -> Engines:
+        structlog.get_logger(__name__).info("server.settings", **changed._asdict())
+        return open_vllm(settings)
+
     lifecycle = Lifecycle()
-    server = Server(create_app(settings, lifecycle=lifecycle), settings, lifecycle)
+    app = create_app(settings, open_engines=open_engines, lifecycle=lifecycle)
+    server = Server(app, settings, lifecycle)
     try:
         server.run()
     except SystemExit as ended:
         if ended.code != _UVICORN_FAILED:  # a signal
             raise
-        error = ended.__context__
-        if not isinstance(error, OSError):
-            raise YapError("the start crashed; the log has the traceback") from None
-        kind = StartRefused if isinstance(error, PermissionError) else StartError
-        raise kind(f"cannot listen on HOST={settings.host}, PORT={settings.port}: {error}") from None
+        raise YapError("the start crashed; the log has the traceback") from None
     return server.exit_status
 
 
@@ -328,15 +368,24 @@ def _quantize(parsed: argparse.Namespace) -> int:
     }
     settings = Settings.load(**{name: value for name, value in flags.items() if value is not None})
     _start_logs(settings)
+    import structlog
+
     from yaptext.quantize import job
 
-    terminal = settings.log_format != "json" and sys.stderr.isatty()
-    job.run(
-        settings,
-        job.Options(
-            force=parsed.force, when_wanted=parsed.when_wanted, allow_worse=parsed.allow_worse, terminal=terminal
-        ),
+    options = job.Options(
+        force=parsed.force,
+        again=parsed.again,
+        when_wanted=parsed.when_wanted,
+        allow_worse=parsed.allow_worse,
+        terminal=settings.log_format != "json" and sys.stderr.isatty(),
     )
+    try:
+        job.run(settings, options)
+    except YapError:
+        raise
+    except Exception as error:
+        structlog.get_logger(__name__).exception("quantize.crashed")
+        raise QuantizeError(f"it crashed: {type(error).__name__}; the log has the traceback") from error
     return 0
 
 
@@ -410,6 +459,12 @@ def _sessions(parsed: argparse.Namespace) -> int:
     return sessions.show(settings)
 
 
+def _doctor(parsed: argparse.Namespace) -> int:
+    from yaptext.commands.doctor import command
+
+    return command.doctor(as_json=parsed.json, offline=parsed.offline, shell=parsed.shell)
+
+
 def _bench(parsed: argparse.Namespace) -> int:
     from yaptext.tools.bench.command import bench
 
@@ -435,6 +490,8 @@ def _key_new(parsed: argparse.Namespace) -> int:
 
 
 def _install(parsed: argparse.Namespace) -> int:
-    from yaptext.tools.install import install, uninstall
+    from yaptext.tools.install import install, rollback, uninstall
 
+    if parsed.rollback:
+        return rollback(parsed.prefix)
     return uninstall(parsed.prefix) if parsed.uninstall else install(parsed.prefix, parsed.program)

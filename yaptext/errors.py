@@ -6,6 +6,8 @@ YapError
 │   └── StartRefused           nor can a later one: the settings name what is not there, or does not fit
 ├── HostNotAllowed             a browser asks under another site's name; HTTP only, 403
 ├── QuantizeError              a model cannot be quantized, verified or pushed; nothing half-made is left
+│   ├── QuantizeRefused        nor can it later: the settings, the model or the code have to change first
+│   └── QuantizeDelayed        the hub, the disk, the card or another job was in the way; a later try may do
 └── WireError                  told to the client as an `error` frame
     ├── AuthenticationFailed   closes the socket, 1008
     ├── ServerAtCapacity       closes the socket, 1013; a retry helps
@@ -60,7 +62,19 @@ class HostNotAllowed(YapError):
 
 
 class QuantizeError(YapError):
-    """A quantizer's job ends; the message says why, and what was kept."""
+    """A quantizer's job ends; the message says why, and what was kept. As it is, it means a crash."""
+
+
+class QuantizeRefused(QuantizeError):
+    """The same job fails the same way until settings, model or code change."""
+
+    exit_status = 2
+
+
+class QuantizeDelayed(QuantizeError):
+    """The job could not be done now. The message says what was in the way."""
+
+    exit_status = 75
 
 
 class WireError(YapError):

@@ -36,6 +36,8 @@ _LARGEST = 10**15
 """What a number may be at most: SQLite, the event loop and the product of two take it."""
 _MOST_GPU = 0.98
 _MOST_SECRET_BYTES = 65_536
+_MOST_SHOWN = 500
+"""Characters of a value in the log: journald splits a line of over 48 KiB."""
 FIRST_PASSED_FD = 3
 """The listening socket that systemd passes, if `LISTEN_FDS` is 1 (sd_listen_fds(3))."""
 HIDDEN = ("/home", "/root", "/run/user")
@@ -221,7 +223,7 @@ class Settings(BaseSettings):
         if key.startswith("YAP_TEXT_API_KEY="):
             raise ValueError("it begins with the variable's name: write the key alone")
         if re.search(r"\s", key):
-            raise ValueError("white space stands inside: a key is one word")
+            raise ValueError("white space stands inside, or it has several lines: write the key alone, one word")
         return SecretStr(key)
 
     @field_validator("chat_logit_bias", mode="before")
@@ -379,6 +381,12 @@ class Settings(BaseSettings):
     @property
     def state(self) -> Path:
         return self.state_dir or self.state_directory or Path.home() / ".local/state/yap-text"
+
+    @property
+    def models(self) -> list[str]:
+        """What is deployed, as it was named: what a start takes its time for."""
+        named = (self.deploy_models, self.chat_model, self.tool_model, self.awq_chat_model, self.awq_tool_model)
+        return [name or "" for name in (*named, self.quantization)]
 
     @property
     def session_file(self) -> Path | None:
@@ -644,9 +652,15 @@ class _Credentials(_MovedNames):
                 return ""
             return _bare(read_file(file, _MOST_SECRET_BYTES).decode())
         except OSError as error:
-            raise SettingsError(f"CREDENTIALS_DIRECTORY: {file} cannot be read: {error.strerror}") from None
+            raise SettingsError(f"{_credential(file.name)} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise SettingsError(f"CREDENTIALS_DIRECTORY: {file} is not UTF-8") from None
+            raise SettingsError(f"{_credential(file.name)} is not UTF-8 text: write the key or token alone") from None
+
+
+def _credential(name: str) -> str:
+    """What to call it: the operator knows the file that the unit passes, not the folder that systemd puts it in."""
+    file = {"YAP_TEXT_API_KEY": "/etc/yap-text/api-key", "HF_TOKEN": "/etc/yap-text/hf-token"}.get(name)
+    return f"the credential {name}{f' (by default the file {file})' if file else ''}"
 
 
 def forget_secrets() -> None:
@@ -681,6 +695,38 @@ def variables() -> list[Variable]:
     return rows
 
 
+class Changes(NamedTuple):
+    """What differs from the defaults, by variable name: the `settings`, and the `sources` they came from, `environment`
+    or `credential`."""
+
+    settings: dict[str, str | float]
+    sources: dict[str, str]
+
+
+def changes(settings: Settings) -> Changes:
+    """For a log: a secret is "set", and so is a URL, which may hold one. Without what systemd sets at each start.
+    `settings` are those of `Settings.load()`. Raises `SettingsError` if a credential cannot be read."""
+    credentials = _Credentials(Settings)()
+    changed = Changes({}, {})
+    for field_name, field in Settings.model_fields.items():
+        name, value = str(field.validation_alias), getattr(settings, field_name)
+        if value != field.default and not (field.description or "").startswith("Set by systemd"):
+            changed.settings[name] = _shown(value)
+            changed.sources[name] = "credential" if name in credentials else "environment"
+    return changed
+
+
+def _shown(value: Any) -> str | float:
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, (int, float)):
+        return value
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    if isinstance(value, SecretStr) or "://" in text:
+        return "set"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 def _lines(error: ValidationError) -> list[str]:
     """One line for each fault, without its value if that is a secret."""
     lines = []
@@ -691,8 +737,11 @@ def _lines(error: ValidationError) -> list[str]:
             continue
         name = str(fault["loc"][0])
         field = next(f for f in Settings.model_fields.values() if f.validation_alias == name)
-        value = "(hidden)" if "SecretStr" in str(field.annotation) else repr(fault["input"])
-        lines.append(f"{name}={value} is not allowed: {said[0].lower()}{said[1:]}. {field.description}")
+        if name in _Credentials(Settings)():
+            shown = _credential(name)
+        else:
+            shown = f"{name}={'(hidden)' if 'SecretStr' in str(field.annotation) else repr(fault['input'])}"
+        lines.append(f"{shown} is not allowed: {said[0].lower()}{said[1:]}. {field.description}")
     return lines
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from yaptext.engine.weights import Checkpoint, choose, context_of, wants_demo
-from yaptext.errors import SettingsError, StartError
+from yaptext.engine import shelf
+from yaptext.engine.weights import FAILED, Checkpoint, choose, context_of, wants_demo
+from yaptext.errors import SettingsError, StartError, StartRefused
 from yaptext.settings import Settings
 
 
@@ -219,6 +220,63 @@ def test_weights_that_are_not_what_was_asked_for_are_refused(
     line = str(caught.value)
     assert line.startswith(f"QUANTIZATION={wanted}, but ")
     assert f"has {config['quantization_config']['quant_method'] if config else 'float'} weights: " in line
+
+
+def fail(tmp_path: Path, source: str, content: str | None) -> Path:
+    """Writes down, as the quantizer does, that `source` could not be quantized."""
+    row = shelf.row(tmp_path / "state", source)
+    row.mkdir(parents=True)
+    note = {
+        "wanted": {"source": {"name": "plain", "revision": None, "content": content}},
+        "reason": "AWQ is no better than plain rounding for plain",
+        "exit_status": 2,
+        "failed_at": "2026-02-03T04:05:06Z",
+    }
+    (row / FAILED).write_text(json.dumps(note))
+    return row / FAILED
+
+
+def refusal(tmp_path: Path, source: str, *, unit: bool) -> str:
+    """The line of a start that wants AWQ weights of `source`."""
+    place = {"STATE_DIRECTORY" if unit else "YAP_TEXT_STATE_DIR": str(tmp_path / "state")}
+    with pytest.raises(StartRefused) as caught:
+        chosen(source, QUANTIZATION="awq", **place)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("unit", "log"), [(True, "journalctl -u yap-text-quantize"), (False, "run `yap-text quantize --again`")]
+)
+def test_a_failed_quantization_is_the_reason(tmp_path: Path, unit: bool, log: str) -> None:
+    """What the quantizer wrote down, when it was, and where the whole log is. Under systemd the line names no command
+    that would write into another state folder. It is no start that a later try mends."""
+    source = model(tmp_path, "plain")
+    fail(tmp_path, source, shelf.content(Path(source)))
+    line = refusal(tmp_path, source, unit=unit)
+    assert line == (
+        f"QUANTIZATION=awq, but {source} has float weights: quantizing it failed at 2026-02-03T04:05:06Z: AWQ is no "
+        f"better than plain rounding for plain. The whole log: {log}"
+    )
+    assert StartRefused.exit_status == 2
+
+
+def test_a_unit_without_awq_weights_names_the_journal_of_the_other(tmp_path: Path) -> None:
+    """If nothing was written down; by hand the command is the advice."""
+    source = model(tmp_path, "plain")
+    line = refusal(tmp_path, source, unit=True)
+    assert f"no finished AWQ folder lies in {tmp_path}/state/awq. " in line
+    assert "journalctl -u yap-text-quantize" in line and "yap-text quantize`" not in line
+    assert "Run `yap-text quantize`, or name an AWQ checkpoint" in refusal(tmp_path, source, unit=False)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"wanted": 5}', '{"reason": "x"}', None])
+def test_a_note_of_other_weights_or_none_is_no_reason(tmp_path: Path, content: str | None) -> None:
+    """The folder holds another model by now, or the note is broken."""
+    source = model(tmp_path, "plain")
+    note = fail(tmp_path, source, "0123456789abcdef")
+    if content is not None:
+        note.write_text(content)
+    assert "no finished AWQ folder lies in " in refusal(tmp_path, source, unit=True)
 
 
 @pytest.mark.parametrize(

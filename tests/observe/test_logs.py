@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import structlog
 
-from yaptext.observe import discretion, logs
+from yaptext.observe import discretion, expected, logs
 
 SECRET = "hunter2"
 NOISY = ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "asyncio", "vllm")
@@ -55,7 +55,7 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stderr]:
     """A stderr of the test's own; afterwards logging is as it was."""
     loggers = [logging.getLogger(), *map(logging.getLogger, NOISY)]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY", discretion.WORDS):
+    for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY", discretion.WORDS, expected.LEVEL):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(discretion, "_serving", False)
     yield Stderr()
@@ -279,6 +279,80 @@ def test_engine_processes_write_the_same_lines(stderr: Stderr, journald: bool) -
     assert (event["event"], event["logger"]) == ("GET /ws?api_key=***", "vllm.core")
 
 
+def as_vllm(stderr: Stderr) -> None:
+    """Logging as vLLM sets it up, in the service's process and in the engines'."""
+    config = json.loads((resources.files("yaptext.observe") / "vllm_logging.json").read_text())
+    with redirect_stderr(stderr):
+        logging.config.dictConfig(config)
+
+
+EXPECTED = ("vllm.v1.worker.cpu_worker", "%s is not found in LD_PRELOAD. For best performance, ...", "libtcmalloc")
+
+
+@pytest.mark.parametrize("journald", [False, True])
+def test_a_warning_that_is_expected_is_a_line_of_debug(stderr: Stderr, journald: bool) -> None:
+    """In the engines' processes as well: `journalctl -p warning` does not show it."""
+    stderr.configure("debug", journald=journald)
+    as_vllm(stderr)
+    name, *said = EXPECTED
+    logging.getLogger(name).warning(*said)
+    line = stderr.line()
+    assert line.startswith("<7>") == journald
+    event = json.loads(line.removeprefix("<7>"))
+    assert (event["level"], event["logger"]) == ("debug", name) and event["event"].startswith("libtcmalloc is not")
+
+
+@pytest.mark.parametrize("level", ["info", "warning", "error"])
+def test_an_expected_warning_is_not_logged_where_debug_is_not(stderr: Stderr, level: str) -> None:
+    """LOG_LEVEL counts for what the line is here."""
+    stderr.configure(level)
+    as_vllm(stderr)
+    name, *said = EXPECTED
+    logging.getLogger(name).warning(*said)
+    assert stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "said"),
+    [
+        ("vllm.v1.worker.cpu_worker", "warning", ["The CPU is on fire."]),
+        ("vllm.v1.worker.cpu_worker", "warning", ["It said: libtcmalloc is not found in LD_PRELOAD"]),
+        ("vllm.elsewhere", "warning", ["libtcmalloc is not found in LD_PRELOAD"]),
+        ("vllm.v1.worker.cpu_worker", "error", ["libtcmalloc is not found in LD_PRELOAD"]),
+    ],
+    ids=["another message", "another beginning", "another logger", "an error"],
+)
+def test_any_other_warning_stays_one(stderr: Stderr, name: str, level: str, said: list[str]) -> None:
+    """Logger and beginning are known, and the level is that of a warning, or nothing changes."""
+    stderr.configure()
+    as_vllm(stderr)
+    getattr(logging.getLogger(name), level)(*said)
+    assert stderr.event()["level"] == level
+
+
+def test_an_expected_warning_has_one_level_wherever_it_goes(stderr: Stderr, tmp_path: Path) -> None:
+    """On stderr and in the log file."""
+    file = tmp_path / "log"
+    with redirect_stderr(stderr):
+        logs.configure(level="debug", format="json", journald=False, file=file)
+    name, *said = EXPECTED
+    logger = logging.getLogger(name)
+    logger.handlers.clear()
+    logger.warning(*said)
+    for handler in logging.getLogger().handlers:
+        handler.close()
+    assert stderr.event()["level"] == json.loads(file.read_text())["level"] == "debug"
+
+
+def test_a_warning_whose_arguments_do_not_fit_ends_nothing(stderr: Stderr) -> None:
+    """The handler says so, as of any other logger."""
+    stderr.configure()
+    logger = logging.getLogger(EXPECTED[0])
+    with redirect_stderr(stderr):
+        logger.warning("%d", "words")
+    assert (stderr.event()["event"], stderr.getvalue()) == ("log.failed", "")
+
+
 def test_an_engine_process_without_word_from_the_service_writes_json(stderr: Stderr) -> None:
     """The formatter needs no `configure` in its own process."""
     record = logging.LogRecord("vllm", logging.ERROR, __file__, 1, "%s", ("hello",), None)
@@ -309,5 +383,35 @@ def test_a_rotation_loses_and_doubles_no_line(stderr: Stderr, tmp_path: Path) ->
     for handler in logging.getLogger().handlers:
         handler.close()
     lines = [json.loads(line) for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
-    assert sorted(line["number"] for line in lines) == list(range(3000))
+    assert sorted(line["number"] for line in lines if line["event"] == "line.written") == list(range(3000))
     assert len(list(tmp_path.iterdir())) > 1
+    opened = [line for line in lines if line["event"] == "log.file_opened"]
+    assert opened and {line["file"] for line in opened} == {str(path)}
+
+
+def test_a_start_repeats_what_it_warned_of_once(stderr: Stderr) -> None:
+    """Of this service; the words of a library may be anybody's."""
+    stderr.configure()
+    structlog.get_logger("a").warning("setting.unknown", note="CHAT_MAX_OTU is not known")
+    structlog.get_logger("a").info("server.settings", note="nothing")
+    logging.getLogger("library").warning("hello")
+    structlog.get_logger("a").error("sessions.not_read", file="/a", error="disk is full", hint="it is tried again")
+    for number in range(20):
+        structlog.get_logger("a").warning("lobby.full", limit=number)
+    first, second, third, *more = logs.attention()
+    assert first == "setting.unknown: CHAT_MAX_OTU is not known"
+    assert second == "sessions.not_read: it is tried again disk is full (file=/a)"
+    assert third == "lobby.full: limit=0" and len(more) == 5
+    structlog.get_logger("a").warning("lobby.full")
+    assert logs.attention() == []
+
+
+def test_a_log_file_that_cannot_be_written_is_known(stderr: Stderr) -> None:
+    """For STATUS=."""
+    with redirect_stderr(stderr):
+        logs.configure(level="info", format="json", journald=False, file=Path("/dev/full"))
+    assert logs.file_failure() is None
+    structlog.get_logger("a").info("hello")
+    assert logs.file_failure() == "The log file /dev/full cannot be written: No space left on device."
+    for handler in logging.getLogger().handlers:
+        handler.close()

@@ -20,6 +20,8 @@ from socket import SO_LINGER, SOL_SOCKET
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+TOKEN = "hf_aTokenOfTheTest"
+
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -14,7 +14,7 @@ import torch
 from quantize.tiny import ARCHITECTURES, blocks, make_model, quantized
 from safetensors.torch import load_file
 
-from yaptext.errors import QuantizeError
+from yaptext.errors import QuantizeRefused
 from yaptext.quantize import awq
 
 
@@ -100,13 +100,13 @@ def test_the_largest_group_that_divides_every_layer(tmp_path: Path, hidden: int,
     assert awq.plan(folder).group_size == size
     assert awq.plan(folder, "32").group_size == 32
     if size < 128:
-        with pytest.raises(QuantizeError, match="inputs, which no group of 128 divides"):
+        with pytest.raises(QuantizeRefused, match="inputs, which no group of 128 divides"):
             awq.plan(folder, "128")
 
 
 def test_outputs_that_no_kernel_computes_are_refused(tmp_path: Path) -> None:
     """The line names the layer, its size and what would do."""
-    with pytest.raises(QuantizeError, match=r"mlp.gate_proj has 608 outputs; AWQ needs a multiple of 64"):
+    with pytest.raises(QuantizeRefused, match=r"mlp.gate_proj has 608 outputs; AWQ needs a multiple of 64"):
         awq.plan(shaped(tmp_path, 192, 608))
 
 
@@ -123,7 +123,7 @@ def test_an_architecture_that_cannot_be_done_is_refused_by_name(tmp_path: Path, 
     autoawq's own list, and die there after an hour."""
     remote = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name, "auto_map": remote}))
-    with pytest.raises(QuantizeError, match=rf"cannot quantize the architecture {name!r}; it can do .*llama.*qwen2"):
+    with pytest.raises(QuantizeRefused, match=rf"cannot quantize the architecture {name!r}; it can do .*llama.*qwen2"):
         awq.plan(tmp_path)
 
 

@@ -21,7 +21,7 @@ from yaptext.dialogue.prompt import ChatPrompts, Limits
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Role
 from yaptext.engine.codec import HubCodec
-from yaptext.errors import QuantizeError, SettingsError, StartError
+from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError, StartError
 from yaptext.quantize import calibration
 from yaptext.quantize.calibration import HELD_OUT_BLOCKS, Samples, fingerprint, label, read, samples
 from yaptext.settings import Settings
@@ -61,7 +61,7 @@ def test_what_is_no_file_of_text_is_refused_at_once(tmp_path: Path, monkeypatch:
     else:
         with path.open("wb") as file:
             file.truncate(calibration._FILE_BYTES + 1)
-    with pytest.raises(QuantizeError) as caught:
+    with pytest.raises(SettingsError) as caught:
         read(wanted(path))
     line = str(caught.value)
     assert line.startswith(f"AWQ_CALIBRATION={path} ") and "\n" not in line
@@ -144,7 +144,7 @@ def test_a_text_without_paragraphs_is_cut_all_the_same(tmp_path: Path, between: 
 def test_a_line_of_another_form_is_named(tmp_path: Path, line: str) -> None:
     """File and line, and what would have been right."""
     (tmp_path / "mine.jsonl").write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(QuantizeError, match=r'^line 2 of mine.jsonl is none of \{"text"'):
+    with pytest.raises(QuantizeRefused, match=r'^line 2 of mine.jsonl is none of \{"text"'):
         read(wanted(tmp_path / "mine.jsonl"))
 
 
@@ -153,14 +153,14 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path, line: bytes) -> None:
     """With its file, below the folder that was given, and the reason."""
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "mine.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line)
-    with pytest.raises(QuantizeError, match=r"^line 3 of deep/mine.jsonl is no JSON: "):
+    with pytest.raises(QuantizeRefused, match=r"^line 3 of deep/mine.jsonl is no JSON: "):
         read(wanted(tmp_path))
 
 
 def test_a_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     """Rather than read as something else."""
     (tmp_path / "mine.txt").write_bytes("Füße".encode("latin-1"))
-    with pytest.raises(QuantizeError, match=r"^calibration file mine.txt cannot be read: .*utf-8"):
+    with pytest.raises(QuantizeRefused, match=r"^calibration file mine.txt cannot be read: .*utf-8"):
         read(wanted(tmp_path / "mine.txt"))
 
 
@@ -174,15 +174,15 @@ def test_a_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
 def test_a_persona_that_the_service_would_refuse_is_named(tmp_path: Path, fields: dict[str, str], reason: str) -> None:
     """By its line: it is found when the samples are laid out."""
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + json.dumps({"messages": [{"user": "hi"}], **fields}))
-    with pytest.raises(QuantizeError, match=rf"^line 2 of a.jsonl: {reason}"):
+    with pytest.raises(QuantizeRefused, match=rf"^line 2 of a.jsonl: {reason}"):
         laid_out(wanted(tmp_path / "a.jsonl"), ("chat",))
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     """No file, and a folder without texts."""
-    with pytest.raises(QuantizeError, match=r"is no file or folder, nor `builtin` or `hub:NAME`"):
+    with pytest.raises(SettingsError, match=r"is no file or folder, nor `builtin` or `hub:NAME`"):
         read(wanted(tmp_path / "none"))
-    with pytest.raises(QuantizeError, match=r"holds no .txt or .jsonl file"):
+    with pytest.raises(SettingsError, match=r"holds no .txt or .jsonl file"):
         read(wanted(tmp_path))
 
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
     (tmp_path / "a.txt" / "b.txt").write_text("bee")
     assert read(wanted(tmp_path)).texts == ["bee"]
-    with pytest.raises(QuantizeError, match=r"^AWQ_CALIBRATION=x+ cannot be read: .*too long"):
+    with pytest.raises(SettingsError, match=r"^AWQ_CALIBRATION=x+ cannot be read: .*too long"):
         read(wanted("x" * 5000))
 
 
@@ -206,7 +206,7 @@ def test_a_data_set_is_read_by_its_library(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert read(wanted(f"hub:{tmp_path}/set")).texts == ["one", "two"]
-    with pytest.raises(QuantizeError, match=r"^cannot read the data set no/such-set: "):
+    with pytest.raises(QuantizeDelayed, match=r"^cannot read the data set no/such-set: "):
         read(wanted("hub:no/such-set", HF_TOKEN=" hf_one\n"))
 
 
@@ -356,7 +356,7 @@ def test_too_little_text_is_told_before_any_model_loads(tmp_path: Path, roles: t
     (tmp_path / "a.jsonl").write_text('{"text": "short"}\n{"utterance": "x"}')
     settings = wanted(tmp_path / "a.jsonl", AWQ_CALIBRATION_TOKENS=4096)
     line = r"^the calibration text is \d+ tokens in \d documents; about 29\d+ in several are needed"
-    with pytest.raises(QuantizeError, match=line):
+    with pytest.raises(QuantizeRefused, match=line):
         laid_out(settings, roles)
 
 
@@ -364,5 +364,5 @@ def test_one_long_conversation_is_too_few_documents(tmp_path: Path) -> None:
     """There may be tokens enough, and yet nothing to set aside: the line does not say that they are too few."""
     talk = [{"user": "hi"}, {"assistant": "word " * 4000}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
-    with pytest.raises(QuantizeError, match=r"tokens in 1 documents; about 37\d+ in several are needed"):
+    with pytest.raises(QuantizeRefused, match=r"tokens in 1 documents; about 37\d+ in several are needed"):
         laid_out(wanted(tmp_path / "a.jsonl"), ("chat",))

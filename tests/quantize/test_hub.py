@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quantize.hub_server import Account, Fault, HubServer, sha256
+from quantize.hub_server import TOKEN, Account, Fault, HubServer, sha256
 
 from yaptext.quantize.hub import PAUSES_S, log_progress
 
 pytestmark = pytest.mark.subprocess
-TOKEN = "hf_aTokenOfTheTest"
 SHARDS = {f"model-0000{n}-of-00002.safetensors": bytes([n]) * 300_000 for n in (1, 2)}
 INDEX = json.dumps({"weight_map": {f"layer{n}": name for n, name in enumerate(SHARDS)}}).encode()
 MODEL = {
@@ -113,7 +112,7 @@ class Result:
     def events(self, name: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["event"] == name]
 
-    def refuses(self, *words: str, kind: str = "QuantizeError") -> None:
+    def refuses(self, *words: str, kind: str = "SettingsError") -> None:
         """One line that says `words`, at the first try."""
         assert (self.error, self.pauses) == (kind, []), (self.error, self.text, self.pauses)
         assert "\n" not in self.text
@@ -199,10 +198,12 @@ def test_a_folder_is_taken_as_it_is(hub: HubServer, client: Client) -> None:
         (source / name).write_bytes(data)
     assert client("download", str(source)).value == [str(source), None]
     (source / "model.safetensors.index.json").write_text("{")
-    client("download", str(source)).refuses(f"{source} has no model.safetensors")
+    client("download", str(source)).refuses(f"{source} has no model.safetensors", kind="QuantizeRefused")
     (source / "model.safetensors.index.json").unlink()
     (source / "pytorch_model.bin").write_bytes(b"pickle")
-    client("download", str(source)).refuses(f"{source} has no model.safetensors, whole or in shards")
+    client("download", str(source)).refuses(
+        f"{source} has no model.safetensors, whole or in shards", kind="QuantizeRefused"
+    )
     assert hub.requests == []
 
 
@@ -224,7 +225,7 @@ def test_what_does_not_pass_is_not_tried_again(hub: HubServer, client: Client) -
         )
     client("download", "maker/gated", HF_TOKEN="hf_other").refuses("HF_TOKEN is not valid")
     client("download", "no/such/name").refuses("no/such/name is neither a folder nor")
-    client("download", "maker/gated", HF_TOKEN="two words").refuses("HF_TOKEN=(hidden)", kind="SettingsError")
+    client("download", "maker/gated", HF_TOKEN="two words").refuses("HF_TOKEN=(hidden)")
     hub.repos["maker/gated"].admitted.add("ann")
     assert client("download", "maker/gated", HF_TOKEN=TOKEN).error is None
 
@@ -232,18 +233,24 @@ def test_what_does_not_pass_is_not_tried_again(hub: HubServer, client: Client) -
 def test_a_model_without_safetensors_is_refused(hub: HubServer, client: Client) -> None:
     """As is one whose index names a shard that is not there; pickles are not fetched instead."""
     hub.add("maker/pickle", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    client("download", "maker/pickle").refuses("maker/pickle has no model.safetensors")
+    client("download", "maker/pickle").refuses("maker/pickle has no model.safetensors", kind="QuantizeRefused")
     hub.add("maker/half", {name: data for name, data in MODEL.items() if "00002-of" not in name})
-    client("download", "maker/half").refuses("maker/half has no model.safetensors, whole or in shards")
+    client("download", "maker/half").refuses(
+        "maker/half has no model.safetensors, whole or in shards", kind="QuantizeRefused"
+    )
 
 
 def test_a_full_disk_is_noticed_before_the_download(hub: HubServer, client: Client) -> None:
     """The line has what is needed and what is free; where it fills up all the same, nothing is tried again."""
     hub.add("maker/model", MODEL)
     needed = sum(map(len, MODEL.values()))
-    client("download", "maker/model", free=1000).refuses(f"maker/model needs {needed} bytes more", "1000 are free")
+    client("download", "maker/model", free=1000).refuses(
+        f"maker/model needs {needed} bytes more", "1000 are free", kind="QuantizeDelayed"
+    )
     assert not hub.asked("^GET .*safetensors$")
-    client("download", "maker/model", stop=100, errno=errno.ENOSPC).refuses("maker/model: OSError: [Errno 28] No space")
+    client("download", "maker/model", stop=100, errno=errno.ENOSPC).refuses(
+        "maker/model: OSError: [Errno 28] No space", kind="QuantizeDelayed"
+    )
 
 
 def test_a_broken_stream_goes_on_where_it_broke(hub: HubServer, client: Client) -> None:
@@ -314,7 +321,7 @@ def test_three_tries_and_then_a_line(hub: HubServer, client: Client) -> None:
     hub.add("maker/model", MODEL)
     hub.faults.append(Fault("/api/models/maker/model", times=99, status=503))
     result = client("download", "maker/model")
-    assert (result.error, result.pauses) == ("QuantizeError", list(PAUSES_S))
+    assert (result.error, result.pauses) == ("QuantizeDelayed", list(PAUSES_S))
     assert result.text == "the hub cannot be reached for maker/model: 503 out of order"
     assert len(hub.asked("GET /api/models/maker/model")) == 3
     assert [line["pause_s"] for line in result.events("hub.retry")] == list(PAUSES_S)
@@ -324,7 +331,7 @@ def test_a_silent_hub_does_not_hang_the_job(hub: HubServer, client: Client) -> N
     """The client would wait for ever: a limit holds for every request."""
     hub.faults.append(Fault("/api/models/maker/model", times=3))
     result = client("download", "maker/model", patch={"SILENCE_S": 0.2})
-    assert result.error == "QuantizeError" and "cannot be reached" in result.text and "timed out" in result.text
+    assert result.error == "QuantizeDelayed" and "cannot be reached" in result.text and "timed out" in result.text
 
 
 def test_without_a_hub_the_cache_serves(hub: HubServer, client: Client) -> None:
@@ -341,7 +348,7 @@ def test_without_a_hub_the_cache_serves(hub: HubServer, client: Client) -> None:
         shutil.rmtree(client.cache / "models--maker--half" / "trees")  # older clients kept no lists of files
         for name in ("maker/half", "maker/none"):
             result = client("download", name)
-            assert (result.error, result.pauses) == ("QuantizeError", list(PAUSES_S))
+            assert (result.error, result.pauses) == ("QuantizeDelayed", list(PAUSES_S))
             assert result.text.startswith(f"the hub cannot be reached for {name}: ") and "refused" in result.text
 
 
@@ -351,7 +358,7 @@ def test_an_offline_client_does_not_ask(hub: HubServer, client: Client) -> None:
     whole = client("download", "maker/model").value
     hub.requests.clear()
     assert client("download", "maker/model", offline=True).value == whole
-    client("download", "maker/other", offline=True).refuses("maker/other", "HF_HUB_OFFLINE")
+    client("download", "maker/other", offline=True).refuses("maker/other", "HF_HUB_OFFLINE", kind="QuantizeDelayed")
     assert hub.requests == []
 
 
@@ -371,8 +378,10 @@ def test_a_peek_fetches_the_config_alone(hub: HubServer, client: Client) -> None
     assert client("peek_config", "maker/model").value == {"model_type": "llama"}
     assert {request.path.split("/")[-1] for request in hub.asked("resolve")} == {"config.json"}
     hub.add("maker/gguf", BALLAST)
-    client("peek_config", "maker/gguf").refuses("maker/gguf has no config.json", "no model to quantize")
-    client("peek_config", str(client.folder)).refuses(f"{client.folder} has no config.json")
+    client("peek_config", "maker/gguf").refuses(
+        "maker/gguf has no config.json", "no model to quantize", kind="QuantizeRefused"
+    )
+    client("peek_config", str(client.folder)).refuses(f"{client.folder} has no config.json", kind="QuantizeRefused")
 
 
 def test_the_cached_revision_is_known_without_asking(hub: HubServer, client: Client) -> None:
@@ -445,7 +454,7 @@ def test_a_wrong_variable_is_told_without_the_hub(
     hub: HubServer, client: Client, settings: dict[str, Any], told: str
 ) -> None:
     """One line that names it, and no request."""
-    client("check", **(PUSH | settings)).refuses(told, kind="SettingsError")
+    client("check", **(PUSH | settings)).refuses(told)
     assert hub.requests == []
 
 
@@ -486,7 +495,7 @@ def test_a_push_that_would_fail_is_told_before_the_work(
     """Wrong token, read token, no rights in the namespace or on the repository, a repository that has to be there."""
     hub.accounts = {TOKEN: account} if account else {}
     hub.add("maker/other", MODEL)
-    client("check", **(PUSH | settings)).refuses(told, kind="SettingsError")
+    client("check", **(PUSH | settings)).refuses(told)
     assert not hub.asked("^(POST|PUT) ")
 
 
@@ -524,7 +533,7 @@ def test_a_hub_that_cannot_be_asked_ends_the_check(hub: HubServer, client: Clien
     """After three tries, as an error that is not the variables'."""
     with hub.down():
         result = client("check", **PUSH)
-    assert (result.error, result.pauses) == ("QuantizeError", list(PAUSES_S))
+    assert (result.error, result.pauses) == ("QuantizeDelayed", list(PAUSES_S))
 
 
 # --- upload
@@ -638,7 +647,7 @@ def test_the_next_try_sends_what_is_missing(hub: HubServer, client: Client, fold
     second = sha256(SHARDS["model-00002-of-00002.safetensors"])
     hub.faults.append(Fault(f"PUT .*{second}", times=6 * 3 + 6, cut=100_000))
     result = client("upload", folder, "chat")
-    assert (result.error, result.pauses) == ("QuantizeError", list(PAUSES_S))
+    assert (result.error, result.pauses) == ("QuantizeDelayed", list(PAUSES_S))
     assert "ann/model-awq" in result.text and stored(hub) == {}
     result = client("upload", folder, "chat")
     assert result.error is None and result.pauses == [PAUSES_S[0]]
@@ -660,7 +669,7 @@ def test_other_bytes_on_the_hub_are_noticed(hub: HubServer, client: Client, fold
     """In LFS and out of it; the line names the file."""
     hub.flipped.add(name)
     result = client("upload", folder, "chat")
-    assert result.error == "QuantizeError" and "ann/model-awq holds other bytes" in result.text
+    assert result.error == "QuantizeDelayed" and "ann/model-awq holds other bytes" in result.text
     assert result.text.endswith(f": {name}")
 
 
@@ -669,7 +678,7 @@ def test_a_refused_upload_quotes_no_secret(hub: HubServer, client: Client, folde
     hub.faults.append(Fault("PUT /storage", times=99, status=403))
     client("upload", folder, "chat").refuses("HF_TOKEN may not write to ann/model-awq", "403")
     hub.faults = [Fault("PUT /storage", times=99, cut=5)]
-    assert client("upload", folder, "chat").error == "QuantizeError"
+    assert client("upload", folder, "chat").error == "QuantizeDelayed"
     hub.faults = [Fault("POST /api/repos/create", times=99, status=500, message=f"{TOKEN} for http://x/?y=SIGNED")]
     result = client("upload", folder, "chat")
     assert result.text == "the hub cannot be reached for ann/model-awq: 500 *** for http://x/"

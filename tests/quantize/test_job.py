@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -17,36 +16,13 @@ from pathlib import Path
 import pytest
 from privileged import tmpfs
 from quantize.forge import Bench, Forge, only
-from quantize.hub_server import Account, HubServer
+from quantize.hub_server import TOKEN, HubServer
 
 from yaptext.engine import shelf, weights
 from yaptext.errors import StartError
 from yaptext.settings import Settings
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.timeout(600)]
-TOKEN = "hf_aTokenOfTheTest"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
-    with HubServer() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server: HubServer) -> HubServer:
-    server.reset()
-    server.accounts[TOKEN] = Account("someone")
-    return server
-
-
-@pytest.fixture(scope="module")
-def forge(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forge]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    with Forge(tmp_path_factory.mktemp("logs"), environment) as forge:
-        yield forge
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +44,6 @@ def bench(made: Bench, tmp_path: Path) -> Bench:
     shutil.copytree(made.state, tmp_path / "private")
     (tmp_path / "state").symlink_to(tmp_path / "private")
     return Bench(made.forge, tmp_path / "state", made.model)
-
-
-@pytest.fixture
-def fresh(forge: Forge, tmp_path: Path, model: Path) -> Bench:
-    return Bench(forge, tmp_path / "fresh", model)
 
 
 # What is done, and what is not
@@ -141,7 +112,7 @@ def test_the_service_may_serve_awq_weights_of_others(fresh: Bench, result: Path)
     status, events = fresh.run("--when-wanted", QUANTIZATION="awq", CHAT_MODEL=str(result))
     assert (status, events) == (0, ["quantize.given it has AWQ weights already"])
     status, events = fresh.run(CHAT_MODEL=str(result))
-    assert status == 1 and "has awq weights already" in events[-1]
+    assert status == 2 and "has awq weights already" in events[-1]
 
 
 def test_the_server_finds_the_result(bench: Bench, tmp_path: Path) -> None:
@@ -263,25 +234,25 @@ def test_what_is_quantized_already_is_refused(forge: Forge, tmp_path: Path, meth
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
     status, events = Bench(forge, tmp_path / "state", folder).run()
     kind = "quantized" if method == "bitsandbytes" else method
-    assert status == 1
-    assert events[-1].startswith(f"yap-text: {folder} has {kind} weights already: AWQ is made of float weights")
+    assert status == 2
+    assert events[-1].startswith(f"quantize.failed {folder} has {kind} weights already: AWQ is made of float weights")
 
 
 def test_a_deployed_role_needs_a_model(fresh: Bench) -> None:
     """Wrong settings end with 2."""
     status, events = fresh.run(DEPLOY_MODELS="both")
-    assert (status, events[-1][:30]) == (2, "yap-text: TOOL_MODEL is not se")
+    assert (status, events[-1][:33]) == (2, "quantize.failed TOOL_MODEL is not")
 
 
 @pytest.mark.parametrize(
     ("given", "status", "line"),
     [
-        ({"CHAT_MODEL": "/no/such/model"}, 1, "/no/such/model is neither a folder nor the name of a model on the hub"),
-        ({"CHAT_MODEL": "/" + "x" * 5000}, 1, "x is neither a folder nor the name of a model on the hub"),
-        ({"CHAT_MODEL": "some/model"}, 1, "some/model is not on the hub"),
-        ({"CHAT_MODEL": "a b/c?d"}, 1, "a b/c?d is neither a folder nor the name of a model on the hub"),
+        ({"CHAT_MODEL": "/no/such/model"}, 2, "/no/such/model is neither a folder nor the name of a model on the hub"),
+        ({"CHAT_MODEL": "/" + "x" * 5000}, 2, "x is neither a folder nor the name of a model on the hub"),
+        ({"CHAT_MODEL": "some/model"}, 2, "some/model is not on the hub"),
+        ({"CHAT_MODEL": "a b/c?d"}, 2, "a b/c?d is neither a folder nor the name of a model on the hub"),
         ({"TOOLS_FILE": "/no/such/tools.json"}, 2, "TOOLS_FILE='/no/such/tools.json' is not a list of tools"),
-        ({"AWQ_CALIBRATION": "/no/such/text"}, 1, "AWQ_CALIBRATION=/no/such/text is no file or folder"),
+        ({"AWQ_CALIBRATION": "/no/such/text"}, 2, "AWQ_CALIBRATION=/no/such/text is no file or folder"),
         ({"AWQ_GROUP_SIZE": "96"}, 2, "AWQ_GROUP_SIZE='96' is not allowed"),
     ],
     ids=["no folder", "no name", "not there", "odd name", "no tools", "no text", "group size"],
@@ -289,7 +260,7 @@ def test_a_deployed_role_needs_a_model(fresh: Bench) -> None:
 def test_a_wrong_choice_is_one_line(fresh: Bench, given: dict[str, str], status: int, line: str) -> None:
     """Before a weight is loaded; nothing lies on the shelf then."""
     ended, events = fresh.run(**given)
-    assert ended == status and line in events[-1] and events[-1].startswith("yap-text: "), events
+    assert ended == status and line in events[-1] and events[-1].startswith("quantize.failed "), events
     assert not only(events, "quantize.planned") and not only(events, "Traceback")
     assert not list((fresh.state / "awq").glob("*/*"))
 
@@ -298,8 +269,8 @@ def test_too_little_text_is_one_line(fresh: Bench, tmp_path: Path) -> None:
     """Before a weight is loaded."""
     (tmp_path / "text.txt").write_text("The tide came in over the flats.")
     status, events = fresh.run(AWQ_CALIBRATION=str(tmp_path / "text.txt"))
-    assert (status, events[0], len(events)) == (1, "quantize.begun no finished result", 2)
-    assert events[1].startswith("yap-text: the calibration text is 32 tokens in 1 documents; about ")
+    assert (status, events[0], len(events)) == (2, "quantize.begun no finished result", 2)
+    assert events[1].startswith("quantize.failed the calibration text is 32 tokens in 1 documents; about ")
     fresh.check_clean(0)
 
 
@@ -309,11 +280,11 @@ def test_a_folder_without_weights_is_one_line(forge: Forge, tmp_path: Path, mode
     (folder / "model.safetensors").unlink()
     status, events = Bench(forge, tmp_path / "state", folder).run()
     assert (status, events[-1]) == (
-        1, f"yap-text: {folder} has no model.safetensors, whole or in shards: name a model that has"
+        2, f"quantize.failed {folder} has no model.safetensors, whole or in shards: name a model that has"
     )  # fmt: skip
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     status, events = Bench(forge, tmp_path / "state", folder).run()
-    assert status == 1 and "cannot quantize the architecture 'gpt2'" in events[-1]
+    assert status == 2 and "cannot quantize the architecture 'gpt2'" in events[-1]
 
 
 def test_a_model_that_cannot_be_read_is_one_line(forge: Forge, tmp_path: Path, model: Path) -> None:
@@ -322,7 +293,7 @@ def test_a_model_that_cannot_be_read_is_one_line(forge: Forge, tmp_path: Path, m
     (folder / "model.safetensors").write_bytes(b"no weights")
     bench = Bench(forge, tmp_path / "state", folder)
     status, events = bench.run()
-    assert status == 1 and re.fullmatch(r"yap-text: model could not be quantized: \S.*", events[-1])
+    assert status == 2 and re.fullmatch(r"quantize.failed model could not be quantized: \S.*", events[-1])
     bench.check_clean(0)
 
 
@@ -333,7 +304,7 @@ def test_a_state_folder_that_cannot_be_written_is_one_line(fresh: Bench, lying: 
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text("a file")
     status, events = fresh.run()
-    assert status == 1 and events[-1].startswith("yap-text: "), events
+    assert status == 2 and events[-1].startswith("quantize.failed "), events
     assert str(fresh.state) in events[-1] or "File exists" in events[-1]
 
 
@@ -341,7 +312,7 @@ def test_a_result_that_rounding_beats_is_not_kept(fresh: Bench) -> None:
     """An error; --allow-worse keeps it and the figures tell."""
     worse = "from yaptext.quantize import verify; verify.Report.worthwhile = False"
     status, events = fresh.run(before=worse)
-    assert status == 1
+    assert status == 2
     assert "AWQ is no better than plain rounding for Tiny-Llama: KL 0." in events[-1]
     fresh.check_clean(0)
     assert fresh.run("--allow-worse", before=worse)[0] == 0
@@ -371,7 +342,7 @@ def test_a_second_job_is_told_who_runs(bench: Bench) -> None:
     first = bench.start("--force")
     first.until("quantize.layer", layer=1)
     status, events = bench.run("--force")
-    assert status == 1
+    assert status == 75
     assert f"another job is at work on {bench.state}/awq: process {first.pid}, since 20" in events[-1]
     assert bench.run() == (0, ["quantize.finished_before"])
     assert first.end() == 0
@@ -515,14 +486,14 @@ def test_a_disk_without_room_is_told_before_the_work(forge: Forge, small_disk: P
     bench = Bench(forge, small_disk, model)
     (small_disk / "ballast").write_bytes(bytes(20 * 2**20))
     status, events = bench.run()
-    assert status == 1
-    assert re.fullmatch(r"yap-text: Tiny-Llama needs \d+ MB in .*, and 5\d MB are free", events[-1])
+    assert status == 75
+    assert re.fullmatch(r"quantize.failed Tiny-Llama needs \d+ MB in .*, and 5\d MB are free", events[-1])
     bench.check_clean(0)
     fill_up(small_disk)
     status, events = Bench(forge, small_disk / "x", model).run()
     assert (status, events) == (
-        1,
-        [f"yap-text: cannot write to {small_disk}/x/awq: [Errno 28] No space left on device"],
+        75,
+        [f"quantize.failed cannot write to {small_disk}/x/awq: [Errno 28] No space left on device"],
     )
 
 
@@ -534,8 +505,8 @@ def test_a_disk_that_fills_up_meanwhile_leaves_what_was_there(made: Bench, small
     job = bench.start("--force")
     job.until("quantize.layer", layer=1)
     ballast = fill_up(small_disk)
-    assert job.end() == 1
-    assert job.events[-1].startswith("yap-text: the disk of ") and "is full; nothing was kept" in job.events[-1]
+    assert job.end() == 75
+    assert job.events[-1].startswith("quantize.failed the disk of ") and "is full; nothing was kept" in job.events[-1]
     assert bench.finished().folder == before
     bench.check_clean()
     ballast.unlink()
@@ -585,10 +556,10 @@ def test_a_push_that_cannot_be_is_told_before_the_work(bench: Bench, hub: HubSer
 
 def test_a_push_that_failed_is_made_good_by_the_next_run(bench: Bench, hub: HubServer) -> None:
     """The result is kept, and not made again; a receipt that was cut counts as none."""
-    failing = "from yaptext.quantize import hub; from yaptext.errors import QuantizeError\n"
-    failing += "def upload(*_): raise QuantizeError('the hub is gone')\nhub.upload = upload"
+    failing = "from yaptext.quantize import hub; from yaptext.errors import QuantizeDelayed\n"
+    failing += "def upload(*_): raise QuantizeDelayed('the hub is gone')\nhub.upload = upload"
     status, events = bench.run("--force", before=failing, **pushing(hub))
-    assert (status, events[-1]) == (1, "yap-text: the hub is gone")
+    assert (status, events[-1]) == (75, "quantize.failed the hub is gone")
     bench.check_clean()
     for receipt in (None, "", "{", "{}", "[]", '{"result": 5, "to": {}}', '{"to": {}}'):
         if receipt is not None:
@@ -633,5 +604,5 @@ def test_the_architecture_is_refused_before_the_download(forge: Forge, tmp_path:
     hub.add("maker/moe", {"config.json": b'{"model_type": "mixtral"}', "model.safetensors": bytes(1000)})
     bench = Bench(forge, tmp_path / "state", "maker/moe", HF_HOME=str(tmp_path / "hf"))
     status, events = bench.run()
-    assert status == 1 and "cannot quantize the architecture 'mixtral'" in events[-1]
+    assert status == 2 and "cannot quantize the architecture 'mixtral'" in events[-1]
     assert not hub.asked("GET .*safetensors")

@@ -17,7 +17,7 @@ from quantize.tiny import blocks, make_model, quantized
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from yaptext.errors import QuantizeError
+from yaptext.errors import QuantizeRefused
 from yaptext.quantize import awq, verify
 
 SHAPES = {"rows": st.integers(1, 4), "groups": st.integers(1, 4), "size": st.sampled_from([32, 64, 128])}
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_does_not_fit_its_model_is_found(
     """What is missing, left over or of another shape means that something else would be served than was measured."""
     tensors = load_file(result / "model.safetensors")
     change(tensors)
-    with pytest.raises(QuantizeError, match=rf"^the quantized checkpoint does not fit its model: {named}$"):
+    with pytest.raises(QuantizeRefused, match=rf"^the quantized checkpoint does not fit its model: {named}$"):
         verify.fill(AutoModelForCausalLM.from_pretrained(model), copied(tensors, tmp_path / "awq"))
 
 

@@ -47,7 +47,7 @@ async def test_a_proxy_is_refused_before_the_upgrade(header: str) -> None:
             with pytest.raises(websockets.InvalidStatus) as refused:
                 await websockets.connect(running.ws, additional_headers=proxied, proxy=None)
             response = refused.value.response
-            assert response.status_code == 503 and 1 <= int(response.headers["Retry-After"]) <= 4
+            assert response.status_code == 503 and 1 <= int(response.headers["Retry-After"]) <= 10
             assert json.loads(response.body)["error_code"] == "going_away"
             gate.step()
             assert (await until(talking, "done"))["finish_reason"] == "stop"
@@ -64,7 +64,8 @@ async def test_sockets_are_closed_one_by_one() -> None:
         for closing in asyncio.as_completed([until(socket, "error") for socket in sockets]):
             waits.append((await closing)["retry_after_ms"])
             left.append(running.active)
-        assert len(set(waits)) > 20 and min(waits) >= 1000 and max(waits) <= 4000
+        start_ms = round(running.server.lifecycle.start_s * 1000)
+        assert len(set(waits)) > 20 and min(waits) >= start_ms + 1000 and max(waits) <= start_ms + 4000
         assert len([count for count in set(left) if 0 < count < 40]) > 5, "they were not closed at once"
         await running.server.drained
         assert running.active == 0

@@ -36,7 +36,7 @@ from yaptext.errors import EngineFailed
 from yaptext.keyfile import NO_LIMITS, Key
 from yaptext.server.connection import Connection
 from yaptext.server.keys import Account
-from yaptext.server.lifecycle import going_away
+from yaptext.server.lifecycle import Lifecycle
 from yaptext.settings import Settings
 from yaptext.wire.messages import encode
 
@@ -543,7 +543,7 @@ class Lives(RuleBasedStateMachine):
         for client in self.clients:
             client.codes |= {1012 if self.drains else None}
             if self.drains and not client.serving.done():
-                client.connection.end(going_away())
+                client.connection.end(Lifecycle().going_away())
             else:
                 client.leave()
         for _ in range(3):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +18,7 @@ import pytest
 from yaptext import keyfile
 from yaptext.settings import variables
 from yaptext.tools import install as module
-from yaptext.tools.install import InstallError, install, uninstall
+from yaptext.tools.install import InstallError, install, rollback, uninstall
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = Path("/opt/yap-text/bin/yap-text")
@@ -36,7 +39,7 @@ class Stage:
         self.units, self.configs = root / "etc/systemd/system", root / "etc/yap-text"
         self.env, self.key = self.configs / "yap-text.env", self.configs / "api-key"
 
-    def install(self, command: Path = COMMAND) -> dict[str, str]:
+    def install(self, command: Path | None = COMMAND) -> dict[str, str]:
         """What it said: a word by file name."""
         assert install(self.root, command) == 0
         return self._said()
@@ -221,10 +224,315 @@ def test_the_command_of_this_environment_is_the_default(stage: Stage, monkeypatc
         install(stage.root)
 
 
+class Versioned:
+    """What `make install` leaves below its PREFIX, in the root of a stage: an environment a version."""
+
+    def __init__(self, stage: Stage, prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._stage, self.prefix, self._monkeypatch = stage, prefix, monkeypatch
+        self.folder = stage.root / prefix.relative_to("/")
+        self.link = stage.root / "usr/local/bin/yap-text"
+
+    def build(self, name: str, *, stamp: str = "built.txt") -> Path:
+        for folder in (self.prefix / name, self.folder / name):
+            (folder / "bin").mkdir(parents=True)
+            (folder / "bin/yap-text").write_text("#!/bin/sh\n")
+            (folder / stamp).touch()
+        return self.folder / name
+
+    def install(self, name: str) -> dict[str, str]:
+        """As that version's own command does."""
+        if not (self.prefix / name).exists():
+            self.build(name)
+        self._monkeypatch.setattr(sys, "prefix", str(self.prefix / name))
+        self._monkeypatch.setattr(sys, "executable", str(self.prefix / name / "bin/python"))
+        self._monkeypatch.setattr(sys, "base_prefix", "/usr")
+        self._monkeypatch.setattr(module, "__file__", str(self.prefix / name / "lib/yaptext/tools/install.py"))
+        return self._stage.install(None)
+
+    @property
+    def links(self) -> dict[str, str]:
+        return {link.name: str(link.readlink()) for link in self.folder.iterdir() if link.is_symlink()}
+
+    @property
+    def folders(self) -> set[str]:
+        return {folder.name for folder in self.folder.iterdir() if not folder.is_symlink()}
+
+
+@pytest.fixture
+def versions(stage: Stage, tmp_path: Path, templates: Path, monkeypatch: pytest.MonkeyPatch) -> Versioned:
+    return Versioned(stage, tmp_path / "opt", monkeypatch)
+
+
+def test_a_version_becomes_current_and_the_one_before_is_kept(stage: Stage, versions: Versioned) -> None:
+    """The units run one path, which leads to whatever is current; two versions stay, and the same one twice is one."""
+    versions.install("a")
+    assert versions.link.readlink() == versions.prefix / "current/bin/yap-text"
+    assert "ExecStart=/usr/local/bin/yap-text serve\n" in (stage.units / "yap-text.service").read_text()
+    assert versions.links == {"current": "a"}
+    said = versions.install("b")
+    assert said["current"] == "updated" and said["previous"] == "installed"
+    assert versions.links == {"current": "b", "previous": "a"}
+    assert "Current version: b. The version before: a (yap-text install --rollback).\n" in stage.printed
+    assert set(versions.install("b").values()) == {"unchanged", "kept"}
+    assert versions.links == {"current": "b", "previous": "a"}
+    said = versions.install("c")
+    assert said["a"] == "removed" and versions.folders == {"b", "c"}
+    assert versions.links == {"current": "c", "previous": "b"}
+    assert versions.install("b") and versions.links == {"current": "b", "previous": "c"}
+
+
+def test_a_version_that_runs_is_not_removed(stage: Stage, versions: Versioned) -> None:
+    """Nobody restarted the service since: its next engine process starts from there."""
+    versions.install("a")
+    versions.install("b")
+    argv = [str(versions.folder / "a/bin/python"), "60"]
+    with subprocess.Popen(argv, executable=shutil.which("sleep")) as service:
+        while not Path(f"/proc/{service.pid}/cmdline").read_bytes():
+            pass  # the kernel writes it a moment after exec has begun
+        said = versions.install("c")
+        service.kill()
+    assert said["a"] == "kept" and versions.folders == {"a", "b", "c"}
+    assert versions.install("c")["a"] == "removed"
+
+
+def test_a_version_that_cannot_be_removed_is_no_failure(
+    versions: Versioned, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The switch is made. The next one tries again."""
+    versions.install("a")
+    versions.install("b")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(module.shutil, "rmtree", refuse)
+    assert versions.install("c")["a"] == "kept" and "Read-only file system" in stage.printed
+    assert versions.links == {"current": "c", "previous": "b"}
+
+
+def test_what_is_not_ours_below_the_prefix_stays(stage: Stage, versions: Versioned) -> None:
+    """A checkout may be the PREFIX. What is unfinished is left to the `make install` that builds it."""
+    (versions.folder / "yaptext").mkdir(parents=True)
+    versions.build("part", stamp="built.txt.part")
+    for name in "abc":
+        versions.install(name)
+    assert versions.folders == {"yaptext", "part", "b", "c"}
+    stage.uninstall()
+    assert versions.folders == {"yaptext"} and versions.links == {}
+
+
+@pytest.mark.parametrize("failing", ["units", "link"])
+def test_a_full_disk_leaves_the_version_before(
+    stage: Stage, versions: Versioned, templates: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Units and links alike: the service would start what it started with."""
+    versions.install("a")
+    before, links = stage.files(), versions.links
+    for unit in UNITS:
+        (templates / unit).write_text("[Unit]\n# the next version\n")
+    versions.build("b")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_at_the_last(file: int, _: int) -> None:
+        if ".timer" in os.readlink(f"/proc/self/fd/{file}"):
+            full()
+
+    if failing == "units":
+        monkeypatch.setattr(os, "fchmod", full_at_the_last)
+    else:
+        monkeypatch.setattr(Path, "symlink_to", full)
+    with pytest.raises(InstallError, match="cannot be written: No space left on device"):
+        versions.install("b")
+    assert versions.links == links
+    if failing == "units":
+        after = {path: text for path, text in stage.files().items() if path in before}
+        assert after == before and not list(stage.root.rglob("*.part"))
+
+
+def test_a_file_in_the_way_of_the_command_is_refused(stage: Stage, versions: Versioned) -> None:
+    """Before anything is written; a link is replaced."""
+    versions.link.parent.mkdir(parents=True)
+    versions.link.write_text("#!/bin/sh\n")
+    with pytest.raises(InstallError, match=r"usr/local/bin/yap-text is in the way"):
+        versions.install("a")
+    assert not stage.units.exists()
+    versions.link.unlink()
+    versions.link.symlink_to("/opt/yap-text/.venv/serve-cpu/bin/yap-text")
+    assert versions.install("a")["yap-text"] == "updated"
+
+
+def test_rollback_runs_the_install_of_the_version_before(stage: Stage, versions: Versioned, tmp_path: Path) -> None:
+    """So that its own units and links come back, by its own code; a rollback of a rollback goes forward."""
+    with pytest.raises(InstallError, match="no version to go back to"):
+        rollback(stage.root)
+    versions.install("a")
+    with pytest.raises(InstallError, match="no version to go back to"):
+        rollback(stage.root)
+    versions.install("b")
+    command = versions.folder / "a/bin/yap-text"
+    command.write_text(f'#!/bin/sh\necho "$0" "$@" > {tmp_path}/ran\nexit 3\n')
+    command.chmod(0o755)
+    assert rollback(stage.root) == 3
+    assert (tmp_path / "ran").read_text() == f"{command} install --prefix {stage.root}\n"
+
+
+def test_uninstall_removes_the_versions(stage: Stage, versions: Versioned) -> None:
+    """Both, their links, and the folder when nothing else is in it."""
+    versions.install("a")
+    versions.install("b")
+    said = stage.uninstall()
+    assert said["a"] == said["b"] == said["current"] == said["previous"] == "removed"
+    assert not versions.folder.exists() and not versions.link.is_symlink()
+
+
+def test_a_command_of_ones_own_is_no_version(stage: Stage, versions: Versioned) -> None:
+    """`--command` names what the units run, and moves no link."""
+    versions.install("a")
+    stage.install(COMMAND)
+    assert versions.links == {"current": "a"}
+    assert f"ExecStart={COMMAND} serve\n" in (stage.units / "yap-text.service").read_text()
+
+
+STUB = """#!/bin/bash
+# A Python for `make install`: a venv of one file, pip that leaves a wheel, and a yap-text that says who runs.
+case "$1 $2" in
+    -c\\ *base_prefix*) echo {base} ;;
+    -c\\ *) exec {python} "$@" ;;
+    "-m venv")
+        mkdir -p "${{@: -1}}"/{{bin,lib}}
+        rm -f "${{@: -1}}/bin/python"
+        cp "$0" "${{@: -1}}/bin/python"
+        ;;
+    "-m pip")
+        echo "$@" >> {log}
+        [ ! -e {full} ] || {{ echo "ERROR: No space left on device"; exit 1; }}
+        venv=$(dirname "$(dirname "$0")")
+        if [[ $* == *require-hashes* ]]; then
+            echo wheel > "$venv/lib/wheel"
+            printf '#!%s/bin/python\\n' "$venv" > "$venv/bin/tool"
+        else
+            mkdir -p "$venv/lib/python3.11/site-packages/yaptext"
+            printf '#!/bin/sh\\necho installed by "$0" "$@"\\n' > "$venv/bin/yap-text"
+            chmod +x "$venv/bin/yap-text"
+        fi
+        ;;
+esac
+"""
+
+
+class Made:
+    """`make install` with a Python that does in no time what takes minutes."""
+
+    def __init__(self, folder: Path, base: str = "/usr") -> None:
+        self.prefix, self.full, self._log = folder / "opt", folder / "full", folder / "pip.log"
+        self._python = folder / "python"
+        self._python.write_text(STUB.format(python=sys.executable, base=base, log=self._log, full=self.full))
+        self._python.chmod(0o755)
+
+    def make(self, target: str = "install", **variables: str) -> subprocess.CompletedProcess[str]:
+        self._log.write_text("")
+        given = {"PYTHON": self._python, "PREFIX": self.prefix, "ENV": "serve-cpu", "ARGS": "--some"} | variables
+        command = ["make", "-s", target, *(f"{name}={value}" for name, value in given.items())]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
+
+    @property
+    def pip(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def folders(self) -> list[Path]:
+        return sorted(folder for folder in self.prefix.iterdir())
+
+
+@pytest.mark.subprocess
+def test_make_install_builds_a_version_and_runs_its_own_install(tmp_path: Path) -> None:
+    """Complete, not editable, named by version, commit and contents; a second run finds it there."""
+    made = Made(tmp_path)
+    done = made.make()
+    (version,) = made.folders
+    assert re.fullmatch(r"\d+\.\d+\.\d+(-[0-9a-f]{7,}(-dirty)?)?-[0-9a-f]{8}", version.name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"installed by {version}/bin/yap-text install --some\n")
+    assert (version / "built.txt").read_text() == (REPOSITORY / "nix/lock/serve-cpu.txt").read_text()
+    assert "--require-hashes" in made.pip and "--editable" not in made.pip
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    (told,) = version.glob("lib/*/site-packages/yaptext/commit.txt")
+    assert told.read_text().startswith(asked.stdout.strip())
+    again = made.make()
+    assert again.stdout == f"installed by {version}/bin/yap-text install --some\n" and made.pip == ""
+
+
+@pytest.mark.subprocess
+def test_make_install_takes_the_wheels_of_a_version_with_the_same_lock(tmp_path: Path) -> None:
+    """As hard links; scripts name their own environment, and those of the other version stay as they are."""
+    made = Made(tmp_path)
+    made.make()
+    (one,) = made.folders
+    one = one.rename(made.prefix / "0.0.1")
+    (one / "bin/tool").write_text(f"#!{one}/bin/python\n")
+    assert made.make().returncode == 0
+    one, two = made.folders
+    assert "--require-hashes" not in made.pip and "--no-index" in made.pip
+    assert (one / "lib/wheel").samefile(two / "lib/wheel")
+    assert (two / "bin/tool").read_text() == f"#!{two}/bin/python\n"
+    assert (one / "bin/tool").read_text() == f"#!{one}/bin/python\n"
+    assert not (one / "bin/yap-text").samefile(two / "bin/yap-text")
+
+
+@pytest.mark.subprocess
+def test_a_make_install_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """On a full disk what it built goes, so that there is room again; what a kill leaves goes with the next run."""
+    made = Made(tmp_path)
+    killed = made.prefix / "0.0.1"
+    killed.mkdir(parents=True)
+    (killed / "built.txt.part").touch()
+    made.full.touch()
+    done = made.make()
+    assert done.returncode != 0 and "No space left on device" in done.stdout + done.stderr
+    assert "installed by" not in done.stdout
+    assert made.folders == []
+    made.full.unlink()
+    assert made.make().returncode == 0
+
+
+@pytest.mark.subprocess
+def test_a_second_make_install_at_once_is_refused(tmp_path: Path) -> None:
+    """It would build at the same path."""
+    made = Made(tmp_path)
+    made.prefix.mkdir()
+    held = os.open(made.prefix, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    done = made.make()
+    os.close(held)
+    assert done.returncode != 0 and "another make install" in done.stderr and made.folders == []
+
+
+@pytest.mark.subprocess
+def test_make_install_refuses_what_the_units_could_not_see(tmp_path: Path) -> None:
+    """Before it builds for minutes."""
+    done = Made(tmp_path, base="/root/.pyenv/versions/3.11").make()
+    assert done.returncode != 0 and "/root/.pyenv/versions/3.11 is below a home folder" in done.stderr
+    done = Made(tmp_path).make(PREFIX="/home/me/yap-text")
+    assert done.returncode != 0 and "/home/me/yap-text is below a home folder" in done.stderr
+
+
+@pytest.mark.subprocess
+def test_make_rollback_runs_the_previous_version(tmp_path: Path) -> None:
+    """By its own command, which works where the current one does not."""
+    made = Made(tmp_path)
+    assert "no previous version" in made.make("rollback").stderr
+    made.make()
+    (version,) = made.folders
+    (made.prefix / "previous").symlink_to(version.name)
+    assert made.make("rollback").stdout == f"installed by {made.prefix}/previous/bin/yap-text install --some\n"
+
+
 def test_a_machine_without_systemd_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to do instead."""
     monkeypatch.setattr(module, "_has_systemd", lambda: False)
-    for verb in (install, uninstall):
+    for verb in (install, uninstall, rollback):
         with pytest.raises(InstallError, match="yap-text serve"):
             verb()
 
@@ -233,7 +541,7 @@ def test_another_user_than_root_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     """Before a file is touched."""
     monkeypatch.setattr(module, "_has_systemd", lambda: True)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    for verb in (install, uninstall):
+    for verb in (install, uninstall, rollback):
         with pytest.raises(InstallError, match="sudo"):
             verb()
 

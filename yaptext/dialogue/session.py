@@ -161,6 +161,11 @@ class SessionStore:
         """True while the file, where there is one, cannot be written."""
         return self._file is not None and self._file.failing
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the file cannot be written, in a sentence."""
+        return None if self._file is None else self._file.trouble
+
     def __len__(self) -> int:
         return len(self._sessions)
 

@@ -149,7 +149,7 @@ class SessionFile:
         self._unread = True
         """Rows may be there that nobody has read."""
         self._late: dict[SessionKey, _Late] = {}
-        self._failed = False
+        self._failure: str | None = None
         self._sweep_at = 0.0
         self._lock: int | None = None
         self._database: sqlite3.Connection | None = None
@@ -160,8 +160,14 @@ class SessionFile:
     def failing(self) -> bool:
         """The last write or the load went wrong, or nothing writes any more: a restart would not find what has changed
         since."""
-        died = self._thread.ident is not None and not self._thread.is_alive() and not self._stop.is_set()
-        return self._failed or died
+        return self.trouble is not None
+
+    @property
+    def trouble(self) -> str | None:
+        """`failing` in a sentence."""
+        if self._thread.ident is not None and not self._thread.is_alive() and not self._stop.is_set():
+            return f"Sessions are no longer saved in {self._path}: the log has the reason (sessions.writer_died)."
+        return self._failure
 
     def load(self) -> list[tuple[float, Kept]]:
         """What was kept, each with the seconds since its last use, oldest first. Blocks.
@@ -182,7 +188,7 @@ class SessionFile:
                 hint="until it can be read, clients do not find its sessions, and nothing in it is replaced; reading "
                 "is tried again, and what is said meanwhile waits in memory",
             )
-            self._failed = True
+            self._failure = f"Sessions cannot be read from {self._path}: {error}."
             return []
         self._unread = False
         return found
@@ -233,7 +239,7 @@ class SessionFile:
 
     def _run(self) -> None:
         try:
-            while not self._stop.wait(_RETRY_S if self._failed else _GATHER_S):
+            while not self._stop.wait(_RETRY_S if self._failure else _GATHER_S):
                 self._write()
             self._sweep_at = 0.0
             self._write()
@@ -281,9 +287,9 @@ class SessionFile:
                 self._waiting = {**again, **self._waiting}
             self._fail(error)
         else:
-            if self._failed:
+            if self._failure:
                 _log.info("sessions.saved", file=str(self._path), sessions=len(self._writing))
-            self._failed = False
+            self._failure = None
         self._writing = {}
 
     def _save(self, database: sqlite3.Connection, forgotten: Iterable[SessionKey]) -> None:
@@ -359,16 +365,17 @@ class SessionFile:
         database.execute(f"DELETE FROM session WHERE id IN ({over})", (self._max,))
 
     def _fail(self, error: Exception) -> None:
-        if not self._failed:
-            known = isinstance(error, (OSError, sqlite3.Error, YapError))
+        known = isinstance(error, (OSError, sqlite3.Error, YapError))
+        said = str(error) if known else type(error).__name__  # the words of others may quote what was said
+        if not self._failure:
             _log.warning(
                 "sessions.unsaved",
                 file=str(self._path),
-                error=str(error) if known else type(error).__name__,  # the words of others may quote what was said
+                error=said,
                 sessions=len(self._waiting),
                 hint="conversations go on; a restart before it can be written again would forget what changes",
             )
-        self._failed = True
+        self._failure = f"Sessions are not saved in {self._path}: {said}."
 
     # --- reading
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -158,7 +159,10 @@ class VllmEngine(HubCodec):
 
     async def check(self) -> None:
         if self._llm.errored:
-            raise EngineDead("The engine died.")
+            error = EngineDead("The engine died.")
+            if (cause := _cause_of_death(self._llm)) is not None:
+                error.add_note(cause)
+            raise error
 
     async def aclose(self, *, at_once: bool = False) -> None:
         await self._grammars.aclose()
@@ -167,6 +171,19 @@ class VllmEngine(HubCodec):
     def close(self, within_s: float = 5) -> None:
         self._llm.shutdown(timeout=within_s)
         self._llm.shutdown = lambda timeout=None: None  # __del__ calls it again, when the interpreter is half gone
+
+
+def _cause_of_death(llm: Any) -> str | None:
+    """How the engine's process ended, for the log; None if that is not known."""
+    for process in getattr(llm.engine_core.resources.engine_manager, "processes", ()):
+        status = process.exitcode
+        if status is not None and status < 0:
+            killed = f"Its process was killed by {signal.Signals(-status).name}."
+            hint = " If nobody did that, the kernel was out of memory: journalctl -k -g 'out of memory'"
+            return killed + (hint if -status == signal.SIGKILL else "")
+        if status:
+            return f"Its process ended with status {status}; what it logged before says why."
+    return None
 
 
 def _is(error: Exception, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which checkpoint serves a role, what kind of weights it holds, and why it was chosen."""
+"""Which checkpoint serves a role, what kind of weights it holds, and why it was chosen or is missing."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ class Checkpoint:
     context: int
     reason: str
     online_fp8: bool = False
+
+
+FAILED = "failed.json"
+"""In the row of a model on the shelf: the quantizer's last attempt, if it failed."""
+QUANTIZE_LOG = "journalctl -u yap-text-quantize"
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """What the quantizer could not make. `wanted` is what was to be made, of which source and by which code;
+    `failed_at` is UTC (ISO 8601)."""
+
+    wanted: dict[str, Any]
+    reason: str
+    exit_status: int
+    failed_at: str
 
 
 def wants_demo(settings: Settings) -> bool:
@@ -83,11 +99,7 @@ def _describe(settings: Settings, role: Role, source: str, reason: str) -> Check
     if wanted == "gptq" and role == "tool" and kind == "float" and settings.tool_quantization is None:
         wanted = "auto"  # as the guide has it: GPTQ is about the chat model
     if wanted == "awq" and kind == "float":
-        raise StartRefused(
-            f"QUANTIZATION=awq, but {source} has float weights: no finished AWQ folder lies in "
-            f"{settings.state / 'awq'}. Run `yap-text quantize`, or name an AWQ checkpoint in AWQ_CHAT_MODEL or "
-            "AWQ_TOOL_MODEL"
-        )
+        raise StartRefused(f"QUANTIZATION=awq, but {source} has float weights: {_why_no_awq(settings, source)}")
     if wanted in ("awq", "gptq") and kind != wanted:
         raise StartRefused(
             f"QUANTIZATION={wanted}, but {source} has {kind} weights: name a {wanted.upper()} checkpoint"
@@ -100,6 +112,38 @@ def _describe(settings: Settings, role: Role, source: str, reason: str) -> Check
         if wanted == "fp8":
             reason += "; FP8 weights need CUDA: float weights serve"
     return Checkpoint(source, "fp8" if online else kind, context_of(config), reason, online_fp8=online)
+
+
+def _why_no_awq(settings: Settings, source: str) -> str:
+    """What became of the AWQ weights of a float model, and what to do. Under systemd another unit makes them, in a
+    state folder that is not the administrator's own: a command run by hand would write elsewhere."""
+    failed = failed_attempt(settings.state, source)
+    if failed is not None:
+        log = QUANTIZE_LOG if is_unit(settings) else "run `yap-text quantize --again`"
+        return f"quantizing it failed at {failed.failed_at}: {failed.reason}. The whole log: {log}"
+    lacking = f"no finished AWQ folder lies in {settings.state / 'awq'}"
+    other = "name an AWQ checkpoint in AWQ_CHAT_MODEL or AWQ_TOOL_MODEL"
+    if is_unit(settings):
+        return f"{lacking}. The unit yap-text-quantize has to make it; why it did not: {QUANTIZE_LOG}. Or {other}"
+    return f"{lacking}. Run `yap-text quantize`, or {other}"
+
+
+def is_unit(settings: Settings) -> bool:
+    """True in a unit of systemd, which says where its state folder is."""
+    return settings.state_directory is not None
+
+
+def failed_attempt(state: Path, source: str) -> FailedAttempt | None:
+    """Why there are no AWQ weights of the float model `source`, if the quantizer wrote it down. An attempt at other
+    weights in the same folder does not count, nor does a file that cannot be read."""
+    try:
+        content = json.loads((shelf.row(state, source) / FAILED).read_text(encoding="utf-8"))
+        wanted, reason, status = content["wanted"], content["reason"], content["exit_status"]
+        found = FailedAttempt(wanted, str(reason), int(status), str(content["failed_at"]))
+        then = wanted["source"]["content"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if not shelf.is_folder(source) or then == shelf.content(Path(source)) else None
 
 
 def kind_of(source: str, config: dict[str, Any]) -> Kind:
@@ -209,17 +253,22 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
 
 
 def _unread(error: Exception) -> type[StartError]:
-    """What a file that cannot be read means. The hub has no such model, or not for this token; the folder has no such
-    file; what is read is no JSON: that stays. A hub, a network or a disk that fails may be back."""
+    return StartRefused if stays(error) else StartError
+
+
+def stays(error: Exception) -> bool:
+    """Whether a file that cannot be read now cannot be read later either. The hub has no such model, or not for this
+    token; the folder has no such file; what is read is no JSON: that stays. A hub, a network or a disk that fails may
+    be back."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError):  # not in the cache, and the hub did not answer
-        return StartError
+        return False
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
-        return StartRefused
+        return True
     hubs = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
     lasting = (*hubs, FileNotFoundError, NotADirectoryError, PermissionError, ValueError)
-    return StartRefused if isinstance(error, lasting) else StartError
+    return isinstance(error, lasting)
 
 
 def _read_json(settings: Settings, source: str, name: str) -> Any:

@@ -13,7 +13,8 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor
 
-from yaptext.observe import discretion
+from yaptext.observe import discretion, expected
+from yaptext.observe.attention import Attention
 from yaptext.observe.sinks import ToFile, ToStderr
 
 _FORMAT, _PRIORITY = "YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY"
@@ -27,6 +28,18 @@ _NOISY += ["uvicorn", "uvicorn.access", "uvicorn.error"]
 def redact(_: Any, __: str, line: str) -> str:
     """No key or ticket that stood in an address reaches the journal, whoever wrote the line and wherever in it."""
     return _KEY_IN_URL.sub(r"\1***", line)
+
+
+def attention() -> list[str]:
+    """What the start warned of, once: see `Attention`."""
+    kept = [handler.take() for handler in logging.getLogger().handlers if isinstance(handler, Attention)]
+    return [line for lines in kept for line in lines]
+
+
+def file_failure() -> str | None:
+    """Why the log file cannot be written."""
+    failures = (handler.failure for handler in logging.getLogger().handlers if isinstance(handler, ToFile))
+    return next(filter(None, failures), None)
 
 
 _SHARED: list[Processor] = [
@@ -97,6 +110,7 @@ def configure(*, level: str, format: str, journald: bool, file: Path | None = No
     os.environ[_FORMAT] = format
     os.environ[_PRIORITY] = "1" if journald else ""
     os.environ[discretion.WORDS] = "1" if text else ""
+    os.environ[expected.LEVEL] = level
     structlog.configure(
         processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -104,7 +118,7 @@ def configure(*, level: str, format: str, journald: bool, file: Path | None = No
         cache_logger_on_first_use=True,
     )
     root = logging.getLogger()
-    root.handlers[:] = [_to_stderr(formatter())]
+    root.handlers[:] = [_to_stderr(formatter()), Attention()]
     if file is not None:
         to_file = ToFile(file)
         to_file.setFormatter(_formatter("json"))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from yaptext.build import build
 from yaptext.wire.messages import Timings, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -18,6 +19,8 @@ _SIZED_TURNS = 64
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        info = self._gauge("yaptext_build_info", "1, with version and commit of the code.", "version", "commit")
+        info.labels(build().version, build().commit or "unknown").set(1)
         self.turns = self._counter("yaptext_turns", "Turns by outcome.", "outcome")
         self.decisions = self._counter("yaptext_decisions", "Decisions: yes, no, or why there was none.", "outcome")
         self.errors = self._counter("yaptext_errors", "Error frames by code.", "code")

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 
 from yaptext.observe.discretion import is_wanted
+from yaptext.observe.expected import lower
 
 _log = structlog.get_logger(__name__)
 _FILE_PAUSE_S = 10.0
@@ -26,6 +27,7 @@ class ToStderr(logging.StreamHandler[Any]):
     def __init__(self, stream: Any = None) -> None:
         super().__init__(stream)
         self.addFilter(is_wanted)
+        self.addFilter(lower)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """One line, where the usual one is a traceback with all arguments. A stderr that takes nothing hears none."""
@@ -41,7 +43,10 @@ class ToFile(logging.Handler):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.addFilter(is_wanted)
-        self._path, self._lost, self._retry_at = path, 0, 0.0
+        self.addFilter(lower)
+        self._path, self._lost, self._retry_at, self._tells = path, 0, 0.0, False
+        self.failure: str | None = None
+        """Why the file cannot be written; None while it can."""
         self._file: io.FileIO | None = io.FileIO(path, "a")
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -57,17 +62,23 @@ class ToFile(logging.Handler):
         except OSError as error:
             first, self._lost = not self._lost, self._lost + 1
             self._retry_at = time.monotonic() + _FILE_PAUSE_S
+            self.failure = f"The log file {self._path} cannot be written: {error.strerror}."
             if first:
                 _log.error("log.file_failed", file=str(self._path), error=str(error))
         else:
-            lost, self._lost = self._lost, 0
+            lost, self._lost, self.failure = self._lost, 0, None
             if lost:
                 _log.warning("log.file_again", file=str(self._path), lines_lost=lost)
 
     def _write(self, line: bytes) -> None:
         if self._file is None or not self._is_in_place(self._file):
+            moved = self._file is not None and not self._tells
             self._close_file()
             self._file = io.FileIO(self._path, "a")
+            if moved:  # that line comes before this one, and may itself find the file moved
+                self._tells = True
+                _log.info("log.file_opened", file=str(self._path), reason="the one before was moved or deleted")
+                self._tells = False
         written = self._file.write(line)
         if written < len(line):  # the disk is full: no half a line
             self._file.truncate(os.fstat(self._file.fileno()).st_size - written)

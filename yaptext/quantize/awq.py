@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yaptext.errors import QuantizeError
+from yaptext.errors import QuantizeRefused
 
 ARCHITECTURES = ("cohere", "gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "stablelm")
 """Model types that come out right. autoawq names more, and dies of today's transformers in the middle of each, or
@@ -62,7 +62,7 @@ class Plan:
 def plan(folder: Path, wanted: str = "auto") -> Plan:
     """Looks at the model's shape without loading a weight. `wanted` is auto, 128, 64 or 32.
 
-    Raises `QuantizeError` for an architecture that autoawq cannot do, or layers that no group size divides.
+    Raises `QuantizeRefused` for an architecture that autoawq cannot do, or layers that no group size divides.
     """
     import torch
     from accelerate import init_empty_weights
@@ -82,7 +82,7 @@ def plan(folder: Path, wanted: str = "auto") -> Plan:
     }
     for name, linear in linears.items():
         if linear.out_features % _OUT_MULTIPLE:
-            raise QuantizeError(
+            raise QuantizeRefused(
                 f"layer {name} has {linear.out_features} outputs; AWQ needs a multiple of {_OUT_MULTIPLE}"
             )
     sizes = [int(wanted)] if wanted != "auto" else GROUP_SIZES
@@ -90,7 +90,7 @@ def plan(folder: Path, wanted: str = "auto") -> Plan:
     fitting = [size for size in sizes if all(count % size == 0 for count in inputs.values())]
     if not fitting:
         name = next(name for name, count in inputs.items() if count % sizes[-1])
-        raise QuantizeError(
+        raise QuantizeRefused(
             f"layer {name} has {inputs[name]} inputs, which no group of {' or '.join(map(str, sizes))} divides"
         )
     quantized = sum(linear.weight.numel() for linear in linears.values())
@@ -100,10 +100,10 @@ def plan(folder: Path, wanted: str = "auto") -> Plan:
 
 
 def check_architecture(config: dict[str, Any]) -> None:
-    """Raises `QuantizeError` where the model of this config.json is of a kind that cannot be quantized."""
+    """Raises `QuantizeRefused` where the model of this config.json is of a kind that cannot be quantized."""
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
-        raise QuantizeError(
+        raise QuantizeRefused(
             f"autoawq cannot quantize the architecture {model_type!r}; it can do {', '.join(ARCHITECTURES)}"
         )
 

@@ -25,8 +25,8 @@ from yaptext.dialogue.prompt import ChatPrompts, Limits
 from yaptext.dialogue.toolprompt import ToolPrompts, dumps
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec, Role
-from yaptext.engine.weights import hub_token
-from yaptext.errors import QuantizeError, YapError
+from yaptext.engine.weights import hub_token, stays
+from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError, YapError
 from yaptext.files import read_file
 from yaptext.settings import Settings
 from yaptext.wire.messages import Call, Identity, gender
@@ -55,7 +55,7 @@ class Corpus:
     texts: list[str] = field(default_factory=list)
 
     def add(self, row: Any, where: str) -> None:
-        """Takes one JSON object: a conversation, a decision or a text. Raises `QuantizeError`."""
+        """Takes one JSON object: a conversation, a decision or a text. Raises `QuantizeRefused`."""
         try:
             if isinstance(row.get("messages"), list):
                 told = [_told(message) for message in row["messages"]]
@@ -68,7 +68,7 @@ class Corpus:
             else:
                 self.texts += _gathered(row["text"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise QuantizeError(
+            raise QuantizeRefused(
                 f'{where} is none of {{"text": ...}}, {{"messages": [...]}} and {{"utterance": ..., "calls": [...]}}'
                 + (f": {error}" if isinstance(error, msgspec.ValidationError) else "")
             ) from None
@@ -123,22 +123,23 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
         else:
             path = Path(source)
             if not path.exists():
-                raise QuantizeError(f"AWQ_CALIBRATION={source} is no file or folder, nor `builtin` or `hub:NAME`")
+                raise SettingsError(f"AWQ_CALIBRATION={source} is no file or folder, nor `builtin` or `hub:NAME`")
             if not (path.is_dir() or path.is_file()):
-                raise QuantizeError(f"AWQ_CALIBRATION={source} is not allowed: it is no regular file and no folder")
+                raise SettingsError(f"AWQ_CALIBRATION={source} is not allowed: it is no regular file and no folder")
             inside = sorted(path.rglob("*")) if path.is_dir() else []
             found = {str(file.relative_to(path)): file for file in inside} or {path.name: path}
         files = {name: file for name, file in found.items() if name.endswith((".txt", ".jsonl")) and file.is_file()}
         if not files:
-            raise QuantizeError(f"AWQ_CALIBRATION={source} holds no .txt or .jsonl file")
+            raise SettingsError(f"AWQ_CALIBRATION={source} holds no .txt or .jsonl file")
         for name, file in files.items():
             yield name, read_file(file, _FILE_BYTES) if isinstance(file, Path) else file.read_bytes()
     except OSError as error:
-        raise QuantizeError(f"AWQ_CALIBRATION={source} cannot be read: {error}") from None
+        raise SettingsError(f"AWQ_CALIBRATION={source} cannot be read: {error}") from None
 
 
 def read(settings: Settings) -> Corpus:
-    """The documents that `AWQ_CALIBRATION` names. Raises `QuantizeError`, which names the file and line."""
+    """The documents that `AWQ_CALIBRATION` names. Raises `QuantizeRefused`, which names the file and line,
+    `SettingsError` if there is no such text, and `QuantizeDelayed` if the hub does not answer."""
     if not settings.awq_calibration.startswith("hub:"):
         return _read_files(settings.awq_calibration)
     corpus = Corpus()
@@ -155,7 +156,7 @@ def _read_files(source: str) -> Corpus:
             try:
                 corpus.texts += _gathered(content.decode("utf-8").replace("\r\n", "\n"))
             except UnicodeDecodeError as error:
-                raise QuantizeError(f"calibration file {name} cannot be read: {error}") from None
+                raise QuantizeRefused(f"calibration file {name} cannot be read: {error}") from None
             continue
         for number, line in enumerate(content.split(b"\n"), 1):  # splitlines() knows ends that may stand in strings
             if line.strip():
@@ -163,7 +164,7 @@ def _read_files(source: str) -> Corpus:
                 try:
                     row = msgspec.json.decode(line)
                 except (UnicodeDecodeError, msgspec.DecodeError) as error:
-                    raise QuantizeError(f"{where} is no JSON: {error}") from None
+                    raise QuantizeRefused(f"{where} is no JSON: {error}") from None
                 corpus.add(row, where)
     return corpus
 
@@ -190,7 +191,8 @@ def _hub_rows(settings: Settings) -> Iterator[dict[str, Any]]:
         yield from islice(rows, _HUB_ROWS)
     except Exception as error:  # dozens of types of the data set library, its readers and the network
         detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise QuantizeError(f"cannot read the data set {name}: {detail}") from error
+        kind = SettingsError if stays(error) else QuantizeDelayed
+        raise kind(f"cannot read the data set {name}: {detail}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,7 @@ class Samples:
 
 
 async def samples(settings: Settings, codec: Codec, corpus: Corpus, roles: Sequence[Role], tools: ToolSet) -> Samples:
-    """Lays the corpus out for the roles that the model serves. Raises `QuantizeError` where it is too little."""
+    """Lays the corpus out for the roles that the model serves. Raises `QuantizeRefused` where it is too little."""
     size = settings.awq_calibration_tokens
     documents: dict[str, list[list[int]]] = {"text": [await codec.encode(text) for text in corpus.texts]}
     if "chat" in roles:
@@ -224,7 +226,7 @@ async def samples(settings: Settings, codec: Codec, corpus: Corpus, roles: Seque
     if len(calibration) < LEAST_BLOCKS or not held_out:
         have = [len(ids) for kind in documents.values() for ids in kind]
         need = size * (LEAST_BLOCKS + 1) * _HELD_OUT_EVERY // (_HELD_OUT_EVERY - 1) + size
-        raise QuantizeError(
+        raise QuantizeRefused(
             f"the calibration text is {sum(have)} tokens in {len(have)} documents; about {need} in several are needed "
             f"({LEAST_BLOCKS} samples of {size} tokens, and every fifth document to measure on)"
         )
@@ -252,7 +254,7 @@ async def _conversations(settings: Settings, codec: Codec, rows: Sequence[dict[s
             now = f"{('Monday', 'Wednesday', 'Friday', 'Sunday')[number % 4]}, {number % 24:02}:{number * 7 % 60:02}"
             ids = await prompts.turn(text, messages[:last], messages[last].text, now)
         except YapError as error:
-            raise QuantizeError(f"{row['where']}: {error}") from None
+            raise QuantizeRefused(f"{row['where']}: {error}") from None
         for reply in messages[last + 1 :]:
             ids = ids + await codec.encode(reply.text)
         documents.append(ids)

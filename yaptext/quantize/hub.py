@@ -24,7 +24,7 @@ import structlog
 
 from yaptext.engine.base import Role
 from yaptext.engine.weights import hub_token
-from yaptext.errors import QuantizeError, SettingsError, YapError
+from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError
 from yaptext.settings import Settings
 
 T = TypeVar("T")
@@ -68,14 +68,15 @@ def download(source: str, settings: Settings, *, progress: Progress | None = Non
     """The model `source`, a hub id or a folder; of a hub id the files that quantizing needs, and no others.
 
     Without `progress` the journal gets a line every ten seconds. Where the hub cannot be reached, a model that lies
-    whole in the cache is taken. Raises `QuantizeError`: one line with the model's name and what to do.
+    whole in the cache is taken. Raises `SettingsError` if the hub says no, `QuantizeRefused` for a model without
+    weights, and `QuantizeDelayed`: one line with the model's name and what to do.
     """
     folder, local = Path(source), os.path.isdir(source)
     if not local:
         tell = progress or log_progress("hub.downloading", source)
         folder = _snapshot(source, settings, WANTED.split(), _has_weights, tell, pause)
     if not _has_weights(folder):
-        raise QuantizeError(f"{source} has no model.safetensors, whole or in shards: name a model that has")
+        raise QuantizeRefused(f"{source} has no model.safetensors, whole or in shards: name a model that has")
     if local:
         return Source(folder, None)
     log.info("hub.downloaded", repo=source, revision=folder.name)
@@ -83,7 +84,7 @@ def download(source: str, settings: Settings, *, progress: Progress | None = Non
 
 
 def peek_config(source: str, settings: Settings, *, pause: Pause = time.sleep) -> dict[str, Any]:
-    """The config.json of a hub id or a folder; of a hub id nothing else is fetched. Raises `QuantizeError`."""
+    """The config.json of a hub id or a folder; of a hub id nothing else is fetched. Raises as `download`."""
     folder = Path(source)
     if not os.path.isdir(source):  # where Path.is_dir raises, in a folder that is closed to us, it is none
         folder = _snapshot(source, settings, ["config.json"], _has_config, lambda done, total: None, pause)
@@ -92,7 +93,7 @@ def peek_config(source: str, settings: Settings, *, pause: Pause = time.sleep) -
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
-        raise QuantizeError(f"{source} has no config.json that can be read: it is no model to quantize")
+        raise QuantizeRefused(f"{source} has no config.json that can be read: it is no model to quantize")
     return config
 
 
@@ -122,7 +123,7 @@ def _snapshot(
         missing = sum(file.file_size or 0 for file in plan if file.will_download)
         cache.mkdir(parents=True, exist_ok=True)
         if missing > (free := shutil.disk_usage(cache).free):
-            raise QuantizeError(f"{source} needs {missing} bytes more in {cache}, and {free} are free")
+            raise QuantizeDelayed(f"{source} needs {missing} bytes more in {cache}, and {free} are free")
         done = total - missing
 
         def come(bytes_: int) -> None:
@@ -176,7 +177,7 @@ def check(settings: Settings, roles: Iterable[Role] | None = None, *, pause: Pau
     """Finds out before hours of work whether what is made of `roles` (default: all deployed) can be pushed.
 
     Does nothing without `HF_AWQ_PUSH`. What the hub's answers leave open counts as allowed. Raises `SettingsError`
-    where a variable is missing or wrong, `QuantizeError` where the hub cannot be asked.
+    where a variable is missing or wrong, `QuantizeDelayed` where the hub cannot be asked.
     """
     if not settings.hf_awq_push:
         return
@@ -199,11 +200,11 @@ def check(settings: Settings, roles: Iterable[Role] | None = None, *, pause: Pau
             return False
         return True
 
-    account = _ask(api, "the hub", "use", api.whoami, pause, SettingsError)
+    account = _ask(api, "the hub", "use", api.whoami, pause)
     if _access(account).get("role") == "read":
         raise SettingsError("HF_TOKEN is a read token, and HF_AWQ_PUSH=1 needs one that may write")
     for role, repo in repos.items():
-        if _ask(api, repo, "write to", partial(is_there, repo), pause, SettingsError):
+        if _ask(api, repo, "write to", partial(is_there, repo), pause):
             continue
         name = f"HF_AWQ_{role.upper()}_REPO={repo}"
         if not settings.hf_awq_allow_create:
@@ -219,7 +220,8 @@ def upload(
 
     What the hub has is not sent again, so a broken upload goes on where it broke. Weights that `folder` has not are
     deleted: a loader would read them, too. At the end every hash that the hub names is compared with the file here.
-    `progress` moves file by file. Raises `QuantizeError`, also where the hub then holds other bytes.
+    `progress` moves file by file. Raises `SettingsError` if the hub says no, else `QuantizeDelayed`, also where the hub
+    then holds other bytes.
     """
     repo, branch, message = _repo(settings, role), settings.hf_awq_branch, _message(folder, role, settings)
     api = _client(settings, writes=True)
@@ -251,7 +253,7 @@ def upload(
         # Not upload_folder: with hf_xet it may make several commits, and between two the branch holds half a model.
         commit = api.create_commit(repo, operations, commit_message=message, revision=branch)
         if wrong := ", ".join(operation.path_in_repo for operation in changes(commit.oid)):
-            raise QuantizeError(f"{repo} holds other bytes than {folder} at {commit.oid}: {wrong}")
+            raise QuantizeDelayed(f"{repo} holds other bytes than {folder} at {commit.oid}: {wrong}")
         return Pushed(commit.commit_url, commit.oid, len(operations))
 
     pushed = _ask(api, repo, "write to", push, pause)
@@ -329,16 +331,9 @@ def _cache(settings: Settings) -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _ask(
-    api: client.HfApi,
-    repo: str,
-    doing: str,
-    attempt: Callable[[], T],
-    pause: Pause,
-    refused: type[YapError] = QuantizeError,
-) -> T:
-    """What `attempt` returns, tried three times while its errors may pass. Raises `refused` where the hub says no and
-    `QuantizeError` else, both without a cause: the client's errors quote signed addresses."""
+def _ask(api: client.HfApi, repo: str, doing: str, attempt: Callable[[], T], pause: Pause) -> T:
+    """What `attempt` returns, tried three times while its errors may pass. Raises `SettingsError` where the hub says no
+    and `QuantizeDelayed` else, both without a cause: the client's errors quote signed addresses."""
     import httpx2  # what the client speaks HTTP with
 
     for wait in (*PAUSES_S, None):
@@ -350,8 +345,8 @@ def _ask(
         except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:  # the roots of some dozens
             reason = _reason(error, api)
             if wait is None or not _may_pass(error):
-                no = refused if 400 <= (_status(error) or 0) < 500 else QuantizeError
-                raise no(_line(error, reason, repo, doing, known=bool(api.token))) from None
+                line = _line(error, reason, repo, doing, known=bool(api.token))
+                raise (SettingsError if _stays(error) else QuantizeDelayed)(line) from None
         log.warning("hub.retry", repo=repo, error=reason, pause_s=wait)
         pause(wait)
     raise AssertionError("the last try returns or raises")
@@ -393,6 +388,12 @@ def _may_pass(error: BaseException) -> bool:
     # hf_xet raises RuntimeErrors, and a file that came too short is an OSError.
     passing = _has(error, httpx2.TransportError, RuntimeError, OSError)
     return passing and not _has(error, client.errors.OfflineModeIsEnabled)
+
+
+def _stays(error: BaseException) -> bool:
+    """A later try ends the same way: the hub says no, or there is no such name, or the cache is no folder of ours."""
+    wrong = (client.errors.HFValidationError, FileExistsError, NotADirectoryError, PermissionError)
+    return not _unanswered(error) and (_status(error) is not None or _has(error, *wrong))
 
 
 def _reason(error: BaseException, api: client.HfApi) -> str:

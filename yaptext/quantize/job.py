@@ -7,7 +7,6 @@ whatever ends a job early leaves what was there before.
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,17 +19,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from yaptext import __version__
 from yaptext.engine import demo, shelf, weights
 from yaptext.engine.base import Role
-from yaptext.errors import QuantizeError, SettingsError, YapError
+from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused, SettingsError, YapError
 from yaptext.observe.notify import notify
+from yaptext.quantize import attempt, fault
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -41,9 +39,11 @@ _RESERVE_BYTES = 64 * 2**20
 @dataclass(frozen=True, slots=True)
 class Options:
     """Of the command. `when_wanted` is how the service asks before it starts: it acts under QUANTIZATION=awq alone,
-    and any finished result will do. `terminal` says that a person watches."""
+    and any finished result will do. `again` tries what failed before, as `force` does, too. `terminal` says that a
+    person watches."""
 
     force: bool = False
+    again: bool = False
     when_wanted: bool = False
     allow_worse: bool = False
     terminal: bool = False
@@ -82,6 +82,12 @@ def run(settings: Settings, options: Options) -> None:
     if not todo and not unpushed:
         _clear_if_free(settings, wanted)
         return
+    if not (options.force or options.again):
+        for task in todo:
+            failed = weights.failed_attempt(settings.state, task.source)
+            if failed is not None and attempt.is_same(failed, _wanted(settings, task, options)):
+                _clear_if_free(settings, wanted)
+                raise attempt.repeated(settings, task.source, task.name, failed)
     with _locked(settings.state), _ended_by_signals() as check_signals:
         _clear(settings, wanted)
         if unpushed:
@@ -129,6 +135,25 @@ def _name(source: str) -> str:
 
 
 # --- what is there already
+
+
+def _wanted(settings: Settings, task: Task, options: Options) -> dict[str, Any]:
+    """What a job would make, of which source and by which code: what its result's manifest says, and by what a failed
+    attempt is recognised."""
+    is_folder = shelf.is_folder(task.source)
+    revision = None
+    if not is_folder and not task.demo:
+        from yaptext.quantize import hub
+
+        revision = hub.cached_revision(task.source, settings)
+    content = shelf.content(Path(task.source)) if is_folder else None
+    return {
+        "source": {"name": task.name, "revision": revision, "content": content},
+        "files": attempt.files(task.source),
+        "recipe": _recipe(settings, task),
+        "allow_worse": options.allow_worse,
+        "made_by": attempt.made_by(on_cuda=settings.on_cuda),
+    }
 
 
 def _recipe(settings: Settings, task: Task) -> dict[str, Any]:
@@ -194,7 +219,7 @@ def _clear(settings: Settings, tasks: list[Task]) -> None:
 
 def _clear_if_free(settings: Settings, tasks: list[Task]) -> None:
     if _leftovers(settings, tasks):
-        with suppress(QuantizeError), _locked(settings.state):  # what lies there may be another job's work
+        with suppress(YapError), _locked(settings.state):  # what lies there may be another job's work
             _clear(settings, tasks)
 
 
@@ -210,31 +235,46 @@ def _leftovers(settings: Settings, tasks: list[Task]) -> list[Path]:
 
 
 def _make(settings: Settings, task: Task, options: Options, check_signals: Callable[[], None]) -> None:
-    """Quantizes one model and puts the result on the shelf. Raises `QuantizeError`; nothing half-made is left."""
+    """Quantizes one model and puts the result on the shelf. Raises `YapError`; nothing half-made is left, and a failure
+    that would come again is remembered."""
     row = shelf.row(settings.state, task.source)
+    wanted = _wanted(settings, task, options)  # as it is now: files may change in the hours until the end
+    attempt.forget(row)
     partial = row / f".partial-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     try:
         partial.mkdir(parents=True)
-        _fill(settings, task, options, partial, check_signals)
+        _fill(settings, task, options, partial, wanted, check_signals)
         for file in [*partial.iterdir(), partial]:
             _sync(file)
         result = partial.rename(shelf.next_result(row))
         _sync(row)
         _sync(row.parent)
-    except YapError:
-        raise
     except Exception as error:  # autoawq, torch and the writers raise what they like
-        if _is_full(error):
-            raise QuantizeError(f"the disk of {row} is full; nothing was kept of {task.name}") from error
-        _log.exception("quantize.crashed", model=task.name)
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise QuantizeError(f"{task.name} could not be quantized: {detail}") from error
+        check_signals()  # a library may have made another error of one
+        failure = error if isinstance(error, YapError) else fault.named(error, task.name, row)
+        if type(failure) is QuantizeError:
+            _log.exception("quantize.crashed", model=task.name)
+        elif failure is not error:
+            _log.info("quantize.stopped", model=task.name, error=str(error)[:300], exc_info=error)
+        if isinstance(failure, QuantizeError) and not isinstance(failure, QuantizeDelayed):
+            attempt.remember(row, wanted, failure)
+        if failure is error:
+            raise
+        raise failure from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _log.info("quantize.kept", model=task.name, folder=str(result))
 
 
-def _fill(settings: Settings, task: Task, options: Options, partial: Path, check_signals: Callable[[], None]) -> None:
+def _fill(
+    settings: Settings,
+    task: Task,
+    options: Options,
+    partial: Path,
+    wanted: dict[str, Any],
+    check_signals: Callable[[], None],
+) -> None:
+    """Makes the result in `partial`. The source of `wanted` is completed as soon as it is known."""
     os.environ.update(_environment(settings))
     from yaptext.dialogue.toolset import ToolSet
     from yaptext.quantize import awq, calibration, card, hub, verify
@@ -242,17 +282,18 @@ def _fill(settings: Settings, task: Task, options: Options, partial: Path, check
 
     begun = time.monotonic()
     notify(f"STATUS=Preparing {task.name}.")
-    recipe = _recipe(settings, task)  # as it is now: files may change in the hours until the end
     tools = ToolSet.from_file(settings.tools_file)
     corpus = calibration.read(settings)
     if task.demo:
         folder, revision = demo.folder(settings.state), None
     else:
         config = hub.peek_config(task.source, settings)
+        if not shelf.is_folder(task.source):
+            wanted["source"]["revision"] = hub.cached_revision(task.source, settings)
         kind = weights.kind_of(task.source, config)
         if kind != "float":
             made = "quantized" if kind == "other" else kind
-            raise QuantizeError(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
+            raise QuantizeRefused(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
         awq.check_architecture(config)
         tell = hub.log_progress("hub.downloading", task.source)
 
@@ -261,11 +302,12 @@ def _fill(settings: Settings, task: Task, options: Options, partial: Path, check
             tell(done, total)
 
         folder, revision = hub.download(task.source, settings, progress=come)
-    content = None if revision else shelf.content(folder)
+    wanted["source"] |= {"revision": revision, "content": None if revision else shelf.content(folder)}
+    wanted["files"] = attempt.files(task.source)
     plan = awq.plan(folder, settings.awq_group_size)
     free, needed = shutil.disk_usage(partial).free, plan.awq_bytes + _RESERVE_BYTES
     if free < needed:
-        raise QuantizeError(
+        raise QuantizeDelayed(
             f"{task.name} needs {needed // 10**6} MB in {partial.parent}, and {free // 10**6} MB are free"
         )
     samples = asyncio.run(_samples(settings, task, folder, corpus, tools))
@@ -294,22 +336,20 @@ def _fill(settings: Settings, task: Task, options: Options, partial: Path, check
     figures = {"kl": report.awq.kl, "rounding_kl": report.rounding.kl, "perplexity": report.awq.perplexity}
     _log.info("quantize.verified", model=task.name, float_perplexity=report.float_.perplexity, **figures)
     if not report.worthwhile and not options.allow_worse:
-        raise QuantizeError(
+        raise QuantizeRefused(
             f"AWQ is no better than plain rounding for {task.name}: KL {report.awq.kl} against {report.rounding.kl}; "
             "nothing was kept. More calibration text may help; --allow-worse keeps it"
         )
     manifest: dict[str, Any] = {
-        "source": {"name": task.name, "revision": revision, "content": content},
-        "recipe": recipe,
+        "source": wanted["source"],
+        "recipe": wanted["recipe"],
         "settings": {"bits": 4, "group_size": plan.group_size, "tokens": settings.awq_calibration_tokens},
         "calibration": {
             "text": calibration.label(settings),
             "samples": len(samples.calibration),
             "made_of": samples.made_of,
         },
-        "made_by": {"yaptext": __version__}
-        | {name: metadata.version(name) for name in ("autoawq", "torch", "transformers")}
-        | {"device": "cuda" if settings.on_cuda else "cpu"},
+        "made_by": wanted["made_by"],
         "verification": report.as_data(),
     }
     card.write(partial, folder, manifest, report)
@@ -349,17 +389,6 @@ def _gpu_peak(settings: Settings) -> dict[str, int]:
     import torch
 
     return {"peak_gpu_memory_mb": torch.cuda.max_memory_allocated() // 2**20}
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Python's OSError, or the words in which safetensors tells of it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "os error 28" in str(error) or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _sha256(file: Path) -> str:
@@ -406,7 +435,7 @@ def _push(settings: Settings, task: Task) -> None:
 
     found = _finished(settings, task)
     if found is None:
-        raise QuantizeError(f"the finished folder of {task.name} has gone from {settings.state / 'awq'}")
+        raise QuantizeDelayed(f"the finished folder of {task.name} has gone from {settings.state / 'awq'}")
     for role in task.roles:
         notify(f"STATUS=Pushing {task.name} to {_target(settings, role)['repo']}.")
         pushed = hub.upload(found.folder, role, settings)
@@ -414,7 +443,7 @@ def _push(settings: Settings, task: Task) -> None:
         try:
             _receipt(settings, task, role).write_text(json.dumps(receipt), encoding="utf-8")
         except OSError as error:
-            raise QuantizeError(f"{task.name} was pushed, which cannot be noted down: {error}") from error
+            raise fault.kind_of_disk(error)(f"{task.name} was pushed, which cannot be noted down: {error}") from error
 
 
 # --- one at a time
@@ -422,12 +451,13 @@ def _push(settings: Settings, task: Task) -> None:
 
 @contextmanager
 def _locked(state: Path) -> Iterator[None]:
-    """Holds the shelf for this job. Raises `QuantizeError` with the other one's process id."""
+    """Holds the shelf for this job. Raises `QuantizeDelayed` with the other one's process id, and what
+    `fault.kind_of_disk` says if nothing can be written."""
     try:
         (state / "awq").mkdir(parents=True, exist_ok=True)
         lock = os.open(state / "awq" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise QuantizeError(f"cannot write to {state / 'awq'}: {error}") from error
+        raise fault.kind_of_disk(error)(f"cannot write to {state / 'awq'}: {error}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)
@@ -435,10 +465,10 @@ def _locked(state: Path) -> Iterator[None]:
     except BlockingIOError:
         who = os.read(lock, 200).decode(errors="replace").strip()
         os.close(lock)
-        raise QuantizeError(f"another job is at work on {state / 'awq'}: {who}") from None
+        raise QuantizeDelayed(f"another job is at work on {state / 'awq'}: {who}") from None
     except OSError as error:
         os.close(lock)
-        raise QuantizeError(f"cannot write to {state / 'awq'}: {error}") from error
+        raise fault.kind_of_disk(error)(f"cannot write to {state / 'awq'}: {error}") from error
     try:
         yield
     finally:

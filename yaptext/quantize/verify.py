@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from yaptext.errors import QuantizeError
+from yaptext.errors import QuantizeRefused
 from yaptext.quantize.awq import ORDER
 
 
@@ -186,14 +186,14 @@ def _unpacked(packed: Any) -> Any:
 
 def fill(model: Any, quantized: Path) -> int:
     """Puts the weights of an AWQ checkpoint into the float model, decoded. Returns how many weights that were.
-    Raises `QuantizeError` where the checkpoint lacks one, or holds one that the model has no place for."""
+    Raises `QuantizeRefused` where the checkpoint lacks one, or holds one that the model has no place for."""
     import torch
 
     stored = _tensors(quantized)
 
     def take(name: str) -> Any:
         if name not in stored:
-            raise QuantizeError(f"the quantized checkpoint does not fit its model: {name}")
+            raise QuantizeRefused(f"the quantized checkpoint does not fit its model: {name}")
         return stored.pop(name)()
 
     places = dict(model.named_parameters(remove_duplicate=False))
@@ -212,13 +212,13 @@ def fill(model: Any, quantized: Path) -> int:
             else:
                 continue  # a tied weight may follow under its other name
             if weight.shape != place.shape:  # one number would be copied into all places
-                raise QuantizeError(f"the quantized checkpoint does not fit its model: {name}")
+                raise QuantizeRefused(f"the quantized checkpoint does not fit its model: {name}")
             place.copy_(weight)
             weights += place.numel() if id(place) not in filled else 0
             filled.add(id(place))
     missing = [name for name, place in places.items() if id(place) not in filled]
     if missing or stored:
-        raise QuantizeError(f"the quantized checkpoint does not fit its model: {(missing or sorted(stored))[0]}")
+        raise QuantizeRefused(f"the quantized checkpoint does not fit its model: {(missing or sorted(stored))[0]}")
     return weights
 
 

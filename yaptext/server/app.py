@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from yaptext import __version__
+from yaptext.build import build
 from yaptext.dialogue import persona
 from yaptext.dialogue.session import SessionStore
 from yaptext.dialogue.stage import Stage
@@ -40,12 +40,13 @@ from yaptext.errors import (
     WireError,
 )
 from yaptext.keyfile import Limits
+from yaptext.observe import logs
 from yaptext.observe.metrics import CONTENT_TYPE
 from yaptext.server.admission import Admission
 from yaptext.server.connection import Connection
 from yaptext.server.door import check_host, check_origin
 from yaptext.server.keys import Account, Keys
-from yaptext.server.lifecycle import Lifecycle, going_away
+from yaptext.server.lifecycle import Lifecycle
 from yaptext.server.lobby import Lobby, fitting
 from yaptext.server.throttle import Sparing
 from yaptext.server.tickets import TTL_S
@@ -155,7 +156,10 @@ def create_app(
             )
             lobby = Lobby(pending, settings.handshake_timeout_s)
             rewarming = lifecycle.while_ready(stage.rewarm(most))
-            watching = lifecycle.watching(engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming)
+            troubles = lifecycle.keep_told(lambda: list(filter(None, (sessions.trouble, logs.file_failure()))))
+            watching = lifecycle.watching(
+                engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming, troubles
+            )
             reload = partial(_reload, settings, keys, lifecycle)
             async with watching, keys.reloading(on_hangup=settings.reloads, reload=reload):
                 refusals = Sparing(_log.info, settings.log_address)
@@ -264,7 +268,8 @@ async def status(request: Request) -> Response:
             "silence": silence,
             "reload": service.lifecycle.reload,
             "lacking": engines.lacking,
-            "version": __version__,
+            "version": build().version,
+            "commit": build().commit,
             "uptime_s": round(time.monotonic() - service.started_at, 1),
             "deploy_models": service.settings.deploy_models,
             "concurrent_model_call": service.settings.concurrent_model_call,
@@ -330,7 +335,7 @@ async def converse(websocket: WebSocket) -> None:
         check_origin(websocket, service.settings)
         account = service.keys.identify(websocket)
         if service.lifecycle.phase == "draining":
-            raise going_away()
+            raise service.lifecycle.going_away()
         connection = Connection(websocket, service.stage, account)
         with account.slot(connection), service.admission.slot(connection):
             await websocket.accept()

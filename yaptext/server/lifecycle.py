@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,14 +24,16 @@ import msgspec
 import structlog
 import uvicorn
 
-from yaptext import __version__
+from yaptext.build import build
 from yaptext.engine.base import Engines
-from yaptext.errors import EngineDead, GoingAway, YapError
-from yaptext.observe import discretion
+from yaptext.errors import EngineDead, GoingAway, StartError, StartRefused, YapError
+from yaptext.observe import discretion, logs
 from yaptext.observe.notify import notify
 from yaptext.server.admission import Admission
+from yaptext.server.opening import Opening
 from yaptext.server.protocol import HttpProtocol, WebSocketProtocol
 from yaptext.server.pulse import Pulse
+from yaptext.server.record import Record
 from yaptext.settings import FIRST_PASSED_FD, Settings
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ _MOST_STATUS_BYTES = 1000
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter while the event loop waits for it; Python's default is 5 ms."""
 _RETRY_AFTER_MS = (1000, 4000)
-"""Clients of a restart come back spread over this window, not all at once."""
+"""Clients of a restart come back spread over this window after the time of a start, not all at once."""
+_BACKLOG = 1024
 _CLOSE_EVERY_S, _CLOSES_WITHIN_S = 0.02, 1.0
 """A drain closes sockets one by one, so that neither this process nor the next, or a proxy, has them all at once."""
 _LEAVE_S = 3.0
@@ -78,6 +81,12 @@ class Lifecycle:
         """None until the first SIGHUP."""
         self.address = ""
         """Where it serves."""
+        self.start_s = 0.0
+        """How long the start took."""
+        self.start_told: list[str] = []
+        """What to know of the start, in sentences."""
+        self.troubles: list[str] = []
+        """What goes wrong although the service serves, in sentences."""
 
     @property
     def silence(self) -> str | None:
@@ -90,11 +99,19 @@ class Lifecycle:
         """Tells the supervisor where the service serves, and what is wrong (`STATUS=`)."""
         if self.phase != "ready":
             return
-        told = f"Serving on {self.address}. {self.silence or ''}"
+        told = [f"Serving on {self.address}.", self.silence or "", *self.troubles]
         if self.reload is not None and not self.reload.ok:
-            told += f" The last reload was refused: {self.reload.error}"
-        line = " ".join(told.split()).encode(errors="replace")[:_MOST_STATUS_BYTES]
+            told.append(f"The last reload was refused: {self.reload.error}")
+        line = " ".join(" ".join(told + self.start_told).split()).encode(errors="replace")[:_MOST_STATUS_BYTES]
         notify(*assignments, f"STATUS={line.decode(errors='ignore')}")
+
+    async def keep_told(self, look: Callable[[], list[str]]) -> None:
+        """For ever: tells the supervisor whenever the troubles are others."""
+        while True:
+            if (found := look()) != self.troubles:
+                self.troubles = found
+                self.tell()
+            await asyncio.sleep(_WATCH_S)
 
     @contextmanager
     def reloading(self) -> Iterator[list[str]]:
@@ -121,6 +138,11 @@ class Lifecycle:
             self.failure = error
             _silence_uvicorn()
             raise
+
+    def going_away(self) -> GoingAway:
+        """With the time after which the next process is likely to be ready: what this one's start took."""
+        wait_ms = round(self.start_s * 1000) + random.randint(*_RETRY_AFTER_MS)
+        return GoingAway("The server is restarting.", retry_after_ms=wait_ms)
 
     @asynccontextmanager
     async def watching(
@@ -180,12 +202,13 @@ class Lifecycle:
                 try:
                     await engine.check()
                 except EngineDead as error:
-                    _log.critical("engine.died", engine=role, model=engine.model, error=error.message)
+                    cause = " ".join(getattr(error, "__notes__", ()))
+                    _log.critical("engine.died", engine=role, model=engine.model, error=cause or error.message)
                     self.phase = "dead"
-                    notify(f"STATUS=The {role} engine died.")
+                    notify(f"STATUS=The {role} engine died. {cause}".strip())
                     for connection in list(admission.connections):
                         connection.fail(error)
-                        connection.end(going_away())
+                        connection.end(self.going_away())
                     await _all_left(admission, 1)
                     self.exit_requested.set()
                     return
@@ -204,13 +227,13 @@ class Lifecycle:
             talked: set[Connection] = set()
             while (busy := {c for c in admission.connections if c.busy}) and time.monotonic() < deadline:
                 for connection in talked - busy:
-                    connection.end(going_away())
+                    connection.end(self.going_away())
                 talked = busy
                 await asyncio.sleep(0.02)
             leaving = list(admission.connections)
             random.shuffle(leaving)
             for connection in leaving:
-                connection.end(going_away())
+                connection.end(self.going_away())
                 await asyncio.sleep(min(_CLOSE_EVERY_S, _CLOSES_WITHIN_S / len(leaving)))
             await _all_left(admission, _LEAVE_S)
             _log.info("drain.finished", turns_cut=len(busy))
@@ -228,8 +251,36 @@ def _silence_uvicorn() -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
 
 
-def going_away() -> GoingAway:
-    return GoingAway("The server is restarting.", retry_after_ms=random.randint(*_RETRY_AFTER_MS))
+def _of_start(record: Record, warnings: list[str]) -> list[str]:
+    """For the supervisor's status: what was not usual about a start."""
+    told = [] if record.is_usual else [f"Started after {record.after}."]
+    if warnings:
+        told.append(
+            f"{len(warnings)} {'warning' if len(warnings) == 1 else 'warnings'} at the start: {'; '.join(warnings)}"
+        )
+    return told
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets for every address of a host. Raises `StartError`."""
+    listeners: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            listener = socket.socket(family, kind, protocol)
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        refused = StartRefused if isinstance(error, PermissionError) else StartError
+        raise refused(f"cannot listen on HOST={host}, PORT={port}: {error}") from None
+    return listeners
 
 
 class Server(uvicorn.Server):
@@ -262,17 +313,23 @@ class Server(uvicorn.Server):
         self.bound_port = settings.port
         self._stop_signal: int | None = None
         self._port_is_held = False
+        self._record = Record(settings.state, settings.models, build().version)
 
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
         sys.setswitchinterval(_SWITCH_S)
-        notify("STATUS=Opening the engines.")
+        begun, expected_s = time.monotonic(), self._record.last_seconds
+        told = "" if expected_s is None else f" The last start took {expected_s:.0f} s."
+        notify(f"STATUS=Opening the engines.{told}")
         if sockets is None and self._settings.listen_fds and self._settings.listen_pid == os.getpid():
             self._port_is_held = True
             sockets = [socket.socket(fileno=FIRST_PASSED_FD)]
             self._settings.check_address(str(sockets[0].getsockname()[0]))
+        elif sockets is None:
+            sockets = _listen(self._settings.host, self._settings.port)
         try:
-            await super().startup(sockets=sockets)
+            with Opening(sockets, expected_s):
+                await super().startup(sockets=sockets)
         except SystemExit:
             if self._stop_signal is not None:
                 raise SystemExit(128 + self._stop_signal) from None
@@ -286,6 +343,10 @@ class Server(uvicorn.Server):
         self.lifecycle.on_loopback = all(ipaddress.ip_address(address).is_loopback for address in bound)
         self.lifecycle.address = f"[{host}]:{self.bound_port}" if ":" in host else f"{host}:{self.bound_port}"
         self.lifecycle.phase = "ready"
+        self.lifecycle.start_s = time.monotonic() - begun
+        self._record.keep(self.lifecycle.start_s)
+        warnings = logs.attention()
+        self.lifecycle.start_told = _of_start(self._record, warnings)
         discretion.serving()
         self.lifecycle.tell("READY=1")
         if self._stop_signal is not None:  # it came during an import that swallows every exception
@@ -295,12 +356,19 @@ class Server(uvicorn.Server):
             "server.ready",
             url=f"http://{self.lifecycle.address}",
             pid=os.getpid(),
-            version=__version__,
+            version=build().version,
+            commit=build().commit,
             address=self.lifecycle.address,
             models=msgspec.to_builtins(service.stage.models),
             weights={role: engine.weights for role, engine in service.stage.engines.distinct.items()},
             connections=service.admission.fitting,
+            after=self._record.after,
+            warnings=warnings,
         )
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await super().shutdown(sockets=sockets)
+        self._record.ended("engine" if self.lifecycle.phase == "dead" else "stop")
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self.lifecycle.exit_requested.is_set()

@@ -1,0 +1,34 @@
+"""What asks for the operator's attention while a start is under way: its lines scroll away, so its end repeats them."""
+
+from __future__ import annotations
+
+import logging
+
+_MOST, _MOST_CHARS = 8, 200
+
+
+class Attention(logging.Handler):
+    """Keeps this service's own warnings and errors, in words, until they are taken."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._kept: list[str] | None = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = record.msg
+        if self._kept is None or len(self._kept) >= _MOST or not isinstance(event, dict):  # a library's is no dict
+            return
+        fields = {name: value for name, value in event.items() if name not in _OF_EVERY_LINE}
+        said = " ".join(str(fields.pop(name)) for name in _WORDS if name in fields)
+        rest = ", ".join(f"{name}={value}" for name, value in fields.items())
+        told = f"{event.get('event')}: {said or rest}{f' ({rest})' if said and rest else ''}"
+        self._kept.append(told[:_MOST_CHARS])
+
+    def take(self) -> list[str]:
+        """What was kept. From then on nothing is."""
+        kept, self._kept = self._kept or [], None
+        return kept
+
+
+_OF_EVERY_LINE = {"event", "level", "logger", "timestamp"}
+_WORDS = ("note", "hint", "error", "reason")
