@@ -131,6 +131,8 @@ USES = [
     Use("tokenizers.decoders", "DecodeStream", "engine/request.py", "none known", lambda module: module.DecodeStream(ids=[1], skip_special_tokens=True) is not None),
     Use("transformers.utils", "cached_file, logging", "engine/template.py, engine/demo.py", "none known", has("cached_file", "logging.disable_progress_bar")),
     Use("huggingface_hub.utils.tqdm", "disable_progress_bars", "quantize/hub.py", "none known", has("disable_progress_bars")),
+    Use("vllm.v1.engine.utils", "CoreEngineProcManager.processes", "engine/vllm.py", _PINNED, says("self.processes: list[BaseProcess]")),
+    Use("vllm.v1.engine.core_client", "resources.engine_manager", "engine/vllm.py", _PINNED, says("self.resources.engine_manager = ")),
 ]  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from yaptext.server import record
+from yaptext.server import lifecycle, record
+from yaptext.server.lifecycle import Lifecycle
 from yaptext.server.record import Record
 
 
@@ -41,3 +43,33 @@ def test_a_start_knows_what_it_came_after(tmp_path: Path, monkeypatch: pytest.Mo
     before.ended("stop")
     updated = Record(tmp_path, ["a"], "2")
     assert updated.after == "a stop, a boot of the machine, a change of version from 1" and not updated.is_usual
+
+
+async def test_what_goes_wrong_stands_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it does, before what there was to say of the start."""
+    statuses: list[str] = []
+    monkeypatch.setattr(lifecycle, "notify", lambda *told: statuses.extend(told))
+    monkeypatch.setattr(lifecycle, "_WATCH_S", 0.01)
+    ready, troubles = Lifecycle(), ["Sessions are not saved in /a: disk is full."]
+    ready.phase, ready.address, ready.start_told = "ready", "127.0.0.1:8000", ["1 warning at the start: hub.down."]
+    watch = asyncio.create_task(ready.keep_told(lambda: list(troubles)))
+    for count in (1, 2):
+        async with asyncio.timeout(30):
+            while len(statuses) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        troubles.clear()
+    watch.cancel()
+    serving, at_start = "STATUS=Serving on 127.0.0.1:8000.", "1 warning at the start: hub.down."
+    told = f"{serving} Sessions are not saved in /a: disk is full. {at_start}"
+    assert statuses == [told, f"{serving} {at_start}"]
+
+
+def test_the_status_tells_what_was_not_usual_about_a_start(tmp_path: Path) -> None:
+    usual = Record(tmp_path, ["a"], "1")
+    assert lifecycle._of_start(usual, []) == []
+    usual.keep(1.0)
+    told = lifecycle._of_start(Record(tmp_path, ["a"], "2"), ["setting.unknown: A", "hub.down: B"])
+    assert told[0].startswith(
+        "Started after the end of a process that was killed or crashed, a change of version from 1"
+    )
+    assert told[1] == "2 warnings at the start: setting.unknown: A; hub.down: B"
