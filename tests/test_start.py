@@ -187,7 +187,7 @@ def test_a_hub_that_does_not_answer_may_be_back(tmp_path: Path) -> None:
     down = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     ended = start(tmp_path, **models, **down)
     (event,) = ended.events("start.failed")
-    assert ended.status == 75 and event["reason"].startswith("cannot read the config of acme/yap: ")
+    assert ended.status == 75 and event["reason"].startswith("cannot read the config of acme/yap (CHAT_MODEL")
 
 
 def of_hub(kind: type[hub.HfHubHTTPError], status: int) -> Exception:
@@ -346,5 +346,5 @@ def test_a_path_that_the_unit_hides_is_told_with_the_reason(tmp_path: Path) -> N
     """It looks missing, and is there for anybody else."""
     models = {"CHAT_MODEL": "/home/ada/model", "TOOL_MODEL": "/root/model"}
     reason = start(tmp_path, INVOCATION_ID="5f0c1e2ab9d4", **models).events("start.failed")[0]["reason"]
-    assert reason.startswith("/root/model is not a folder | TOOL_MODEL: ") and "ProtectHome" in reason
+    assert reason.startswith("/root/model is not a folder (TOOL_MODEL) | TOOL_MODEL: ") and "ProtectHome" in reason
     assert "CHAT_MODEL" not in reason

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -309,8 +311,26 @@ def test_a_folder_without_a_config_is_no_model(tmp_path: Path, content: str | No
 @pytest.mark.parametrize("source", ["/no/such/folder", "./no-such-folder", "~/no-such-folder"])
 def test_a_path_is_not_looked_for_on_the_hub(source: str) -> None:
     """Who writes a path means a folder."""
-    with pytest.raises(StartError, match=f"^{source} is not a folder$"):
+    with pytest.raises(StartError, match=rf"^{source} is not a folder \(CHAT_MODEL\)$"):
         chosen(source)
+
+
+@pytest.mark.parametrize("closed", ["", "model", "model/config.json"])
+def test_what_is_closed_is_named_with_how_to_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    """The first part of the path, be it above the model."""
+    place, access = tmp_path / closed if closed else tmp_path, os.access
+    source = model(tmp_path)
+
+    def reads(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied", f"{source}/config.json")
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and access(path, mode))
+    monkeypatch.setattr(Path, "read_text", reads)
+    how = "o+r" if closed.endswith("json") else "o+rx"
+    with pytest.raises(StartError, match=rf"\(CHAT_MODEL\).*{place} is closed to .*: chmod {re.escape(how)} {place}$"):
+        chosen(str(source))
 
 
 class Hub:
@@ -363,4 +383,4 @@ def test_what_the_hub_refuses_ends_the_start_with_one_line(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", Hub(error).download)
     with pytest.raises(StartError) as caught:
         chosen("some/model", HF_TOKEN="hf_secret")
-    assert str(caught.value) == f"cannot read the config of some/model: {detail}"
+    assert str(caught.value) == f"cannot read the config of some/model (CHAT_MODEL): {detail}"

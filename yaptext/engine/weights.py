@@ -186,8 +186,7 @@ def open_codec(settings: Settings, source: str, *, max_model_len: int | None = N
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, token=hub_token(settings))
     except Exception as error:  # of dozens of types, as the hub client's below
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise _unread(error)(f"cannot read the tokenizer of {source}: {detail}") from error
+        raise _unread(error)(f"cannot read the tokenizer of {source}: {_detail(error)}") from error
     ends = [(config.get("text_config") or config).get("eos_token_id"), generation.get("eos_token_id")]
     return HubCodec(
         tokenizer,
@@ -245,11 +244,39 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
     except YapError:
         raise
     except Exception as error:  # the hub client raises dozens of types; all mean the same here
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise _unread(error)(f"cannot read the config of {source}: {detail}") from error
+        where = f"{source}{_setting_of(settings, source)}"
+        raise _unread(error)(f"cannot read the config of {where}: {_detail(error)}") from error
     if not isinstance(config, dict):
         raise StartRefused(f"the config.json of {source} is not an object")
     return config
+
+
+def _setting_of(settings: Settings, source: str) -> str:
+    """Which variables name a model, in brackets."""
+    names = ("AWQ_CHAT_MODEL", "AWQ_TOOL_MODEL", "CHAT_MODEL", "TOOL_MODEL")
+    found = [name for name in names if getattr(settings, name.lower()) == source]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _detail(error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"it is not in the cache, and the hub {constants.ENDPOINT} does not answer. Check the network"
+    if isinstance(error, PermissionError) and error.filename and (told := _closed(Path(os.fsdecode(error.filename)))):
+        return told
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _closed(path: Path) -> str | None:
+    """The first part of a path, from its root on, that this process may not read, and how to open it."""
+    for part in [*reversed(path.absolute().parents), path]:
+        if not os.path.lexists(part):
+            return None
+        if not os.access(part, os.R_OK | os.X_OK if part.is_dir() else os.R_OK):
+            how = f"chmod {'o+rx' if part.is_dir() else 'o+r'} {part}"
+            return f"{part} is closed to the user of this process; to open it to all: {how}"
+    return None
 
 
 def _unread(error: Exception) -> type[StartError]:
@@ -278,7 +305,8 @@ def _read_json(settings: Settings, source: str, name: str) -> Any:
     if folder.is_dir():
         return json.loads((folder / name).read_text(encoding="utf-8"))
     if source.startswith((".", "/", "~")):
-        raise StartRefused(f"{source} is not a folder")
+        closed = _closed(folder)
+        raise StartRefused(f"{source} is not a folder{_setting_of(settings, source)}{f': {closed}' if closed else ''}")
     from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
 
     logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already
