@@ -228,7 +228,7 @@ def test_what_is_no_backup_is_not_restored(
         database.execute("CREATE TABLE session (x)")
     for file, reason in (
         (notes, "is not allowed: it is no database"),
-        (other, "is not allowed: it is another database"),
+        (other, "is not allowed: it is another program's database"),
         (empty, "is not allowed: it is an empty database"),
         (tmp_path, "is not allowed: it is no regular file"),
         (tmp_path / "none", "does not exist"),

@@ -498,7 +498,7 @@ def _check_header(path: Path, named: str) -> None:
         raise SettingsError(f"{named} is not allowed: it is no regular file")
     with path.open("rb") as file:
         if file.read(16).strip(b"\0") not in _HEADERS:
-            raise SettingsError(f"{named} is not allowed: it is no database")
+            raise SettingsError(f"{named} is not allowed: it is no database. Move it away, or name another file")
 
 
 def has_table(database: sqlite3.Connection, named: str) -> bool:
@@ -508,7 +508,7 @@ def has_table(database: sqlite3.Connection, named: str) -> bool:
         for question in ("PRAGMA application_id", "SELECT count(*) FROM sqlite_schema")
     )
     if tables and owner != _APPLICATION_ID:
-        raise SettingsError(f"{named} is not allowed: it is another database")
+        raise SettingsError(f"{named} is not allowed: it is another program's database. Move it away, or name another file")
     return bool(tables)
 
 
