@@ -227,8 +227,8 @@ def test_what_is_no_backup_is_not_restored(
     with closing(sqlite3.connect(other)) as database:
         database.execute("CREATE TABLE session (x)")
     for file, reason in (
-        (notes, "is not allowed: it is no database"),
-        (other, "is not allowed: it is another program's database"),
+        (notes, "is not allowed: it is no database. Move it away, or name another file"),
+        (other, "is not allowed: it is another program's database. Move it away, or name another file"),
         (empty, "is not allowed: it is an empty database"),
         (tmp_path, "is not allowed: it is no regular file"),
         (tmp_path / "none", "does not exist"),
