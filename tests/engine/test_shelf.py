@@ -100,7 +100,7 @@ def test_a_clock_that_was_set_back_costs_no_result(
     stamp = f"{datetime.now(UTC) + timedelta(seconds=1):%Y%m%dT%H%M%SZ}" if newest == "now" else newest
     older = put(tmp_path, source, stamp)
 
-    def fill(settings: Settings, task: job.Task, options: job.Options, partial: Path, check: Any) -> None:
+    def fill(settings: Settings, task: job.Task, options: job.Options, partial: Path, *_: Any) -> None:
         (partial / "model.safetensors").write_bytes(b"four bits")
         (partial / shelf.MANIFEST).write_text(json.dumps({"files": {"model.safetensors": {"size": 9}}, "made": "now"}))
 

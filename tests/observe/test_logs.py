@@ -53,8 +53,10 @@ class Stderr(io.StringIO):
 @pytest.fixture
 def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stderr]:
     """A stderr of the test's own; afterwards logging is as it was."""
-    loggers = [logging.getLogger(), *map(logging.getLogger, NOISY)]
+    vllm = logging.getLogger("vllm")
+    loggers = [logging.getLogger(), vllm, *map(logging.getLogger, NOISY)]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    vllm.handlers[:], vllm.propagate = [], True  # whoever imported vLLM in this process set it up
     for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY", discretion.WORDS, expected.LEVEL):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(discretion, "_serving", False)
