@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
+
+from yaptext.observe.expected import EXPECTED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("httptools", "huggingface_hub", "pydantic_settings", "starlette", "tokenizers", "transformers", "uvicorn")
@@ -211,3 +214,12 @@ def test_a_socket_protocol_begins_as_ours_needs_it() -> None:
     protocol = asyncio.run(make())
     assert (protocol.disconnected, protocol.close_sent, protocol.handshake_complete) == (False, False, False)
     assert protocol.conn.state is State.CONNECTING and protocol.writable.is_set()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_warning_that_is_expected_is_one_of_this_vllm(name: str) -> None:
+    """A line that is no longer said would hide nothing, and one that is said otherwise is a warning again."""
+    source = re.sub(r"[\"']\s*f?[\"']", "", inspect.getsource(importlib.import_module(name)))
+    for beginning in EXPECTED[name]:
+        words = re.sub(r"^(libtcmalloc|libiomp) ", "", beginning).removeprefix("[shutdown] ")
+        assert words in source or words.split(" ", 1)[1] in source, beginning

@@ -508,7 +508,9 @@ def has_table(database: sqlite3.Connection, named: str) -> bool:
         for question in ("PRAGMA application_id", "SELECT count(*) FROM sqlite_schema")
     )
     if tables and owner != _APPLICATION_ID:
-        raise SettingsError(f"{named} is not allowed: it is another program's database. Move it away, or name another file")
+        raise SettingsError(
+            f"{named} is not allowed: it is another program's database. Move it away, or name another file"
+        )
     return bool(tables)
 
 

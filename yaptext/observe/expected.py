@@ -8,7 +8,7 @@ import os
 
 LEVEL = "YAPTEXT_LOG_LEVEL"
 """Set in the environment of this process and its engines: the least level that is logged."""
-_EXPECTED = {
+EXPECTED = {
     "vllm.config.vllm": (
         # The service asks for this on CPU (engine/vllm.py), on CUDA the operator does (ENFORCE_EAGER).
         "Enforce eager set,",
@@ -55,7 +55,7 @@ def lower(record: logging.LogRecord) -> bool:
 
 
 def _is_expected(record: logging.LogRecord) -> bool:
-    beginnings = _EXPECTED.get(record.name)
+    beginnings = EXPECTED.get(record.name)
     if beginnings is None:
         return False
     try:
