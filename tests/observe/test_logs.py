@@ -397,12 +397,13 @@ def test_a_start_repeats_what_it_warned_of_once(stderr: Stderr) -> None:
     structlog.get_logger("a").warning("setting.unknown", note="CHAT_MAX_OTU is not known")
     structlog.get_logger("a").info("server.settings", note="nothing")
     logging.getLogger("library").warning("hello")
-    structlog.get_logger("a").error("sessions.not_read", file="/a", error="disk is full", hint="it is tried again")
+    structlog.get_logger("a").error("sessions.not_read", file="/a", error="disk is full")  # STATUS= has that live
+    structlog.get_logger("a").error("sessions.damaged", file="/a", error="no header", hint="begun anew")
     for number in range(20):
         structlog.get_logger("a").warning("lobby.full", limit=number)
     first, second, third, *more = logs.attention()
     assert first == "setting.unknown: CHAT_MAX_OTU is not known"
-    assert second == "sessions.not_read: it is tried again disk is full (file=/a)"
+    assert second == "sessions.damaged: begun anew no header (file=/a)"
     assert third == "lobby.full: limit=0" and len(more) == 5
     structlog.get_logger("a").warning("lobby.full")
     assert logs.attention() == []

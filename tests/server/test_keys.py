@@ -419,3 +419,15 @@ def test_the_time_tells_nothing_of_a_key() -> None:
         assert any(difference() < 0.05 for _ in range(5))
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("own", "content", "told"), [(None, "# none yet\n", 1), ("own", "# none yet\n", 0), ("own", None, 0)]
+)
+def test_a_service_that_no_key_opens_warns(tmp_path: Path, own: str | None, content: str | None, told: int) -> None:
+    """Beside a key file the default key does not count."""
+    if content is not None:
+        (tmp_path / "keys").write_text(content)
+    with structlog.testing.capture_logs() as lines:
+        Keys(own, tmp_path / "keys" if content is not None else None)
+    assert [line["event"] for line in lines] == ["keys.none"] * told

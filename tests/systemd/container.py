@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 PACKAGES = "systemd,systemd-sysv,dbus,logrotate,iproute2,libpam-systemd,procps,python3,libnuma1,libgomp1"
+_DISK = "8g"
+"""Of memory, and taken only as it is written."""
 
 
 def make_root(folder: Path) -> Path:
@@ -26,16 +28,17 @@ class Container:
     """`with Container(root, files, binds) as box: box.run("systemctl", "status")`.
 
     `files` are laid over the root, path inside to text; `binds` are host folders shown read-only, path inside to
-    path outside.
+    path outside. It has a disk of its own, in memory, which outlives `power_off` and `boot`.
     """
 
     def __init__(self, root: Path, files: Mapping[str, str], binds: Mapping[str, Path]) -> None:
         self._root, self._files, self._binds = root, files, binds
         self._work = Path(tempfile.mkdtemp(prefix="yap-text-box."))
+        self._leader: int | None = None
 
     def __enter__(self) -> Container:
         work = self._work
-        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", work], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", work], check=True)
         layers = {name: work / name for name in ("upper", "scratch", "root")}
         for folder in layers.values():
             folder.mkdir()
@@ -46,8 +49,23 @@ class Container:
             file.chmod(0o755 if text.startswith("#!") else 0o644)
         options = f"lowerdir={self._root},upperdir={layers['upper']},workdir={layers['scratch']}"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, layers["root"]], check=True)
+        try:
+            self.boot()
+        except BaseException:
+            self._unmount()
+            raise
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        try:
+            self.power_off()
+        finally:
+            self._unmount()
+
+    def boot(self) -> None:
+        """Returns when systemd is done with everything that is enabled."""
         binds = [f"--bind-ro={outside}:{inside}" for inside, outside in self._binds.items()]
-        boot = [
+        options = [
             "--quiet",
             "--boot",
             "--register=no",
@@ -55,31 +73,47 @@ class Container:
             "--private-network",
             "--console=pipe",
             "--link-journal=no",
+            "--kill-signal=SIGRTMIN+3",
         ]
-        self._console = (work / "console").open("wb")
-        self._nspawn = subprocess.Popen(
-            ["systemd-nspawn", *boot, "--kill-signal=SIGRTMIN+3", f"--directory={layers['root']}", *binds],
-            stdin=subprocess.DEVNULL,
-            stdout=self._console,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            self._leader = self._wait(self._find_leader, "systemd inside the container")
-            self._wait(self._booted, "the end of the boot")
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
+        with tempfile.TemporaryFile() as console:  # not on the disk in there, which may be full
+            self._nspawn = subprocess.Popen(
+                ["systemd-nspawn", *options, f"--directory={self._work / 'root'}", *binds],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                self._leader = self._wait(self._find_leader, "systemd inside the container")
+                self._wait(self._booted, "end of the boot")
+            except BaseException as error:
+                self.power_off()
+                console.seek(0)
+                error.add_note(console.read().decode(errors="replace")[-2000:])
+                raise
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if hasattr(self, "_leader"):
+    def power_off(self) -> None:
+        """Returns when every process inside has ended."""
+        if self._leader is not None:
             self.run("systemctl", "poweroff", check=False)
         try:
-            self._nspawn.wait(30)
+            self._nspawn.wait(90)
         except subprocess.TimeoutExpired:
             self._nspawn.kill()
             self._nspawn.wait()
-        self._console.close()
+        self._leader = None
+
+    def fill_disk(self) -> None:
+        """Leaves no byte of the disk free, until `empty_disk`."""
+        disk = shutil.disk_usage(self._work)
+        self._resize(str(disk.used))
+
+    def empty_disk(self) -> None:
+        self._resize(_DISK)
+
+    def _resize(self, size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", self._work], check=True)
+
+    def _unmount(self) -> None:
         for mount in (self._work / "root", self._work):
             subprocess.run(["umount", "--lazy", mount], check=False)
         self._work.rmdir()
@@ -101,14 +135,14 @@ class Container:
         return ended.stdout
 
     def _wait(self, found: object, what: str) -> int:
-        for _ in range(600):
+        for _ in range(3000):
             value = found()  # type: ignore[operator]
             if value:
                 return int(value)
             if self._nspawn.poll() is not None:
                 break
             time.sleep(0.1)
-        raise AssertionError(f"no {what}: {(self._work / 'console').read_text(errors='replace')[-2000:]}")
+        raise AssertionError(f"no {what}")
 
     def _find_leader(self) -> int | None:
         for child in _children(self._nspawn.pid):

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
-import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from container import Container, make_root
+from systemd.container import Container
+from systemd.service import (
+    REPOSITORY,
+    SETTINGS,
+    boxed,
+    engine_pid,
+    install,
+    journal,
+    key,
+    set_up,
+    show,
+    wait_active,
+    warmup,
+)
 
 pytestmark = [pytest.mark.systemd, pytest.mark.timeout(900)]
 
-REPOSITORY = Path(__file__).parents[2]
-LAUNCHER = """#!/bin/sh
-export LD_LIBRARY_PATH=/opt/python/lib PYTHONPATH=/opt/yap-text/src:/opt/yap-text/site PYTHONDONTWRITEBYTECODE=1
-exec /opt/python/bin/python3 -m yaptext "$@"
-"""
-CLIENT = """#!/bin/sh
-export LD_LIBRARY_PATH=/opt/python/lib PYTHONPATH=/opt/yap-text/site PYTHONDONTWRITEBYTECODE=1
-exec /opt/python/bin/python3 "$@" "$(cat /etc/yap-text/api-key)"
-"""
-SETTINGS = """YAP_TEXT_DEVICE=cpu
-MAX_CONCURRENT_CONNECTIONS=24
-YAP_TEXT_LOG_FILE=/var/log/yap-text/yap-text.log
-YAP_TEXT_KEY_FILE=/etc/yap-text/keys
-"""
 RESTART = """
 import asyncio, json, sys, websockets
 async def main():
-    def connect():
-        return websockets.connect("ws://127.0.0.1:8000/ws", additional_headers={"X-API-Key": sys.argv[1]},
-                                  proxy=None, open_timeout=120)
+    waits = []
+    async def connect():
+        while True:
+            try:
+                return await websockets.connect("ws://127.0.0.1:8000/ws", proxy=None, open_timeout=120,
+                                                additional_headers={"X-API-Key": sys.argv[1]})
+            except websockets.InvalidStatus as refused:
+                assert refused.response.status_code == 503, refused
+                waits.append(int(refused.response.headers["Retry-After"]))
+                await asyncio.sleep(waits[-1])
     sockets = [await connect() for _ in range(20)]
     restart = await asyncio.create_subprocess_exec("systemctl", "restart", "yap-text.service")
     async def live_through(socket):
@@ -48,11 +47,12 @@ async def main():
                 frames.append(json.loads(frame)["error_code"])
         except websockets.ConnectionClosed:
             pass
-        async with connect() as again:
+        async with await connect() as again:
             await again.send('{"type": "ping"}')
             pong = json.loads(await again.recv())["type"]
         return [frames, socket.close_code, pong]
-    print(json.dumps(await asyncio.gather(*map(live_through, sockets))))
+    told = await asyncio.gather(*map(live_through, sockets))
+    print(json.dumps([told, waits]))
     await restart.wait()
 asyncio.run(main())
 """
@@ -88,64 +88,9 @@ asyncio.run(main())
 
 @pytest.fixture(scope="module")
 def box() -> Iterator[Container]:
-    files = {
-        "/usr/local/bin/yap-text": LAUNCHER,
-        "/opt/client": CLIENT,
-        "/opt/restart.py": RESTART,
-        "/opt/rotate.py": ROTATE,
-        "/opt/settings": SETTINGS,
-        # The shipped minute is right for a person; a test need not wait for it.
-        "/etc/systemd/system/yap-text.service.d/test.conf": "[Service]\nWatchdogSec=20\n",
-    }
-    binds = {
-        "/opt/python": Path(sys.base_prefix),
-        "/opt/yap-text/site": Path(sysconfig.get_path("purelib")),
-        "/opt/yap-text/src/yaptext": REPOSITORY / "yaptext",
-        "/opt/yap-text/src/systemd": REPOSITORY / "systemd",
-    }
-    with Container(make_root(REPOSITORY / ".venv" / "systemd-root"), files, binds) as box:
+    files = {"/opt/restart.py": RESTART, "/opt/rotate.py": ROTATE, "/opt/settings": SETTINGS}
+    with boxed(files) as (box, _):
         yield box
-
-
-def install(box: Container, *options: str) -> list[str]:
-    return box.run("yap-text", "install", "--command", "/usr/local/bin/yap-text", *options).splitlines()
-
-
-def show(box: Container, *properties: str, unit: str = "yap-text.service") -> dict[str, str]:
-    text = box.run("systemctl", "show", unit, *(f"--property={name}" for name in properties))
-    return dict(line.split("=", 1) for line in text.splitlines())
-
-
-def wait_active(box: Container, restarts: int = 0) -> None:
-    script = (
-        f"for i in $(seq 900); do test $(systemctl show -P NRestarts yap-text) -ge {restarts} && "
-        "systemctl -q is-active yap-text && exit 0; sleep 0.2; done; journalctl -u yap-text -n 40; exit 1"
-    )
-    box.run("sh", "-c", script, timeout=200)
-
-
-def journal(box: Container) -> list[dict[str, Any]]:
-    lines = box.run("journalctl", "-u", "yap-text.service", "-o", "json", "--no-pager").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def engine_pid(box: Container) -> str:
-    (pid,) = [line.split()[0] for line in box.run("ps", "-eo", "pid,comm,args").splitlines() if "EngineCore" in line]
-    return pid
-
-
-def key(box: Container) -> str:
-    return box.run("cat", "/etc/yap-text/api-key").strip()
-
-
-def warmup(box: Container, key: str = "$(cat /etc/yap-text/api-key)") -> dict[str, Any]:
-    command = f"YAP_TEXT_API_KEY={key} yap-text warmup 'What is the capital of France?'"
-    return dict(json.loads(box.run("sh", "-c", command).splitlines()[-1]))
-
-
-def set_up(box: Container, *lines: str) -> None:
-    """Edits yap-text.env, as a person would."""
-    box.run("sh", "-c", f"printf '%s\\n' {shlex.join(lines)} >> /etc/yap-text/yap-text.env")
 
 
 def test_install_puts_units_in_place_that_systemd_knows(box: Container) -> None:
@@ -216,10 +161,12 @@ def test_a_reload_takes_a_new_key(box: Container) -> None:
     assert json.loads(told)["removed"] == [] and made not in str(journal(box))
 
 
-def test_a_restart_refuses_nobody(box: Container) -> None:
-    """Each open socket hears going_away and 1012, and its reconnect waits in the held port instead of failing."""
-    told = json.loads(box.run("sh", "/opt/client", "/opt/restart.py", timeout=250).splitlines()[-1])
+def test_a_restart_loses_nobody(box: Container) -> None:
+    """Each open socket hears going_away and 1012. Who comes back during the start is told how long it will take, never
+    refused a connection, and is let in after that time."""
+    told, waits = json.loads(box.run("sh", "/opt/client", "/opt/restart.py", timeout=250).splitlines()[-1])
     assert told == [[["going_away"], 1012, "pong"]] * 20
+    assert len(waits) >= 20 and 2 <= max(waits) <= 60
     wait_active(box)
 
 
@@ -300,6 +247,22 @@ def test_awq_weights_are_made_before_the_start_and_served(box: Container) -> Non
     box.run("systemctl", "restart", "yap-text.service", timeout=300)
     assert box.run("find", results, "-name", "*.safetensors") == before != ""
     box.run("sed", "-i", "/^QUANTIZATION=/d", "/etc/yap-text/yap-text.env")
+
+
+def test_a_start_a_conversation_and_a_stop_warn_of_nothing(box: Container) -> None:
+    """With models that are named: whatever stands under `journalctl -p warning` asks for something."""
+    demo = box.run("sh", "-c", "echo /var/lib/yap-text/demo/*/").strip()
+    box.run("systemctl", "stop", "yap-text.socket", "yap-text.service")
+    set_up(box, f"CHAT_MODEL={demo}", f"TOOL_MODEL={demo}")
+    (begun,) = box.run("date", "+%s").split()
+    box.run("systemctl", "start", "yap-text.service", timeout=300)
+    assert warmup(box)["text"]
+    box.run("systemctl", "stop", "yap-text.socket", "yap-text.service")
+    warnings = ("journalctl", "-u", "yap-text.service", "--since", f"@{begun}", "-o", "cat", "--no-pager")
+    assert "server.ready" in box.run(*warnings)
+    assert box.run(*warnings, "-p", "warning").replace("-- No entries --", "").strip() == ""
+    box.run("sed", "-i", "/^[A-Z]*_MODEL=/d", "/etc/yap-text/yap-text.env")
+    box.run("systemctl", "start", "yap-text.service", timeout=300)
 
 
 def test_stop_is_clean_and_clean_removes_the_state(box: Container) -> None:

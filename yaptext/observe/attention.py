@@ -18,6 +18,8 @@ class Attention(logging.Handler):
         event = record.msg
         if self._kept is None or len(self._kept) >= _MOST or not isinstance(event, dict):  # a library's is no dict
             return
+        if event.get("event") in _TOLD_WHILE_TRUE:
+            return
         fields = {name: value for name, value in event.items() if name not in _OF_EVERY_LINE}
         said = " ".join(str(fields.pop(name)) for name in _WORDS if name in fields)
         rest = ", ".join(f"{name}={value}" for name, value in fields.items())
@@ -31,4 +33,6 @@ class Attention(logging.Handler):
 
 
 _OF_EVERY_LINE = {"event", "level", "logger", "timestamp"}
+_TOLD_WHILE_TRUE = {"log.file_failed", "sessions.not_read", "sessions.unsaved"}
+"""These stand in `STATUS=` as long as they last, and no longer (`Lifecycle.troubles`)."""
 _WORDS = ("note", "hint", "error", "reason")

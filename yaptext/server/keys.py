@@ -112,6 +112,9 @@ class Keys:
         self._throttle = Throttle(failures_per_minute, clock=clock)
         self._tickets = Tickets(clock)
         self._keys = self._read()
+        if not self._keys:
+            hint = "nobody can connect: write a key into the key file and reload, or set YAP_TEXT_API_KEY"
+            _log.warning("keys.none", file=str(file), hint=hint)
         self._accounts: dict[bytes, Account] = {}
         """Of the keys that were used: a file may have many that are not."""
 
