@@ -128,7 +128,7 @@ let
           "# 75 (the hub, the driver, the disk, the port) and 1 (a crash) may mend themselves."
           "RestartPreventExitStatus=2"
           "ExecStopPost=-+/bin/sh -c 'test \"$$EXIT_STATUS\" != 2 || systemctl --job-mode=ignore-dependencies stop yap-text.socket'"
-          "# A line after those that tell of each killed thread."
+          "# systemd 252 logs a line for each killed thread; this one comes last and names the reason."
           "ExecStopPost=-/bin/sh -c 'test \"$$EXIT_CODE\" = exited || echo \"<4>The service was ended by $$EXIT_CODE $$EXIT_STATUS ($$SERVICE_RESULT).\" >&2'"
           "# A stop during the start."
           "SuccessExitStatus=143"

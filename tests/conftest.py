@@ -200,7 +200,7 @@ class Running:
 @asynccontextmanager
 async def service(engines: Engines, **variables: Any) -> AsyncIterator[Running]:
     """The whole service in this process, on a free port, over the given engines."""
-    variables.setdefault("YAP_TEXT_STATE_DIR", "/nonexistent")  # never the state of whoever runs the tests
+    variables.setdefault("YAP_TEXT_STATE_DIR", "/nonexistent")  # tests must not touch the user's own state
     settings = Settings.load(PORT=0, **variables)
     lifecycle = Lifecycle()
     server = Server(create_app(settings, open_engines=lambda _: engines, lifecycle=lifecycle), settings, lifecycle)

@@ -56,7 +56,7 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stderr]:
     vllm = logging.getLogger("vllm")
     loggers = [logging.getLogger(), vllm, *map(logging.getLogger, NOISY)]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    vllm.handlers[:], vllm.propagate = [], True  # whoever imported vLLM in this process set it up
+    vllm.handlers[:], vllm.propagate = [], True  # an import of vLLM in this process sets these
     for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY", discretion.WORDS, expected.LEVEL):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(discretion, "_serving", False)

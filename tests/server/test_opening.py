@@ -61,7 +61,7 @@ def test_who_comes_during_a_start_is_told_when_to_come_back(listener: socket.soc
 
 
 def test_a_process_that_starts_is_alive(listener: socket.socket) -> None:
-    """Or whoever looks after it would kill it in its start."""
+    """Otherwise a liveness check would kill it during its start."""
     with Opening([listener], expected_s=None):
         status, _, body = ask(listener, b"GET /livez HTTP/1.1\r\n\r\n")
     assert (status, body["status"]) == (200, "starting")

@@ -129,7 +129,7 @@ class Scene:
         install(box)
         # The key of the client, whatever becomes of the file.
         self.key = box.run("cat", API_KEY).strip()
-        box.run("cp", "-p", API_KEY, "/root/api-key")
+        box.run("cp", "-p", API_KEY, "/var/backups/api-key")
         self._env = box.run("cat", ENV) + SETTINGS + "SESSION_STORE=sqlite:sessions.db\n"
         self.settings()
         self.wrong: list[str] = []
@@ -222,9 +222,8 @@ class Scene:
         """Whatever was done to files that every fault shares."""
         self.box.empty_disk()
         self.settings()
-        self.sh(
-            f"rm -rf {API_KEY}; install -m 600 /root/api-key {API_KEY}; rm -rf /etc/systemd/system/yap-text.socket.d"
-        )
+        self.sh(f"rm -rf {API_KEY}; install -m 600 /var/backups/api-key {API_KEY}")
+        self.sh("rm -rf /etc/systemd/system/yap-text.socket.d")
         self.sh("systemctl daemon-reload")
 
     def talk(self) -> str:
@@ -410,7 +409,7 @@ def key_file(scene: Scene) -> None:
     scene.sh(f"ln -s /etc/yap-text/secret/key {API_KEY}")
     _without_credential(scene, "key-file-unreadable")
     scene.forget()
-    scene.sh(f"rm {API_KEY}; cp -p /root/api-key {API_KEY}; chmod 600 /etc/yap-text/keys")
+    scene.sh(f"rm {API_KEY}; cp -p /var/backups/api-key {API_KEY}; chmod 600 /etc/yap-text/keys")
     scene.start()
     scene.refuses("keys-unreadable", "YAP_TEXT_KEY_FILE", "Permission denied", reboot=False)
     scene.sh("chmod 644 /etc/yap-text/keys")
@@ -436,7 +435,7 @@ def _without_credential(scene: Scene, name: str) -> None:
 def session_file_foreign(scene: Scene) -> None:
     """Another program's database, and a file that is none."""
     scene.stop()
-    scene.sh(f"mkdir -p /root/kept; mv {SESSIONS}* /root/kept")
+    scene.sh(f"mkdir -p /var/backups/kept; mv {SESSIONS}* /var/backups/kept")
     other = f"import sqlite3; sqlite3.connect('{SESSIONS}').execute('create table notes (text)')"
     scene.sh(f'python3 -c "{other}"; chown --reference=/var/lib/private/yap-text {SESSIONS}')
     scene.start()
@@ -445,7 +444,7 @@ def session_file_foreign(scene: Scene) -> None:
     scene.write(SESSIONS, "notes of the day\n")
     scene.start()
     scene.refuses("session-file-no-database", "SESSION_STORE", "no database", reboot=False)
-    scene.sh(f"rm {SESSIONS}*; mv /root/kept/* /var/lib/private/yap-text/")
+    scene.sh(f"rm {SESSIONS}*; mv /var/backups/kept/* /var/lib/private/yap-text/")
     scene.opens()
 
 
@@ -459,14 +458,14 @@ def says_full(text: str) -> bool:
 @fault(11)
 def disk_full_at_the_first_start(scene: Scene) -> None:
     scene.stop()
-    scene.sh("mv /var/lib/private/yap-text/demo /root/demo")
+    scene.sh("mv /var/lib/private/yap-text/demo /var/backups/demo")
     scene.box.fill_disk()
     scene.begin()
     scene.sh("systemctl start --no-block yap-text")
     scene.refuses("disk-full-at-the-first-start", "No space left on device", status=75, reboot=False)
     scene.box.empty_disk()
     scene.stop()
-    scene.sh("rm -rf /var/lib/private/yap-text/demo; mv /root/demo /var/lib/private/yap-text")
+    scene.sh("rm -rf /var/lib/private/yap-text/demo; mv /var/backups/demo /var/lib/private/yap-text")
     scene.opens()
 
 
@@ -484,14 +483,14 @@ def disk_full_at_a_restart(scene: Scene) -> None:
 @fault(18, quick=True)
 def session_file_corrupt(scene: Scene) -> None:
     scene.stop()
-    scene.sh(f"mkdir -p /root/kept; cp -p {SESSIONS}* /root/kept")
+    scene.sh(f"mkdir -p /var/backups/kept; cp -p {SESSIONS}* /var/backups/kept")
     scene.sh(f"dd if=/dev/urandom of={SESSIONS} bs=1k seek=1 count=7 conv=notrunc 2>/dev/null")
     scene.start()
     text = scene.look("session-file-corrupt")
     scene.check("damaged" in text, "nothing says that it was damaged")
     scene.check(len(scene.events("sessions.damaged")) == 1, "no sessions.damaged")
     scene.stop()
-    scene.sh(f"rm {SESSIONS}*; mv /root/kept/* /var/lib/private/yap-text/")
+    scene.sh(f"rm {SESSIONS}*; mv /var/backups/kept/* /var/lib/private/yap-text/")
     scene.opens()
 
 

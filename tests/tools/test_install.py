@@ -512,8 +512,8 @@ def test_a_second_make_install_at_once_is_refused(tmp_path: Path) -> None:
 @pytest.mark.subprocess
 def test_make_install_refuses_what_the_units_could_not_see(tmp_path: Path) -> None:
     """Before it builds for minutes."""
-    done = Made(tmp_path, base="/root/.pyenv/versions/3.11").make()
-    assert done.returncode != 0 and "/root/.pyenv/versions/3.11 is below a home folder" in done.stderr
+    done = Made(tmp_path, base="/home/me/python").make()
+    assert done.returncode != 0 and "/home/me/python is below a home folder" in done.stderr
     done = Made(tmp_path).make(PREFIX="/home/me/yap-text")
     assert done.returncode != 0 and "/home/me/yap-text is below a home folder" in done.stderr
 
