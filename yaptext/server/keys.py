@@ -161,15 +161,15 @@ class Keys:
             yield
             return
         loop, wanted = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_signal_handler(signal.SIGHUP, wanted.set)
+        # Not the loop's own way: it lets go of a signal by its default, and one that comes just then ends the process.
+        before = signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(wanted.set))
         held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         task = asyncio.create_task(_reload_when(wanted, reload or self.reload))
         try:
             yield
         finally:
-            loop.remove_signal_handler(signal.SIGHUP)
-            if signal.SIGHUP in held_back:  # by threads that were born since it no longer is
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            # One that was held back no longer is: threads that were born since do not.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if signal.SIGHUP in held_back else before)
             task.cancel()
             await asyncio.wait([task])
 
