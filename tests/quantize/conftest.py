@@ -22,7 +22,7 @@ def _quiet() -> Iterator[None]:
         environment.setenv("OMP_NUM_THREADS", "1")  # tiny layers: threads cost more than they bring
         before = torch.get_num_threads()
         torch.set_num_threads(1)
-        awq._architecture("llama")  # imports autoawq without its farewell
+        awq.bring_autoawq()  # imports autoawq without its farewell
         yield
         torch.set_num_threads(before)
 

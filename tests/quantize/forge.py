@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 import matplotlib.backends.backend_agg
 from yaptext.quantize import awq, calibration, card, hub, job, progress, verify
-awq._architecture("llama")
+awq.bring_autoawq()
 awq._quantizer(print)
 from yaptext.cli import run
 

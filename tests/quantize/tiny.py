@@ -9,10 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from yaptext.quantize import awq, verify
-
-ARCHITECTURES = ("qwen2", "mistral", "llama")
-"""Those whose outlier channels `make_model` knows how to make."""
+from yaptext.quantize import awq, mapping, verify
 
 _VOCABULARY = 320
 _SHAPE: dict[str, Any] = {
@@ -30,6 +27,7 @@ _SHAPE: dict[str, Any] = {
 }
 _OWN: dict[str, dict[str, Any]] = {
     **{name: {"head_dim": 32} for name in ("mistral", "qwen3", "gemma")},
+    "helium": {"head_dim": 64},  # which it takes to be the hidden size's share
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
 }
 _TEMPLATE = (
@@ -52,31 +50,61 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(folder: Path, architecture: str, *, outliers: bool, **changes: Any) -> Path:
-    """Writes the model into `folder`. With `outliers` eight channels of each norm carry sixteen times as much, and the
-    layers after it sixteen times less: the function is the same, and plain rounding loses those channels."""
+    """Writes the model into `folder`. Eight channels of each norm carry eight times as much as the others, as in
+    trained models; with `outliers` sixteen times that, and the layers behind it sixteen times less: the function is the
+    same, and plain rounding loses those channels."""
     torch.manual_seed(3)
     shape = _SHAPE | _OWN.get(architecture, {}) | changes
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape)).float()
+    parts = mapping.MAPPINGS[architecture]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 scale = 1.0 if "embed" in name else 2.0 if "lm_head" in name else 1.2
                 parameter.normal_(0, scale / parameter.shape[1] ** (0.5 if "embed" not in name else 0.0))
-        for layer in model.model.layers if architecture in ARCHITECTURES else []:
-            attention, mlp = layer.self_attn, layer.mlp
+        for layer in model.model.layers:
+            readers = [getattr(layer.self_attn, name) for name in parts.attention]
+            gates = [getattr(layer.mlp, name) for name in parts.mlp]
             for norm, linears in (
-                (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
-                (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+                (parts.attention_norm, readers + gates if parts.parallel else readers),
+                (parts.mlp_norm, gates),
             ):
-                channels = torch.randperm(norm.weight.numel())[:8]
-                norm.weight[channels] *= 8  # as in trained models, a few channels say most
-                if outliers:
-                    norm.weight[channels] *= 16
-                    for linear in linears:
-                        linear.weight[:, channels] /= 16
+                if norm is not None:
+                    _raise(getattr(layer, norm), linears, 16 if outliers else 1)
+            if outliers and parts.attention_norm is None:  # no norm to begin with: the MLP's inner channels
+                channels = torch.randperm(gates[-1].out_features)[:8]
+                gates[-1].weight[channels] *= 16
+                layer.mlp.down_proj.weight[:, channels] /= 16
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def _raise(norm: Any, linears: list[Any], factor: int) -> None:
+    channels = torch.randperm(norm.weight.numel())[:8]
+    offset = 1 if "Gemma" in type(norm).__name__ else 0  # whose weight is what is added to one
+    norm.weight[channels] = (norm.weight[channels] + offset) * 8 * factor - offset
+    for linear in linears:
+        linear.weight[:, channels] /= factor
+
+
+def raise_values(folder: Path) -> None:
+    """Sixteen times as much in eight channels of each head's values, and sixteen times less behind them: the function
+    of the model in `folder` is the same."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shared = config.num_attention_heads // config.num_key_value_heads
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            values = attention.v_proj if hasattr(attention, "v_proj") else attention.qkv_proj
+            rows = values.weight[-config.num_key_value_heads * size :].view(-1, size, values.in_features)
+            columns = attention.o_proj.weight.view(-1, config.num_key_value_heads, shared, size)
+            channels = torch.randperm(size)[:8]
+            rows[:, channels] *= 16
+            columns[..., channels] /= 16
+    model.save_pretrained(folder)
 
 
 def blocks(count: int, size: int = 128, seed: int = 5) -> list[list[int]]:

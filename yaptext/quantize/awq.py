@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from yaptext.errors import QuantizeRefused
+from yaptext.quantize import mapping
+from yaptext.quantize.source import check_finite, load
 
-ARCHITECTURES = ("cohere", "gemma", "gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "stablelm")
-"""Model types that come out right. autoawq names more, and dies of today's transformers in the middle of each, or
-(gpt_neox, starcoder2) writes scaled activations that nobody else reads."""
 GROUP_SIZES = (128, 64, 32)
 _OUT_MULTIPLE = 64
 """vLLM's AWQ kernels compute this many outputs at once."""
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ's packing: nibble i of an int32 holds column `ORDER[i]` of its eight."""
+_MOVED, _MOVED_HALF = 1e-3, 5e-2
+"""How much scaling may change a layer's answer by rounding errors, relative, in 32 and in 16 bits."""
 KEPT_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -68,12 +69,12 @@ def plan(folder: Path, wanted: str = "auto") -> Plan:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    mapping.check_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config)
-    layers = _architecture(config.model_type).get_model_layers(model)
+    layers = model.model.layers
     linears = {
         f"{number}.{name}": module
         for number, layer in enumerate(layers)
@@ -99,22 +100,6 @@ def plan(folder: Path, wanted: str = "auto") -> Plan:
     return Plan(len(layers), fitting[0], 2 * (quantized + rest), int(quantized * bits / 8) + 2 * rest)
 
 
-def check_architecture(config: dict[str, Any]) -> None:
-    """Raises `QuantizeRefused` where the model of this config.json is of a kind that cannot be quantized."""
-    model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise QuantizeRefused(
-            f"autoawq cannot quantize the architecture {model_type!r}; it can do {', '.join(ARCHITECTURES)}"
-        )
-
-
-def _architecture(model_type: str) -> Any:
-    """autoawq's class for a model type."""
-    with warnings.catch_warnings(record=True):  # it says that it is archived, past every filter that is set
-        from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
-    return AWQ_CAUSAL_LM_MODEL_MAP[model_type]
-
-
 def quantize(
     source: Path,
     target: Path,
@@ -129,33 +114,16 @@ def quantize(
     `blocks` are calibration samples of one length each (token ids); `done` is called after each layer. Takes minutes.
     On CUDA one layer at a time is on the card; the rest waits in memory, as it was on disk.
     """
-    import torch
     from huggingface_hub import save_torch_state_dict
 
     # It names its logger after its file, and tells where it has saved what.
     logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    model_type = config["model_type"]
+    model = search(source, blocks, group_size, on_cuda=on_cuda, quantizer=_quantizer(done))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = _architecture(model_type).from_pretrained(
-            str(source),
-            model_type,
-            # Half precision is emulated on most CPUs: float is many times faster there.
-            torch_dtype="auto" if on_cuda else torch.float32,
-            trust_remote_code=False,
-            safetensors=any(source.glob("*.safetensors")),
-            device_map=None,
-        )
-        model.quantize(
-            tokenizer=None,
-            quant_config={"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
-            calib_data=blocks,
-            max_calib_samples=len(blocks),
-            max_calib_seq_len=len(blocks[0]),
-            quantizer_cls=_quantizer(done),
-        )
         model.model.half()  # what stays unquantized, in the type of the scales
+        check_finite(model.model)
         model.save_quantized(str(target))
     del model
     gc.collect()  # it and its quantizer hold each other; what is loaded next needs the room
@@ -169,9 +137,64 @@ def quantize(
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def search(
+    source: Path,
+    blocks: list[list[int]],
+    group_size: int,
+    *,
+    on_cuda: bool,
+    quantizer: type | None = None,
+    scales_alone: bool = False,
+) -> Any:
+    """autoawq's model of `source`, its `.model` quantized in place; with `scales_alone` scaled, and neither clipped nor
+    rounded: then it computes what it computed before."""
+    model = _wrapped(load(source, on_cuda=on_cuda))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.quantize(
+            tokenizer=None,
+            quant_config={"zero_point": True, "q_group_size": group_size, "w_bit": 4, "version": "GEMM"},
+            calib_data=blocks,
+            max_calib_samples=len(blocks),
+            max_calib_seq_len=len(blocks[0]),
+            quantizer_cls=quantizer or _quantizer(lambda layer: None),
+            export_compatible=scales_alone,
+            apply_clip=not scales_alone,
+        )
+    return model
+
+
+def bring_autoawq() -> None:
+    """Imports it without its farewell: it says that it is archived, past every filter that is set."""
+    with warnings.catch_warnings(record=True):
+        import awq.models  # noqa: F401
+
+
+def _wrapped(model: Any) -> Any:
+    """The model as autoawq takes it: with the groups of `mapping`."""
+    bring_autoawq()
+    from awq.models.llama import LlamaAWQForCausalLM
+    from awq.quantize import scale
+
+    model.config.use_cache = False  # or the layers' arguments would hold a cache that each trial fills
+    parts = mapping.MAPPINGS[model.config.model_type]
+    norm = type(getattr(model.model.layers[0], parts.attention_norm or "", None))
+    if norm.__name__ == "Cohere2LayerNorm" and norm not in scale.allowed_norms:
+        scale.allowed_norms.append(norm)  # a weight that multiplies, like the one of Cohere
+
+    class Model(LlamaAWQForCausalLM):  # type: ignore[misc]
+        @staticmethod
+        def get_layers_for_scaling(module: Any, input_feat: Any, module_kwargs: Any) -> list[dict[str, Any]]:
+            return mapping.groups(parts, module, input_feat, module_kwargs)
+
+    return Model(model, model.config.model_type, False, model.config, None, None)
+
+
 def _quantizer(done: Callable[[Layer], None]) -> type:
     """autoawq's quantizer, made safe on CPU, quick at clipping, and telling how far it is."""
     import torch
+
+    bring_autoawq()
     from awq.modules.linear import WQLinear_GEMM
     from awq.quantize.quantizer import AwqQuantizer
     from awq.utils.module import set_op_by_name
@@ -183,6 +206,34 @@ def _quantizer(done: Callable[[Layer], None]) -> type:
         def quantize(self) -> None:
             self.begun = time.monotonic()
             super().quantize()
+
+        def _get_input_feat(self, layer: Any, named_linears: Any) -> Any:
+            """Keeps what the layer makes of the first sample, too."""
+            before, arguments = self._first(self.inps), self._first(self._sanitize_kwargs(self.module_kwargs, layer))
+            found = super()._get_input_feat(layer, named_linears)
+            self.asked = (layer, before, arguments, self._first(self.inps))
+            return found
+
+        def _first(self, value: Any) -> Any:
+            """The first sample's part of what a layer is called with."""
+            if isinstance(value, dict):
+                return {name: self._first(part) for name, part in value.items()}
+            if isinstance(value, tuple):
+                return tuple(map(self._first, value))
+            if torch.is_tensor(value) and value.dim() > 1 and value.shape[0] == self.inps.shape[0]:
+                return value[:1].clone()
+            return value
+
+        def _search_best_clip(self, *args: Any, **kwargs: Any) -> Any:
+            """After the scaling, before anything is lost: the layer must still compute the same."""
+            layer, before, arguments, answer = self.asked
+            now = self._module_forward(before, layer.to(before.device), arguments)
+            moved = ((now - answer).float().norm() / answer.float().norm()).item()
+            if not moved < (_MOVED if answer.dtype is torch.float32 else _MOVED_HALF):
+                raise QuantizeRefused(
+                    f"scaling changes layer {self.finished} by {moved:.2%}: its groups do not fit this model"
+                )
+            return super()._search_best_clip(*args, **kwargs)
 
         def _compute_best_scale(self, *args: Any, **kwargs: Any) -> Any:
             """It backs the weights up with `.cpu()`, which on a CPU copies nothing: its trial scales would stick."""

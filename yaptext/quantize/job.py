@@ -277,7 +277,7 @@ def _fill(
     """Makes the result in `partial`. The source of `wanted` is completed as soon as it is known."""
     os.environ.update(_environment(settings))
     from yaptext.dialogue.toolset import ToolSet
-    from yaptext.quantize import awq, calibration, card, hub, verify
+    from yaptext.quantize import awq, calibration, card, hub, mapping, verify
     from yaptext.quantize.progress import Progress
 
     begun = time.monotonic()
@@ -294,7 +294,7 @@ def _fill(
         if kind != "float":
             made = "quantized" if kind == "other" else kind
             raise QuantizeRefused(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
-        awq.check_architecture(config)
+        mapping.check_architecture(config)
         tell = hub.log_progress("hub.downloading", task.source)
 
         def come(done: int, total: int) -> None:

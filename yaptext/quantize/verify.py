@@ -16,6 +16,7 @@ from typing import Any
 
 from yaptext.errors import QuantizeRefused
 from yaptext.quantize.awq import ORDER
+from yaptext.quantize.source import check_finite, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class Reference:
         self._folder, self._held_out, self._on_cuda = folder, held_out, on_cuda
         self._logprobs: list[Any] = []
         self._states: list[Any] = []
-        model = _load(folder, on_cuda=on_cuda)
+        model = load(folder, on_cuda=on_cuda)
+        check_finite(model)
         self.float = self._measure(model, on_cuda)
         for _, linear in quantized_linears(model):
             linear.weight.data = rounded(linear.weight.data, group_size)
@@ -71,7 +73,7 @@ class Reference:
 
     def compare(self, quantized: Path) -> Report:
         """Measures the AWQ checkpoint in the folder `quantized`."""
-        model = _load(self._folder, on_cuda=self._on_cuda)
+        model = load(self._folder, on_cuda=self._on_cuda)
         weights = fill(model, quantized)
         awq_bytes = _weight_bytes(quantized)
         return Report(
@@ -114,14 +116,6 @@ class Reference:
                 ]
         perplexity = math.exp(min(700.0, loss / (count - len(self._held_out))))
         return Quality(round(perplexity, 4), round(divergence / count, 6), round(same / count, 5), errors)
-
-
-def _load(folder: Path, *, on_cuda: bool) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = "auto" if on_cuda else torch.float32
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @contextmanager
