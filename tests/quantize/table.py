@@ -42,15 +42,15 @@ def served(source: Path, result: Path) -> str:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     told = next((line[5:] for line in run.stdout.splitlines() if line.startswith("TOLD ")), None)
     if told is None:
-        lines = [line for line in run.stderr.splitlines() if "Error" in line] or ["it ended without an answer"]
-        return "no: " + lines[-1].strip()[-120:]
+        lines = [line for line in run.stderr.splitlines() if "Error: " in line] or ["it ended without an answer"]
+        return "no: " + lines[0].rpartition("Error: ")[2].strip()[:160]
     model = load(source, on_cuda=False)
     verify.fill(model, result)
     with torch.inference_mode():
         logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
     expected = logprobs[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
     apart = (torch.tensor(json.loads(told)) - expected).abs().mean().item()
-    return "yes" if apart < 0.05 else f"no: {apart:.2f} nats away"
+    return f"{'yes' if apart < 0.1 else 'no'}, {apart:.3f} nats apart"
 
 
 def main() -> None:

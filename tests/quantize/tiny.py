@@ -27,8 +27,9 @@ _SHAPE: dict[str, Any] = {
 }
 _OWN: dict[str, dict[str, Any]] = {
     **{name: {"head_dim": 32} for name in ("mistral", "qwen3", "gemma")},
+    **{name: {"tie_word_embeddings": True} for name in ("cohere", "cohere2")},  # vLLM knows no other
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
     "helium": {"head_dim": 64},  # which it takes to be the hidden size's share
-    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
 }
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
