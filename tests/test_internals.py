@@ -133,7 +133,9 @@ USES = [
     # --- the rest
     Use("tokenizers.decoders", "DecodeStream", "engine/request.py", "none known", lambda module: module.DecodeStream(ids=[1], skip_special_tokens=True) is not None),
     Use("transformers.utils", "cached_file, logging", "engine/template.py, engine/demo.py", "none known", has("cached_file", "logging.disable_progress_bar")),
-    Use("huggingface_hub.utils.tqdm", "disable_progress_bars", "quantize/hub.py", "none known", has("disable_progress_bars")),
+    Use("huggingface_hub.utils.tqdm", "disable_progress_bars", "engine/hub.py", "none known", has("disable_progress_bars")),
+    Use("huggingface_hub.utils", "WeakFileLock, build_hf_headers, hf_raise_for_status, filter_repo_objects", "engine/download.py, quantize/hub.py", "none known", each(has("hf_raise_for_status"), takes("WeakFileLock", "timeout"), takes("build_hf_headers", "token"), takes("filter_repo_objects", "allow_patterns", "ignore_patterns"))),
+    Use("huggingface_hub.file_download", "blobs/ETAG and .locks/REPO/ETAG.lock in the cache", "engine/download.py", "none known", says('os.path.join(storage_folder, "blobs", etag)', 'f"{etag}.lock"')),
     Use("vllm.v1.engine.utils", "CoreEngineProcManager.processes", "engine/vllm.py", _PINNED, says("self.processes: list[BaseProcess]")),
     Use("vllm.v1.engine.core_client", "resources.engine_manager", "engine/vllm.py", _PINNED, says("self.resources.engine_manager = ")),
 ]  # fmt: skip

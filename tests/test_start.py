@@ -103,6 +103,7 @@ def test_the_reason_is_one_event_wherever_the_log_goes(
     ], ended.journal
     (event,) = ended.events("start.failed")
     assert all(words in event["reason"] for words in told) and event["exit_status"] == 2
+    assert event["hint"].endswith("yap-text doctor")
     assert [kept["reason"] for kept in ended.file if kept["event"] == "start.failed"] == [event["reason"]]
     status = ended.notified[-1]
     assert status.startswith("STATUS=The start failed: ") and all(words in status for words in told)
@@ -128,7 +129,7 @@ def test_a_very_long_reason_reaches_systemd(tmp_path: Path) -> None:
 
 @pytest.mark.subprocess
 def test_a_person_at_a_terminal_reads_plain_lines(tmp_path: Path) -> None:
-    """Without JSON and without a time."""
+    """Without JSON and without a time, and at last what else there is to do."""
     master, slave = pty.openpty()
     environment = os.environ | {"TOOLS_FILE": "/nowhere.json", "YAP_TEXT_STATE_DIR": str(tmp_path)}
     ended = subprocess.run([sys.executable, *SERVE], env=environment, stderr=slave, timeout=120, check=False)
@@ -136,7 +137,7 @@ def test_a_person_at_a_terminal_reads_plain_lines(tmp_path: Path) -> None:
     screen = os.read(master, 65_536).decode()
     os.close(master)
     assert ended.returncode == 2 and screen.startswith("yap-text: TOOLS_FILE='/nowhere.json'"), screen
-    assert screen.count("\n") == 1
+    assert screen.count("\n") == 2 and screen.rstrip().endswith("yap-text doctor")
 
 
 # Whether systemd tries again
@@ -158,6 +159,7 @@ def test_the_exit_status_says_whether_a_later_try_may_help(
     ended = start(tmp_path, sys.executable, "-c", BAD_ENGINES.format(error=error), PORT="0")
     (event,) = ended.events("start.failed")
     assert (ended.status, event["exit_status"], event["reason"]) == (status, status, reason)
+    assert ("hint" in event) == (status != 1), "of a crash the doctor knows nothing"
 
 
 @pytest.mark.subprocess

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from yaptext import __version__, keyfile
-from yaptext.errors import QuantizeError, SettingsError, YapError
+from yaptext.errors import QuantizeError, SettingsError, StartError, YapError
 from yaptext.settings import (
     FIRST_PASSED_FD,
     LOOPBACK,
@@ -50,7 +51,8 @@ def run(arguments: Sequence[str]) -> int:
         if parsed.command in (_serve, _quantize) and not sys.stderr.isatty():  # a unit's, not a person's
             lines += hidden_paths(str(error))
         if parsed.command is _serve:
-            _tell_operator(lines, error.exit_status)
+            more = _of_doctor() if isinstance(error, SettingsError | StartError) else None
+            _tell_operator(lines, error.exit_status, more=more)
         elif parsed.command is _quantize:
             _tell_operator(lines, error.exit_status, "quantize.failed", "Quantizing failed")
         else:
@@ -65,16 +67,27 @@ def run(arguments: Sequence[str]) -> int:
         raise
 
 
+def _of_doctor() -> str:
+    """What else a person can do about a start that fails: the command as it can be run from here."""
+    is_here = shutil.which("yap-text") is None and Path(sys.argv[0]).name == "yap-text"
+    return f"what is wrong with settings, models and this machine: {sys.argv[0] if is_here else 'yap-text'} doctor"
+
+
 def _tell(lines: list[str]) -> None:
     for line in lines:
         print(f"yap-text: {line}", file=sys.stderr)
 
 
 def _tell_operator(
-    lines: list[str], exit_status: int, event: str = "start.failed", headline: str = "The start failed"
+    lines: list[str],
+    exit_status: int,
+    event: str = "start.failed",
+    headline: str = "The start failed",
+    *,
+    more: str | None = None,
 ) -> None:
     """Why a unit fails: one event wherever the log goes, and the text that `systemctl status` shows. A person at a
-    terminal reads plain lines."""
+    terminal reads plain lines. `more` says what else there is to read."""
     import structlog
 
     from yaptext.observe import notify
@@ -83,9 +96,10 @@ def _tell_operator(
         _start_logs_anyway()
     reason = " | ".join(lines)
     if sys.stderr.isatty():
-        _tell(lines)
+        _tell([*lines, more] if more else lines)
     else:
-        structlog.get_logger(__name__).critical(event, reason=reason, exit_status=exit_status)
+        hint = {"hint": more} if more else {}
+        structlog.get_logger(__name__).critical(event, reason=reason, exit_status=exit_status, **hint)
     notify.notify(f"STATUS={headline}: {reason[:_MOST_STATUS]}")
 
 

@@ -472,6 +472,18 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Box], None]]] = {
     ),
     "no such folder": ("models.found.chat", "fail", "not a folder", variable(CHAT_MODEL="/srv/nothing")),
     "one model": ("models.found.tool", "fail", "TOOL_MODEL is not set", variable(TOOL_MODEL="")),
+    "certificates of another client": (
+        "network.certificates",
+        "warn",
+        "REQUESTS_CA_BUNDLE",
+        variable(REQUESTS_CA_BUNDLE="/etc/ssl/own.pem"),
+    ),
+    "certificates that are not there": (
+        "network.certificates",
+        "fail",
+        "/nowhere.pem is not there",
+        variable(SSL_CERT_FILE="/nowhere.pem"),
+    ),
     "no hub id": ("models.found.chat", "fail", "neither a folder nor a hub id", variable(CHAT_MODEL="a/b/c")),
     "not downloaded": ("models.found.chat", "warn", "--offline", variable(CHAT_MODEL="owner/name")),
     "cut off": ("models.files.chat", "fail", "cut off", half_a_model),
@@ -831,6 +843,40 @@ def hub(**changes: tuple[int, Any]) -> dict[str, tuple[int, Any]]:
     answers = {"api": (200, {"gated": "auto", "safetensors": {"parameters": {"BF16": 2**30}}}), "config": (200, CONFIG)}
     answers |= changes
     return {"/api/models/owner/name": answers["api"], "/owner/name/resolve/main/config.json": answers["config"]}
+
+
+TREE = [
+    {"type": "file", "path": "config.json", "size": 1000, "oid": "c0"},
+    {"type": "file", "path": "a.safetensors", "size": 3 * 10**9, "oid": "p1", "lfs": {"oid": "a1", "size": 3 * 10**9}},
+    {"type": "file", "path": "b.safetensors", "size": 2 * 10**9, "oid": "p2", "lfs": {"oid": "b2", "size": 2 * 10**9}},
+    {"type": "file", "path": "pytorch_model.bin", "size": 5 * 10**9, "oid": "p3"},
+]
+
+
+def test_what_is_left_to_download_is_told_and_whether_the_disk_takes_it(named: Box) -> None:
+    """By the hub's list of files and what lies in the cache, whole or in part."""
+    listing = {"/api/models/owner/name/tree/main?recursive=true": (200, TREE)}
+    blobs = named.root / "srv/hf/hub/models--owner--name/blobs"
+    with answering(hub() | listing) as (url, _):
+        named.environ["HF_ENDPOINT"] = url
+        finding = named.found("models.download.chat", offline=False)
+        assert (finding.status, finding.found[:37]) == ("ok", "5.0 GB of 5.0 GB are to be downloaded"), finding
+        blobs.mkdir(parents=True)
+        for name, bytes_ in (("c0", 1000), ("a1", 3 * 10**9), ("b2.incomplete", 5 * 10**8)):
+            with (blobs / name).open("wb") as sparse:
+                sparse.truncate(bytes_)
+        assert "1.5 GB of 5.0 GB" in named.found("models.download.chat", offline=False).found
+        (blobs / "b2.incomplete").rename(blobs / "b2")
+        assert "all 5.0 GB are in the cache" in named.found("models.download.chat", offline=False).found
+        (blobs / "a1").unlink()
+        named.free_bytes = 2_900_000_000
+        finding = named.found("models.download.chat", offline=False)
+    assert (finding.status, "3.0 GB of 5.0 GB" in finding.found, "2.9 GB are free" in finding.found) == (
+        "fail",
+        True,
+        True,
+    )
+    assert "HF_HOME" in (finding.remedy or "")
 
 
 def test_a_model_of_the_hub_is_measured_before_it_is_downloaded(named: Box) -> None:

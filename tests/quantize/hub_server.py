@@ -79,9 +79,11 @@ class Commit:
 
 @dataclass
 class Repo:
-    """`gated` repositories tell anyone what they hold, and give files only to the accounts in `admitted`."""
+    """`gated` repositories tell anyone what they hold, and give files only to the accounts in `admitted`. `names_xet`:
+    its list of files tells hashes of Xet storage for the large ones."""
 
     private: bool = False
+    names_xet: bool = False
     gated: bool = False
     admitted: set[str] = field(default_factory=set)
     branches: dict[str, list[Commit]] = field(default_factory=dict)
@@ -112,6 +114,7 @@ class Fault:
     reset: bool = False
     late: bool = False
     message: str = "out of order"
+    retry_after: str | None = None
 
 
 @dataclass
@@ -134,7 +137,7 @@ class HubServer:
 
     def __init__(self) -> None:
         self._port = 0
-        self._closing = threading.Event()
+        self.closing = threading.Event()
         self.reset()
         self._listen()
 
@@ -146,12 +149,15 @@ class HubServer:
         self.requests: list[Request] = []
         self.flipped: set[str] = set()
         """Files that lose a bit when they are stored."""
+        self.bytes_per_s: int | None = None
+        """Of the body of one answer; None: as fast as it goes."""
+        self.knows_ranges = True
 
     def __enter__(self) -> HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.set()
+        self.closing.set()
         self._close()
 
     @property
@@ -162,8 +168,10 @@ class HubServer:
     def down(self) -> Iterator[None]:
         """Nobody listens on the port."""
         self._close()
-        yield
-        self._listen()
+        try:
+            yield
+        finally:
+            self._listen()
 
     def add(self, name: str, files: dict[str, bytes], **traits: Any) -> Repo:
         """A repository with one commit, its safetensors in LFS."""
@@ -183,7 +191,7 @@ class HubServer:
         return None
 
     def wait_for_the_end(self) -> None:
-        self._closing.wait(60)
+        self.closing.wait(60)
 
     def _listen(self) -> None:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -229,10 +237,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._cut()
             self.body = self.rfile.read(length)
             if self.fault and self.fault.status:
-                raise Refused(self.fault.status, self.fault.message)
+                raise Refused(self.fault.status, self.fault.message, retry_after=self.fault.retry_after or "")
             self._route()
         except Refused as refused:
             headers = {"X-Error-Code": refused.code} if refused.code else {}
+            if after := refused.fields.pop("retry_after", ""):
+                headers["Retry-After"] = after
             self._send(refused.status, json.dumps({"error": str(refused), **refused.fields}).encode(), headers)
         except ConnectionError:
             self.close_connection = True  # the client is gone
@@ -259,7 +269,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault and self.fault.cut is not None:
             self.wfile.write(body[: self.fault.cut])
             return self._cut()
-        self.wfile.write(body)
+        if self.hub.bytes_per_s is None:
+            self.wfile.write(body)
+            return
+        for at in range(0, len(body), piece := max(1, self.hub.bytes_per_s // 20)):
+            self.wfile.write(body[at : at + piece])
+            if self.hub.closing.wait(0.05):
+                return self._cut()
 
     def _cut(self) -> None:
         self.close_connection = True
@@ -320,8 +336,12 @@ class _Handler(BaseHTTPRequestHandler):
         return {"id": name, "sha": commit.sha, "private": repo.private, "gated": repo.gated, "siblings": siblings}
 
     def tree(self, name: str, revision: str) -> None:
-        commit = self._commit(self._repo(name), revision)
-        self._send(200, json.dumps([file.entry(path) for path, file in commit.files.items()]).encode())
+        repo = self._repo(name)
+        entries = [file.entry(path) for path, file in self._commit(repo, revision).files.items()]
+        for entry in entries:
+            if repo.names_xet and "lfs" in entry:
+                entry["xetHash"] = sha256(entry["oid"].encode())
+        self._send(200, json.dumps(entries).encode())
 
     def auth_check(self, name: str, write: str) -> dict[str, Any]:
         self._repo(name, write=bool(write))
@@ -405,10 +425,11 @@ class _Handler(BaseHTTPRequestHandler):
         file = commit.files[path]
         headers = {"ETag": f'"{file.oid}"', "X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes"}
         body, status = file.data, 200
-        if self.request_of.range:
-            start = int(self.request_of.range.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            body, status = body[start:], 206
+        if self.request_of.range and self.hub.knows_ranges:
+            first, last = self.request_of.range.removeprefix("bytes=").split("-")
+            start, end = int(first), min(int(last or len(body)), len(body) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(body)}"
+            body, status = body[start : end + 1], 206
         self._send(status, body, headers)
 
 

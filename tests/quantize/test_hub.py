@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from quantize.hub_server import TOKEN, Account, Fault, HubServer, sha256
 
-from yaptext.quantize.hub import PAUSES_S, log_progress
+from yaptext.engine.hub import PAUSES_S
+from yaptext.quantize.hub import log_progress
 
 pytestmark = pytest.mark.subprocess
 SHARDS = {f"model-0000{n}-of-00002.safetensors": bytes([n]) * 300_000 for n in (1, 2)}
@@ -48,6 +49,8 @@ import json, os, sys, time
 from types import SimpleNamespace
 from pathlib import Path
 import huggingface_hub._snapshot_download, huggingface_hub.hf_api, huggingface_hub._commit_api
+from yaptext.engine import download
+from yaptext.engine import hub as engine_hub
 from yaptext.observe import logs
 from yaptext.quantize import hub
 from yaptext.settings import Settings
@@ -57,9 +60,9 @@ def run(job):
     logs.configure(level="info", format="json", journald=False)
     time.sleep = lambda _: None  # the pauses of the client, which has tries of its own within each of ours
     for name, value in job["patch"].items():
-        setattr(hub, name, value)
+        setattr(engine_hub, name, value)
     if "free" in job:
-        hub.shutil.disk_usage = lambda _: SimpleNamespace(free=job["free"])
+        download.shutil.disk_usage = lambda _: SimpleNamespace(free=job["free"])
     pauses, progress, result = [], [], {}
     given = {"pause": pauses.append} if job["call"] != "cached_revision" else {}
     if job["progress"]:
@@ -243,13 +246,12 @@ def test_a_model_without_safetensors_is_refused(hub: HubServer, client: Client) 
 def test_a_full_disk_is_noticed_before_the_download(hub: HubServer, client: Client) -> None:
     """The line has what is needed and what is free; where it fills up all the same, nothing is tried again."""
     hub.add("maker/model", MODEL)
-    needed = sum(map(len, MODEL.values()))
     client("download", "maker/model", free=1000).refuses(
-        f"maker/model needs {needed} bytes more", "1000 are free", kind="QuantizeDelayed"
+        f"maker/model needs 600.2 kB more in {client.cache}, and 1.0 kB are free", "HF_HOME", kind="QuantizeDelayed"
     )
     assert not hub.asked("^GET .*safetensors$")
     client("download", "maker/model", stop=100, errno=errno.ENOSPC).refuses(
-        "maker/model: OSError: [Errno 28] No space", kind="QuantizeDelayed"
+        "maker/model: OSError: [Errno 28] No space", f"Free some of {client.cache}", kind="QuantizeDelayed"
     )
 
 
@@ -260,8 +262,10 @@ def test_a_broken_stream_goes_on_where_it_broke(hub: HubServer, client: Client) 
     hub.faults.append(Fault("^GET .*/model.safetensors", cut=15_000_000))
     result = client("download", "maker/model")
     assert (Path(result.value[0]) / "model.safetensors").read_bytes() == weights
-    ranges = [request.range for request in hub.asked("^GET .*/model.safetensors")]
-    assert ranges == [None, "bytes=10485760-"], "what had not filled the client's 10 MiB is fetched again"
+    first, second = [request.range for request in hub.asked("^GET .*/model.safetensors")]
+    assert first is None and second is not None
+    (broken,) = result.events("download.broken")
+    assert second == f"bytes={broken['at_bytes']}-" and 13_900_000 < broken["at_bytes"] <= 15_000_000
     assert result.pauses == []
 
 
@@ -279,7 +283,7 @@ def test_the_next_try_keeps_whole_files(hub: HubServer, client: Client) -> None:
 def test_progress_goes_from_what_is_there_to_the_end(hub: HubServer, client: Client) -> None:
     """Bytes done and bytes in all; what an earlier run fetched counts from the first call on."""
     hub.add("maker/model", MODEL)
-    total = sum(map(len, MODEL.values()))
+    total = sum(map(len, set(MODEL.values())))  # what two files hold comes once
     progress = client("download", "maker/model", progress=True).progress
     done = [done for done, _ in progress]
     assert {total for _, total in progress} == {total}
@@ -297,11 +301,15 @@ def test_the_journal_has_lines_and_nothing_else(hub: HubServer, client: Client) 
     """No bar of the client stands between the JSON lines."""
     hub.add("maker/model", MODEL)
     result = client("download", "maker/model")
-    total = sum(map(len, MODEL.values()))
-    first, *_, last = result.events("hub.downloading")
-    assert first["repo"] == "maker/model" and first["total_bytes"] == total
-    assert last["done_bytes"] == total and last["left_s"] == 0
-    assert {line["event"] for line in result.lines} == {"hub.downloading", "hub.downloaded"}
+    total, files = sum(map(len, set(MODEL.values()))), len(set(MODEL.values()))
+    (first,), (last,) = result.events("download.started"), result.events("download.finished")
+    named = {"models": ["maker/model"], "files": files, "bytes": total}
+    assert (named | {"there_bytes": 0}).items() <= first.items() and named.items() <= last.items()
+    told = {line["file"]: line["bytes"] for line in result.events("download.file")}
+    assert len(told) == files and all(len(MODEL[name]) == bytes_ for name, bytes_ in told.items())
+    events = {"download.started", "download.file", "download.finished", "hub.downloaded"}
+    assert {line["event"] for line in result.lines} == events
+    assert {line["event"] for line in client("download", "maker/model").lines} == {"hub.downloaded"}
 
 
 def test_a_line_every_ten_seconds_says_how_long_it_takes() -> None:
@@ -309,7 +317,7 @@ def test_a_line_every_ten_seconds_says_how_long_it_takes() -> None:
     import structlog
 
     now = iter([0.0, 4.0, 10.0, 15.0, 20.0, 21.0])
-    tell = log_progress("hub.downloading", "maker/model", clock=lambda: next(now))
+    tell = log_progress("hub.uploading", "maker/model", clock=lambda: next(now))
     with structlog.testing.capture_logs() as lines:
         for done in (500, 510, 520, 600, 700, 1000):
             tell(done, 1000)
@@ -363,13 +371,17 @@ def test_an_offline_client_does_not_ask(hub: HubServer, client: Client) -> None:
 
 
 def test_a_download_ends_where_its_progress_does(hub: HubServer, client: Client) -> None:
-    """How a job that is told to stop gets its files on their way to stop, too; the next run has what was whole."""
+    """How a job that is told to stop gets its files on their way to stop, too; the next run begins there."""
     weights = os.urandom(40_000_000)
     hub.add("maker/model", {"config.json": b"{}", "model.safetensors": weights})
     assert client("download", "maker/model", stop=15_000_000).error == "KeyboardInterrupt"
-    assert not list(client.cache.glob("*/blobs/*.incomplete")), "no half file is left"
+    (part,) = client.cache.glob("*/blobs/*.incomplete")
+    there = part.stat().st_size
+    assert 15_000_000 <= there < 17_000_000
     result = client("download", "maker/model", progress=True)
-    assert result.error is None and result.progress[0] == [2, 40_000_002]
+    assert result.error is None and result.progress[0] == [there + 2, 40_000_002]
+    assert hub.asked("^GET .*/model.safetensors")[-1].range == f"bytes={there}-"
+    assert (Path(result.value[0]) / "model.safetensors").read_bytes() == weights and not part.exists()
 
 
 def test_a_peek_fetches_the_config_alone(hub: HubServer, client: Client) -> None:

@@ -382,7 +382,7 @@ def test_a_signal_ends_a_download(forge: Forge, tmp_path: Path, hub: HubServer) 
     hub.add("maker/model", {"config.json": b'{"model_type": "llama"}', "model.safetensors": bytes(50_000_000)})
     bench = Bench(forge, tmp_path / "state", "maker/model", HF_HOME=str(tmp_path / "hf"))
     ending = (
-        "import os, signal, threading; from yaptext.quantize import hub\n"
+        "import os, signal, threading; from yaptext.engine import underway\n"
         "came, install = threading.Event(), signal.signal\n"
         "def hearing(number, handler):\n"
         "    def heard(*given):\n"
@@ -390,12 +390,10 @@ def test_a_signal_ends_a_download(forge: Forge, tmp_path: Path, hub: HubServer) 
         "        finally: came.set()\n"
         "    return install(number, heard if callable(handler) else handler)\n"
         "signal.signal = hearing\n"
-        "def telling(*given):\n"
-        "    def first(done, total):\n"
-        "        if threading.current_thread() is threading.main_thread() or came.is_set(): return\n"
-        "        os.kill(os.getpid(), signal.SIGTERM); came.wait(30)\n"
-        "    return first\n"
-        "hub.log_progress = telling"
+        "def first(self, size):\n"
+        "    if threading.current_thread() is threading.main_thread() or came.is_set(): return\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); came.wait(30)\n"
+        "underway.Teller.came = first"
     )
     job = bench.start(before=ending)
     assert job.end() == 143, job.events

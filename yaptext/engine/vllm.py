@@ -232,6 +232,7 @@ def open_engines(settings: Settings) -> Engines:
         _log.warning(
             "demo.serving", model=demo.NAME, hint="no model is configured; set CHAT_MODEL and TOOL_MODEL for real use"
         )
+    _bring(settings, chosen, lacking if optional else None)
     awq = all(checkpoint.kind == "awq" for checkpoint in chosen.values())
     shared = len(chosen) == 2 and chosen["chat"].source == chosen["tool"].source and settings.share_engine
     if shared:
@@ -246,6 +247,20 @@ def open_engines(settings: Settings) -> Engines:
         demo=is_demo,
         lacking=str(lacking[0])[:200] if lacking else None,
     )
+
+
+def _bring(settings: Settings, chosen: dict[Role, weights.Checkpoint], lacking: list[StartError] | None) -> None:
+    """Downloads what engines will open. `lacking` takes the reason why the tool model, which then is not chosen, cannot
+    be had; None if that ends the start."""
+    if lacking is None or "tool" not in chosen:
+        weights.bring(settings, chosen)
+        return
+    weights.bring(settings, {role: checkpoint for role, checkpoint in chosen.items() if role != "tool"})
+    try:
+        weights.bring(settings, {"tool": chosen["tool"]})
+    except StartError as error:
+        lacking.append(error)
+        del chosen["tool"]
 
 
 def _open_all(

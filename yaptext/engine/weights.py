@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import structlog
 
-from yaptext.engine import shelf
+from yaptext.engine import download, shelf
+from yaptext.engine import hub as hubs
 from yaptext.engine.base import Role
 from yaptext.engine.codec import HubCodec
 from yaptext.engine.template import template_file
-from yaptext.errors import SettingsError, StartError, StartRefused, YapError
+from yaptext.errors import StartError, StartRefused, YapError
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -184,7 +185,7 @@ def open_codec(settings: Settings, source: str, *, max_model_len: int | None = N
         config = read_config(settings, source)
         generation = _generation_config(settings, source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, token=hub_token(settings))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, token=hubs.hub_token(settings))
     except Exception as error:  # of dozens of types, as the hub client's below
         raise _unread(error)(f"cannot read the tokenizer of {source}: {_detail(error)}") from error
     ends = [(config.get("text_config") or config).get("eos_token_id"), generation.get("eos_token_id")]
@@ -245,7 +246,9 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
         raise
     except Exception as error:  # the hub client raises dozens of types; all mean the same here
         where = f"{source}{_setting_of(settings, source)}"
-        raise _unread(error)(f"cannot read the config of {where}: {_detail(error)}") from error
+        known, unit = settings.hf_token is not None, is_unit(settings)
+        line = hubs.access_line(error, source, where, known=known, is_unit=unit)
+        raise _unread(error)(line or f"cannot read the config of {where}: {_detail(error)}") from error
     if not isinstance(config, dict):
         raise StartRefused(f"the config.json of {source} is not an object")
     return config
@@ -259,13 +262,22 @@ def _setting_of(settings: Settings, source: str) -> str:
 
 
 def _detail(error: Exception) -> str:
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"it is not in the cache, and the hub {constants.ENDPOINT} does not answer. Check the network"
+        return f"it is not in the cache, and {_why_away()}"
     if isinstance(error, PermissionError) and error.filename and (told := _closed(Path(os.fsdecode(error.filename)))):
         return told
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _why_away() -> str:
+    """Why the hub is not asked, and what to do."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE and not _left:
+        return "HF_HUB_OFFLINE is set. Unset it, or copy the model into the cache"
+    return f"the hub {hubs.endpoint()} does not answer. Check the network"
 
 
 def _closed(path: Path) -> str | None:
@@ -309,8 +321,8 @@ def _read_json(settings: Settings, source: str, name: str) -> Any:
         raise StartRefused(f"{source} is not a folder{_setting_of(settings, source)}{f': {closed}' if closed else ''}")
     from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
 
-    logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already
-    return json.loads(Path(hf_hub_download(source, name, token=hub_token(settings))).read_text(encoding="utf-8"))
+    hubs.prepare(settings)
+    return json.loads(Path(hf_hub_download(source, name, token=hubs.hub_token(settings))).read_text(encoding="utf-8"))
 
 
 def _generation_config(settings: Settings, source: str) -> dict[str, Any]:
@@ -330,6 +342,7 @@ def leave_hub_if_down(settings: Settings) -> None:
         return
     from huggingface_hub import constants, get_session
 
+    _left.clear()
     if constants.HF_HUB_OFFLINE:
         return
     try:
@@ -339,14 +352,34 @@ def leave_hub_if_down(settings: Settings) -> None:
         failure = f"status {status}"
     except Exception as error:  # dozens of types, as below
         failure = type(error).__name__
-    _log.warning("hub.down", hub=constants.ENDPOINT, failure=failure, hint="models come from the cache")
+    _log.warning("hub.down", hub=hubs.endpoint(), failure=failure, hint="models come from the cache")
     constants.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"
+    _left.append(failure)
 
 
-def hub_token(settings: Settings) -> str | None:
-    """`HF_TOKEN` as it may go into a header: an error of the client would quote any other. Raises `SettingsError`."""
-    token = settings.hf_token.get_secret_value().strip() if settings.hf_token else ""
-    if token and not re.fullmatch(r"[!-~]+", token):
-        raise SettingsError("HF_TOKEN=(hidden) is not allowed: a token is one word of printable ASCII")
-    return token or None
+_left: list[str] = []
+"""Why this process left the hub. Without a reason, HF_HUB_OFFLINE is the user's own."""
+
+
+def bring(settings: Settings, chosen: Mapping[Role, Checkpoint]) -> None:
+    """Downloads what the chosen checkpoints lack, so that engines find it in the cache: with progress, which they would
+    not tell. Raises `StartError` with the model and what to do."""
+    sources = list(dict.fromkeys(one.source for one in chosen.values() if not shelf.is_folder(one.source)))
+    if not sources:
+        return
+    from huggingface_hub import constants
+
+    hub = hubs.Hub(settings, StartRefused, StartError)
+    labels = {source: f"{source}{_setting_of(settings, source)}" for source in sources}
+    if constants.HF_HUB_OFFLINE:
+        for source in sources:
+            if lacking := download.weights_lacking_in_cache(hub, source):
+                of = f"{len(lacking)} files of {labels[source]}, among them {lacking[0]}"
+                raise StartError(f"{hub.cache} lacks {of}, and {_why_away()}")
+        return
+    plans = []
+    for source in sources:
+        find = partial(download.plan, hub, source, download.engine_files, label=labels[source])
+        plans.append(hub.ask(source, "read", find, label=labels[source]))
+    download.bring(hub, plans)

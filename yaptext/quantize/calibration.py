@@ -25,7 +25,8 @@ from yaptext.dialogue.prompt import ChatPrompts, Limits
 from yaptext.dialogue.toolprompt import ToolPrompts, dumps
 from yaptext.dialogue.toolset import ToolSet
 from yaptext.engine.base import Codec, Role
-from yaptext.engine.weights import hub_token, stays
+from yaptext.engine.hub import hub_token
+from yaptext.engine.weights import stays
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError, YapError
 from yaptext.files import read_file
 from yaptext.settings import Settings

@@ -1,42 +1,31 @@
 """The Hugging Face Hub: float models come from it, AWQ folders go to it.
 
-The client keeps what it fetched file by file: a later run goes on after the last whole file, and a stream that breaks
-goes on where it broke while the process lives. What was uploaded the hub keeps by content.
+What was uploaded the hub keeps by content; downloads are those of every command (`engine.download`).
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
 import os
 import re
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import huggingface_hub as client  # loads its parts, and reads its variables, at their first use
 import structlog
 
 from yaptext.engine.base import Role
-from yaptext.engine.weights import hub_token
+from yaptext.engine.download import Read, bars, bring, plan
+from yaptext.engine.hub import Hub, Pause, cache, hub_token, is_unanswered, reason_of
+from yaptext.engine.underway import Progress
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError
 from yaptext.settings import Settings
 
 T = TypeVar("T")
-Pause = Callable[[float], None]
-Progress = Callable[[int, int], None]
-"""Called with the bytes done, what was there before included, and the bytes in all; never by two threads at once.
-What it raises ends the transfer after the piece it is at: a signal alone waits for every file that is on its way."""
 
-PAUSES_S = (5.0, 20.0)
-"""Between the three tries."""
-SILENCE_S = 120.0
-"""A hub that says nothing for this long counts as unreachable; of itself the client would wait for ever."""
 WANTED = """config.json generation_config.json tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json
     *.model chat_template* *.jinja *.safetensors *.safetensors.index.json README.md LICEN[CS]E* licen[cs]e* NOTICE*
     USE_POLICY*"""
@@ -67,14 +56,16 @@ class Pushed(NamedTuple):
 def download(source: str, settings: Settings, *, progress: Progress | None = None, pause: Pause = time.sleep) -> Source:
     """The model `source`, a hub id or a folder; of a hub id the files that quantizing needs, and no others.
 
-    Without `progress` the journal gets a line every ten seconds. Where the hub cannot be reached, a model that lies
-    whole in the cache is taken. Raises `SettingsError` if the hub says no, `QuantizeRefused` for a model without
-    weights, and `QuantizeDelayed`: one line with the model's name and what to do.
+    If the hub cannot be reached, a model that lies whole in the cache is taken. Raises `SettingsError` if the hub says
+    no, `QuantizeRefused` for a model without weights, and `QuantizeDelayed`: one line with the model's name and what
+    to do.
     """
     folder, local = Path(source), os.path.isdir(source)
     if not local:
-        tell = progress or log_progress("hub.downloading", source)
-        folder = _snapshot(source, settings, WANTED.split(), _has_weights, tell, pause)
+        hub = _hub(settings, pause)
+        attempt = partial(_or_cached, hub, source, WANTED.split(), _has_weights, lambda: plan(hub, source, _wanted))
+        found = hub.ask(source, "read", attempt)
+        folder = found if isinstance(found, Path) else bring(hub, [found], progress=progress)[0]
     if not _has_weights(folder):
         raise QuantizeRefused(f"{source} has no model.safetensors, whole or in shards: name a model that has")
     if local:
@@ -87,7 +78,9 @@ def peek_config(source: str, settings: Settings, *, pause: Pause = time.sleep) -
     """The config.json of a hub id or a folder; of a hub id nothing else is fetched. Raises as `download`."""
     folder = Path(source)
     if not os.path.isdir(source):  # where Path.is_dir raises, in a folder that is closed to us, it is none
-        folder = _snapshot(source, settings, ["config.json"], _has_config, lambda done, total: None, pause)
+        hub, only = _hub(settings, pause), ["config.json"]
+        fetch = partial(_snapshot, hub, source, only)
+        folder = hub.ask(source, "read", lambda: _or_cached(hub, source, only, _has_config, fetch))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -102,7 +95,7 @@ def cached_revision(source: str, settings: Settings) -> str | None:
 
     Asks nobody and reads one file of 40 bytes; the client's constants, all that is loaded for it, take 20 ms.
     """
-    repo = _cache(settings) / f"models--{source.replace('/', '--')}"
+    repo = cache(settings) / f"models--{source.replace('/', '--')}"
     try:
         revision = (repo / "refs" / "main").read_text().strip()
     except OSError:
@@ -110,50 +103,36 @@ def cached_revision(source: str, settings: Settings) -> str | None:
     return revision if (repo / "snapshots" / revision).is_dir() else None
 
 
-def _snapshot(
-    source: str, settings: Settings, wanted: list[str], whole: Callable[[Path], bool], tell: Progress, pause: Pause
-) -> Path:
-    api, cache = _client(settings), _cache(settings)
-    patterns: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": UNWANTED}
-    fetch: Callable[..., Any] = partial(client.snapshot_download, source, cache_dir=cache, token=api.token, **patterns)
+def _wanted(paths: Sequence[str], _: Read) -> list[str]:
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-    def fetch_missing() -> Path:
-        plan = fetch(dry_run=True)
-        total = sum(file.file_size or 0 for file in plan)
-        missing = sum(file.file_size or 0 for file in plan if file.will_download)
-        cache.mkdir(parents=True, exist_ok=True)
-        if missing > (free := shutil.disk_usage(cache).free):
-            raise QuantizeDelayed(f"{source} needs {missing} bytes more in {cache}, and {free} are free")
-        done = total - missing
+    return list(filter_repo_objects(paths, allow_patterns=WANTED.split(), ignore_patterns=UNWANTED))
 
-        def come(bytes_: int) -> None:
-            nonlocal done
-            done = min(total - missing + bytes_, total)
-            tell(done, total)
 
-        if missing:
-            tell(done, total)
-        folder = Path(fetch(tqdm_class=_bars(come)))
-        if done < total:  # files of the same content come once
-            tell(total, total)
-        return folder
+def _snapshot(hub: Hub, source: str, patterns: list[str], *, local: bool = False) -> Path:
+    """By the client alone, without a word."""
+    given: dict[str, Any] = {"cache_dir": hub.cache, "token": hub.api.token, "local_files_only": local}
+    given |= {"allow_patterns": patterns, "ignore_patterns": UNWANTED, "tqdm_class": bars(lambda _: None)}
+    return Path(client.snapshot_download(source, **given))
 
-    def fetch_or_find() -> Path:
+
+def _or_cached(
+    hub: Hub, source: str, patterns: list[str], whole: Callable[[Path], bool], attempt: Callable[[], T]
+) -> T | Path:
+    """What `attempt` returns, or if the hub gave no answer, a folder of the cache that is `whole`."""
+    try:
+        return attempt()
+    except Exception as error:  # whatever it was: a hub that gave no answer does not stop who needs none
+        if not is_unanswered(error):
+            raise
         try:
-            return fetch_missing()
-        except Exception as error:  # whatever it was: a hub that gave no answer does not stop who needs none
-            if not _unanswered(error):
-                raise
-            try:
-                found = Path(fetch(local_files_only=True))
-            except client.errors.LocalEntryNotFoundError:
-                raise error from error.__cause__
-            if not whole(found):
-                raise
-            log.warning("hub.unreachable", repo=source, error=_reason(error, api), cached=found.name)
-            return found
-
-    return _ask(api, source, "read", fetch_or_find, pause)
+            found = _snapshot(hub, source, patterns, local=True)
+        except client.errors.LocalEntryNotFoundError:
+            raise error from error.__cause__
+        if not whole(found):
+            raise
+        log.warning("hub.unreachable", repo=source, error=reason_of(error, hub.api.token), cached=found.name)
+        return found
 
 
 def _has_config(folder: Path) -> bool:
@@ -189,7 +168,8 @@ def check(settings: Settings, roles: Iterable[Role] | None = None, *, pause: Pau
     branch = settings.hf_awq_branch
     if not re.fullmatch(r"\w[\w./-]*", branch) or ".." in branch or branch.endswith(("/", ".", ".lock")):
         raise SettingsError(f"HF_AWQ_BRANCH={branch!r} is not allowed: git has no such branches")
-    api = _client(settings, writes=True)
+    hub = _hub(settings, pause, writes=True)
+    api = hub.api
 
     def is_there(repo: str) -> bool:
         try:
@@ -200,11 +180,11 @@ def check(settings: Settings, roles: Iterable[Role] | None = None, *, pause: Pau
             return False
         return True
 
-    account = _ask(api, "the hub", "use", api.whoami, pause)
+    account = hub.ask("the hub", "use", api.whoami)
     if _access(account).get("role") == "read":
         raise SettingsError("HF_TOKEN is a read token, and HF_AWQ_PUSH=1 needs one that may write")
     for role, repo in repos.items():
-        if _ask(api, repo, "write to", partial(is_there, repo), pause):
+        if hub.ask(repo, "write to", partial(is_there, repo)):
             continue
         name = f"HF_AWQ_{role.upper()}_REPO={repo}"
         if not settings.hf_awq_allow_create:
@@ -224,7 +204,8 @@ def upload(
     then holds other bytes.
     """
     repo, branch, message = _repo(settings, role), settings.hf_awq_branch, _message(folder, role, settings)
-    api = _client(settings, writes=True)
+    hub = _hub(settings, pause, writes=True)
+    api = hub.api
     tell = progress or log_progress("hub.uploading", repo)
 
     def changes(revision: str) -> list[client.CommitOperationAdd | client.CommitOperationDelete]:
@@ -256,7 +237,7 @@ def upload(
             raise QuantizeDelayed(f"{repo} holds other bytes than {folder} at {commit.oid}: {wrong}")
         return Pushed(commit.commit_url, commit.oid, len(operations))
 
-    pushed = _ask(api, repo, "write to", push, pause)
+    pushed = hub.ask(repo, "write to", push)
     log.info("hub.uploaded", repo=repo, branch=branch, **pushed._asdict())
     return pushed
 
@@ -304,124 +285,10 @@ def _may_not_create(account: dict[str, Any], owner: str) -> str | None:
 # --- the client
 
 
-def _client(settings: Settings, *, writes: bool = False) -> client.HfApi:
-    token = hub_token(settings)
-    if writes and not token:
+def _hub(settings: Settings, pause: Pause, *, writes: bool = False) -> Hub:
+    if writes and not hub_token(settings):
         raise SettingsError("HF_AWQ_PUSH=1 needs HF_TOKEN: a token that may write")
-    _cache(settings)  # sets the client's variables before they are read
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()  # where they had been read already
-    logging.getLogger("huggingface_hub").handlers.clear()  # ours, at the root, writes its lines already
-    for quoting in ("huggingface_hub", "httpx2"):  # signed addresses; what went wrong is told in `_ask`
-        logging.getLogger(quoting).setLevel(logging.ERROR)
-    return client.HfApi(token=token)
-
-
-def _cache(settings: Settings) -> Path:
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    if settings.hf_home:
-        os.environ["HF_HOME"] = str(settings.hf_home)
-    if settings.hf_xet_high_performance:
-        os.environ["HF_XET_HIGH_PERFORMANCE"] = "1"
-    from huggingface_hub import constants
-
-    if settings.hf_home and settings.hf_home.expanduser() != Path(constants.HF_HOME):
-        return settings.hf_home.expanduser() / "hub"  # someone in this process used the client before
-    return Path(constants.HF_HUB_CACHE)
-
-
-def _ask(api: client.HfApi, repo: str, doing: str, attempt: Callable[[], T], pause: Pause) -> T:
-    """What `attempt` returns, tried three times while its errors may pass. Raises `SettingsError` where the hub says no
-    and `QuantizeDelayed` else, both without a cause: the client's errors quote signed addresses."""
-    import httpx2  # what the client speaks HTTP with
-
-    for wait in (*PAUSES_S, None):
-        hooks = client.get_session().event_hooks["request"]
-        if _limit_silence not in hooks:
-            hooks.append(_limit_silence)
-        try:
-            return attempt()
-        except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:  # the roots of some dozens
-            reason = _reason(error, api)
-            if wait is None or not _may_pass(error):
-                line = _line(error, reason, repo, doing, known=bool(api.token))
-                raise (SettingsError if _stays(error) else QuantizeDelayed)(line) from None
-        log.warning("hub.retry", repo=repo, error=reason, pause_s=wait)
-        pause(wait)
-    raise AssertionError("the last try returns or raises")
-
-
-def _limit_silence(request: Any) -> None:
-    limits = request.extensions.get("timeout") or {}
-    steps = ("connect", "read", "write", "pool")
-    request.extensions["timeout"] = {step: limits.get(step) or SILENCE_S for step in steps}
-
-
-def _links(error: BaseException) -> list[BaseException]:
-    """The error and its causes, the first cause last."""
-    return [error, *(_links(error.__cause__) if error.__cause__ else [])]
-
-
-def _has(error: BaseException, *types: type[BaseException]) -> bool:
-    return any(isinstance(link, types) for link in _links(error))
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of the hub's answer, None where none came."""
-    answers = [link.response for link in _links(error) if isinstance(link, client.errors.HfHubHTTPError)]
-    return answers[0].status_code if answers else None
-
-
-def _unanswered(error: BaseException) -> bool:
-    return _may_pass(error) or _has(error, client.errors.OfflineModeIsEnabled)
-
-
-def _may_pass(error: BaseException) -> bool:
-    import httpx2
-
-    if status := _status(error):
-        return status in (408, 409, 412, 425, 429) or status >= 500
-    files = [link for link in _links(error) if isinstance(link, OSError)]
-    if any(link.filename or link.errno in (errno.ENOSPC, errno.EDQUOT) for link in files):
-        return False
-    # hf_xet raises RuntimeErrors, and a file that came too short is an OSError.
-    passing = _has(error, httpx2.TransportError, RuntimeError, OSError)
-    return passing and not _has(error, client.errors.OfflineModeIsEnabled)
-
-
-def _stays(error: BaseException) -> bool:
-    """A later try ends the same way: the hub says no, or there is no such name, or the cache is no folder of ours."""
-    wrong = (client.errors.HFValidationError, FileExistsError, NotADirectoryError, PermissionError)
-    return not _unanswered(error) and (_status(error) is not None or _has(error, *wrong))
-
-
-def _reason(error: BaseException, api: client.HfApi) -> str:
-    last = _links(error)[-1]
-    text = f"{type(last).__name__}: {last}"
-    for link in _links(error):
-        if isinstance(link, client.errors.HfHubHTTPError):
-            text = f"{link.response.status_code} {link.server_message or link.response.reason_phrase}"
-    text = re.sub(r"\?\S+", "", text)  # what follows the ? of an address may be a signature
-    return text.replace(str(api.token or "\0"), "***").splitlines()[0][:300]
-
-
-def _line(error: BaseException, reason: str, repo: str, doing: str, *, known: bool) -> str:
-    """What the user reads; `known` says that HF_TOKEN is set."""
-    if _has(error, client.errors.HFValidationError):
-        return f"{repo} is neither a folder nor the name of a model on the hub"
-    if _has(error, client.errors.GatedRepoError):
-        return f"{repo} is gated: accept its terms on its page, and set HF_TOKEN to a token of that account"
-    if _status(error) == 401 and known:
-        return "HF_TOKEN is not valid: the hub does not know it"
-    if _status(error) == 401 or _has(error, client.errors.RepositoryNotFoundError):
-        private = "HF_TOKEN may not see it" if known else "is private and needs HF_TOKEN"
-        return f"{repo} is not on the hub, or {private}: check the name"
-    if _status(error) == 403:
-        return f"HF_TOKEN may not {doing} {repo} ({reason})"
-    if _unanswered(error):
-        return f"the hub cannot be reached for {repo}: {reason}"
-    return f"cannot {doing} {repo}: {reason}"
+    return Hub(settings, SettingsError, QuantizeDelayed, pause=pause)
 
 
 # --- progress
@@ -446,37 +313,3 @@ def log_progress(
         log.info(event, repo=repo, done_bytes=done, total_bytes=total, left_s=left_s)
 
     return tell
-
-
-def _bars(tell: Callable[[int], None]) -> type:
-    """A class to stand where the client wants tqdm's: it draws nothing, and tells how many bytes have come.
-
-    The client keeps two bars of bytes, one of those that came and one of those on disk; what is ahead counts.
-    """
-    lock = threading.Lock()
-    most = 0
-
-    class Bar:
-        format_dict: ClassVar[dict[str, Any]] = {}
-
-        def __init__(self, *_: Any, total: int | None = None, initial: int = 0, unit: str = "", **__: Any) -> None:
-            self.total, self.n, self._of_bytes = total, initial, unit == "B"
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def __getattr__(self, _: str) -> Callable[..., None]:
-            return lambda *_, **__: None  # refresh, close, set_description and their like
-
-        def update(self, n: int | None = 1) -> None:
-            nonlocal most
-            with lock:
-                self.n += n or 0
-                if self._of_bytes and self.n > most:
-                    most = self.n
-                    tell(most)
-
-    return Bar

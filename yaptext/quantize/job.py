@@ -295,13 +295,7 @@ def _fill(
             made = "quantized" if kind == "other" else kind
             raise QuantizeRefused(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
         mapping.check_architecture(config)
-        tell = hub.log_progress("hub.downloading", task.source)
-
-        def come(done: int, total: int) -> None:
-            check_signals()
-            tell(done, total)
-
-        folder, revision = hub.download(task.source, settings, progress=come)
+        folder, revision = hub.download(task.source, settings, progress=lambda done, total: check_signals())
     wanted["source"] |= {"revision": revision, "content": None if revision else shelf.content(folder)}
     wanted["files"] = attempt.files(task.source)
     plan = awq.plan(folder, settings.awq_group_size)

@@ -1,7 +1,7 @@
 """What clients are answered while the engines open: 503 and when to come back, from the first second of a start on.
 
 Opening the engines holds the event loop for seconds at a time, so a thread answers, without ASGI and without a key. It
-says nothing but that the service starts.
+says that the service starts, and how far its downloads are; not of what: that is for who has a key.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from yaptext.engine.underway import size, underway
+
 _MAX_HEAD_BYTES = 16_384
 _MAX_CLIENTS = 256
 """At once; the one that has waited longest makes room."""
@@ -25,6 +27,8 @@ _LEAVE_WITHIN_S = 1.0
 _LOOK_S = 0.5
 _LEAST_WAIT_S = 2.0
 _UNKNOWN_WAIT_S = 15.0
+_LONGEST_DOWNLOAD_WAIT_S = 60.0
+"""A client looks again meanwhile: a download may become faster."""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,8 @@ class Opening:
         """Whole seconds until the service is likely to be ready."""
         passed = time.monotonic() - self._begun
         left = _UNKNOWN_WAIT_S if self._expected_s is None else self._expected_s - passed
+        if (download := underway()) is not None:
+            return math.ceil(min(max(_UNKNOWN_WAIT_S, download.left_s or 0), _LONGEST_DOWNLOAD_WAIT_S))
         # A start that takes longer than expected goes on for a part of what it took.
         return math.ceil(max(_LEAST_WAIT_S, left, passed / 4 if left <= 0 else 0))
 
@@ -121,11 +127,14 @@ class Opening:
         state.answered, state.until = True, time.monotonic() + _LEAVE_WITHIN_S
         path = state.head.partition(b" ")[2].partition(b" ")[0].partition(b"?")[0]
         wait_s = self.retry_after_s
+        message = "The service is starting."
+        if (download := underway()) is not None:
+            message = f"{message} It downloads its models: {size(download.done_bytes)} of {size(download.total_bytes)}."
         content = {
             "status": "starting",
             "error_code": "going_away",
-            "message": "The service is starting.",
-            "detail": "The service is starting.",
+            "message": message,
+            "detail": message,
             "retry_after_ms": wait_s * 1000,
         }
         body = json.dumps(content).encode()

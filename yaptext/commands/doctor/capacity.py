@@ -246,7 +246,8 @@ def sessions(seen: Deployment) -> Finding:
     most = longest.tokens // longest.session_tokens
     told = (
         f"about {usual} sessions of {_USUAL_TOKENS:,} tokens, {most} at their longest "
-        f"({longest.session_tokens:,} tokens), stay in the KV cache on this {where}; {limit} connections are allowed"
+        f"({longest.session_tokens:,} tokens), stay in the KV cache on this {where}; {limit} connections "
+        "are allowed (MAX_CONCURRENT_CONNECTIONS)"
     )
     if usual < limit:
         remedy = f"MAX_CONCURRENT_CONNECTIONS={max(1, usual)}, or {_smaller(seen, longest)}"

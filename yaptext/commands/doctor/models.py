@@ -17,8 +17,10 @@ from yaptext.commands.doctor import web
 from yaptext.commands.doctor.check import Finding, check, check_each, fail, ok, skip, warn
 from yaptext.commands.doctor.deployment import Deployment, Unknown
 from yaptext.commands.doctor.host import gib
-from yaptext.engine import demo, shelf, weights
+from yaptext.engine import demo, download, shelf, weights
 from yaptext.engine.base import Role
+from yaptext.engine.hub import hub_token
+from yaptext.engine.underway import size
 from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings import Settings
 
@@ -137,7 +139,7 @@ def _endpoint(seen: Deployment) -> str:
 
 def ask_hub(seen: Deployment, path: str) -> web.Answer:
     """Of the hub, once a path. Raises `SettingsError` for a token that cannot be sent."""
-    token = weights.hub_token(seen.settings)
+    token = hub_token(seen.settings)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return seen.once(("hub", path), lambda: web.get(f"{_endpoint(seen)}/{path}", headers, seen.environ))
 
@@ -250,6 +252,47 @@ def access(seen: Deployment, role: Role) -> Finding:
     if file.status == 429:
         return warn("the hub asks to wait: status 429", f"try it again later, or set a token in {place}")
     return tell(f"the hub answers for {one.source}: {file.failure or f'status {file.status}'}", "try it again later")
+
+
+@check_each("models.download", needs=("models.hub", "models.found.{role}"))
+def to_download(seen: Deployment, role: Role) -> Finding:
+    """Of all models together, since one disk takes them."""
+    one = model(seen, role)
+    if one.place not in ("cache", "hub"):
+        return skip("it is a folder of this machine")
+    whole, left = _to_download(seen, one.source)
+    told = f"{size(left)} of {size(whole)} are to be downloaded" if left else f"all {size(whole)} are in the cache"
+    needed = sum(_to_download(seen, source)[1] for source in {other.source for other in hub_models(seen)})
+    free = seen.machine.disk(seen.machine.existing(seen.hub_cache)).free_bytes
+    if left and needed > free:
+        both = f", {size(needed)} with the other model" if needed > left else ""
+        remedy = "free some, or set HF_HOME to a folder of a larger disk"
+        return fail(f"{told}{both}, and {size(free)} are free for {seen.hub_cache}", remedy)
+    return ok(f"{told}, {size(free)} are free" if left else told)
+
+
+def _to_download(seen: Deployment, source: str) -> tuple[int, int]:
+    """Bytes of a hub model, and those of them that a start has to fetch. Raises `Unknown`."""
+    listed = ask_hub(seen, f"api/models/{quote(source)}/tree/main?recursive=true").json
+    if not isinstance(listed, list):
+        raise Unknown(f"the hub did not list the files of {source}")
+    files = {
+        str(entry.get("path")): entry for entry in listed if isinstance(entry, dict) and entry.get("type") == "file"
+    }
+    try:
+        wanted = download.engine_files(
+            list(files), lambda path: ask_hub(seen, f"{quote(source)}/resolve/main/{path}").body
+        )
+    except LookupError as error:
+        raise Unknown(f"{source} {error}") from None
+    blobs = seen.hub_cache / f"models--{source.replace('/', '--')}" / "blobs"
+    whole = left = 0
+    for path in wanted:
+        name, bytes_ = (files[path].get("lfs") or files[path]).get("oid"), int(files[path].get("size") or 0)
+        part = blobs / f"{name}.incomplete"
+        there = bytes_ if os.path.exists(blobs / str(name)) else part.stat().st_size if part.exists() else 0
+        whole, left = whole + bytes_, left + max(0, bytes_ - there)
+    return whole, left
 
 
 # Files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import os
 import re
 import socket
 from contextlib import suppress
@@ -154,6 +155,19 @@ def proxies(seen: Deployment) -> Finding:
         return ok("no proxy is named")
     told = ", ".join(f"{scheme}_proxy={url}" for scheme, url in named.items())
     return ok(f"{told}; without it: {bypass or 'nothing'}")
+
+
+@check("network.certificates")
+def certificates(seen: Deployment) -> Finding:
+    """Which authorities the hub's client trusts: SSL_CERT_FILE and SSL_CERT_DIR, and not what other clients read."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if (path := seen.environ.get(name)) and not os.path.exists(seen.machine.path(path)):
+            return fail(f"{name}={path} is not there: no HTTPS address answers", f"unset {name}, or correct it")
+    named = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if seen.environ.get(name)]
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if (path := seen.environ.get(name)) and not named:
+            return warn(f"the hub's client does not read {name}", f"export SSL_CERT_FILE={path}")
+    return ok(f"those of {' and '.join(named)}" if named else "the usual authorities")
 
 
 @check("network.clock", needs=("models.hub",))
