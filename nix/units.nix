@@ -13,12 +13,23 @@
   quantize ? true,
   # The command that rotates YAP_TEXT_LOG_FILE; null: no such units.
   logrotate ? "/usr/sbin/logrotate",
+  # The program that loads NVIDIA's modules and makes their device nodes; null: the machine does that by itself.
+  nvidia-modprobe ? "/usr/bin/nvidia-modprobe",
+  # NVIDIA's Multi-Process Service, for a unit that is off until it is enabled; null: no such unit.
+  mps ? "/usr/bin/nvidia-cuda-mps-control",
   # More lines for [Service] of the server.
   service ? [ ],
 }:
 let
   when = condition: items: if condition then items else [ ];
   rotate = logrotate != null;
+
+  # DeviceAllow=char-nvidia-uvm matches nothing while the module is away, and no service of ours may load one.
+  afterNvidia =
+    when (nvidia-modprobe != null) [ "Wants=yap-text-uvm.service" ]
+    ++ [
+      "After=${if nvidia-modprobe != null then "yap-text-uvm.service " else ""}nvidia-persistenced.service nvidia-fabricmanager.service"
+    ];
 
   # What every unit of ours goes without.
   hardening = [
@@ -44,6 +55,24 @@ let
     "LimitCORE=1"
   ];
 
+  user = [
+    "DynamicUser=yes"
+    "# By one name: two users could not own the same folders, and MPS serves clients of its own user alone."
+    "User=yap-text"
+    "CapabilityBoundingSet="
+    "AmbientCapabilities="
+  ];
+
+  gpu = [
+    "DevicePolicy=closed"
+    "# The GPU. ProtectClock= stays off: with it, DevicePolicy=closed closes these too."
+    "DeviceAllow=char-nvidiactl rw"
+    "DeviceAllow=char-nvidia-caps rw"
+    "DeviceAllow=char-nvidia-frontend rw"
+    "DeviceAllow=char-nvidia-uvm rw"
+    "DeviceAllow=char-drm rw"
+  ];
+
   # The program in a unit: its settings, its secrets, its folders and what it may do, the same for serving and for
   # quantizing.
   program = [
@@ -55,10 +84,8 @@ let
     "LoadCredential=YAP_TEXT_API_KEY:${apiKey}"
   ]
   ++ when (hfToken != null) [ "LoadCredential=HF_TOKEN:${hfToken}" ]
+  ++ user
   ++ [
-    "DynamicUser=yes"
-    "# By one name: two users could not own the same folders."
-    "User=yap-text"
     "StateDirectory=yap-text"
     "CacheDirectory=yap-text"
     "LogsDirectory=yap-text"
@@ -67,27 +94,33 @@ let
     "Environment=TRITON_CACHE_DIR=%C/yap-text/triton TORCHINDUCTOR_CACHE_DIR=%C/yap-text/inductor"
     "Environment=FLASHINFER_WORKSPACE_BASE=%C/yap-text XDG_CACHE_HOME=%C/yap-text HOME=%S/yap-text"
     "Environment=CUDA_CACHE_PATH=%C/yap-text/nv"
-    "CapabilityBoundingSet="
-    "AmbientCapabilities="
     "# Netlink and local sockets: torch and the engines' processes talk through them."
     "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"
     "SystemCallFilter=@system-service"
-    "# set_mempolicy and the like: vLLM binds its memory to the CPU's node."
-    "SystemCallFilter=set_mempolicy mbind get_mempolicy"
-    "SystemCallFilter=~@privileged @resources:EPERM"
-    "SystemCallFilter=@system-service sched_setaffinity setpriority"
+    "SystemCallFilter=~@privileged @resources"
+    "# Back from @resources: vLLM binds threads and memory to the CPU's node, tokenizing stands back, and ZeroMQ would end"
+    "# the process if it might not name its threads' scheduler, which is the usual one (RestrictRealtime=)."
+    "SystemCallFilter=sched_setaffinity sched_setscheduler setpriority set_mempolicy mbind migrate_pages"
     "SystemCallErrorNumber=EPERM"
-    "DevicePolicy=closed"
-    "# The GPU. ProtectClock= stays off: with it, DevicePolicy=closed closes these too."
-    "DeviceAllow=char-nvidiactl rw"
-    "DeviceAllow=char-nvidia-caps rw"
-    "DeviceAllow=char-nvidia-frontend rw"
-    "DeviceAllow=char-nvidia-uvm rw"
-    "DeviceAllow=char-drm rw"
+  ]
+  ++ gpu
+  ++ [
     "# MemoryDenyWriteExecute= stays off: Triton and torch compile while they run."
     "# ProcSubset=pid stays off: vLLM reads /proc/cpuinfo and /proc/meminfo."
   ]
   ++ hardening;
+
+  # Where systemd does not say how long it will wait, it does not grow: the rest of what 254 waits, in seconds, by the
+  # starts in a row that failed. The first two are covered by RestartSec=. A stop ends the sleep at once.
+  waiting = builtins.concatStringsSep "; " [
+    "test -z \"$$(systemctl show -P RestartUSecNext yap-text)\" || exit 0"
+    "n=$$(systemctl show -P NRestarts yap-text)"
+    "test \"$$n\" -gt 1 || exit 0"
+    "set -- 3 6 12 21 35 55"
+    "if test $$n -lt 7; then shift $$((n - 2)); else shift 5; fi"
+    "echo \"<4>$$n starts in a row have failed. The next try is in $$1 s; at once: systemctl restart yap-text\" >&2"
+    "exec sleep $$1"
+  ];
 
   units = {
     "yap-text.service" = [
@@ -99,6 +132,7 @@ let
           "After=network-online.target yap-text.socket"
           "Requires=yap-text.socket"
         ]
+        ++ afterNvidia
         ++ when quantize [
           "# Only wanted: a push to the hub may fail where the weights are there all the same."
           "Wants=yap-text-quantize.service"
@@ -129,13 +163,16 @@ let
           "RestartPreventExitStatus=2"
           "ExecStopPost=-+/bin/sh -c 'test \"$$EXIT_STATUS\" != 2 || systemctl --job-mode=ignore-dependencies stop yap-text.socket'"
           "# systemd 252 logs a line for each killed thread; this one comes last and names the reason."
-          "ExecStopPost=-/bin/sh -c 'test \"$$EXIT_CODE\" = exited || echo \"<4>The service was ended by $$EXIT_CODE $$EXIT_STATUS ($$SERVICE_RESULT).\" >&2'"
+          "ExecStopPost=-/bin/sh -c 'test -z \"$$EXIT_CODE\" -o \"$$EXIT_CODE\" = exited || echo \"<4>The service was ended by $$EXIT_CODE $$EXIT_STATUS ($$SERVICE_RESULT).\" >&2'"
           "# A stop during the start."
           "SuccessExitStatus=143"
-          "# Growing to a minute; systemd before 254 does not know that, and waits the same seconds each time."
+          "# The waits between starts that fail grow from 5 s to a minute. systemd before 254 does not know RestartSteps=: there"
+          "# ExecStartPre= waits what is missing. A start that serves begins the row again."
           "RestartSec=5"
           "RestartSteps=6"
           "RestartMaxDelaySec=60"
+          "ExecStartPre=-+/bin/sh -c '${waiting}'"
+          "ExecStartPost=-+systemctl reset-failed yap-text.service"
           "# Engine processes are not told to stop while the service drains."
           "KillMode=mixed"
           "# A descriptor a socket: MAX_CONCURRENT_CONNECTIONS (100,000 at most) and MAX_PENDING_HANDSHAKES, and some 100 for files."
@@ -150,6 +187,10 @@ let
           "RuntimeDirectory=yap-text"
         ]
         ++ program
+        ++ when (mps != null) [
+          "# Where MPS listens, as long as yap-text-mps.service runs."
+          "EnvironmentFile=-/run/yap-text-mps/environment"
+        ]
         ++ service;
       }
       {
@@ -198,7 +239,8 @@ let
           "After=network-online.target"
           "# `systemctl stop yap-text` means this, too."
           "PartOf=yap-text.service"
-        ];
+        ]
+        ++ afterNvidia;
       }
       {
         name = "Service";
@@ -213,6 +255,80 @@ let
           "SuccessExitStatus=143 SIGTERM"
         ]
         ++ program;
+      }
+    ];
+
+    "yap-text-uvm.service" = [
+      {
+        name = "Unit";
+        lines = [
+          "Description=NVIDIA's uvm module and its device nodes, there before Yap Text asks for them"
+          "ConditionFileIsExecutable=${toString nvidia-modprobe}"
+        ];
+      }
+      {
+        name = "Service";
+        lines = [
+          "# Not RemainAfterExit=: every start of the service asks again, also after the driver was replaced."
+          "Type=oneshot"
+          "# -c 0: the first card's node, and so the driver's own; -u: uvm."
+          "ExecStart=${toString nvidia-modprobe} -c 0 -u"
+          "# It loads a module and makes nodes in /dev. So ProtectKernelModules=, PrivateDevices= and, since that closes"
+          "# devices, ProtectClock= stay off."
+          "CapabilityBoundingSet=CAP_SYS_MODULE CAP_MKNOD CAP_CHOWN CAP_FOWNER"
+          "RestrictAddressFamilies=AF_UNIX"
+          "PrivateNetwork=yes"
+          "IPAddressDeny=any"
+          "MemoryDenyWriteExecute=yes"
+          "SystemCallFilter=@system-service @module"
+          "SystemCallErrorNumber=EPERM"
+        ]
+        ++ builtins.filter (line: line != "ProtectKernelModules=yes") hardening;
+      }
+    ];
+
+    "yap-text-mps.service" = [
+      {
+        name = "Unit";
+        lines = [
+          "Description=NVIDIA's Multi-Process Service for Yap Text: the kernels of both engines run side by side"
+          "# Off until: systemctl enable --now yap-text-mps; systemctl restart yap-text"
+          "# A fault in the kernels of one engine ends both; the service ends with them, and starts again. If this unit stops"
+          "# under a running service, the same happens; then the service runs without it."
+          "Before=yap-text.service"
+        ]
+        ++ afterNvidia;
+      }
+      {
+        name = "Service";
+        lines = [
+          "# The command returns when the daemon listens: a client that comes earlier would run without it, and say nothing."
+          "Type=forking"
+          "ExecStart=${toString mps} -d"
+          "ExecStartPost=/bin/sh -c 'echo CUDA_MPS_PIPE_DIRECTORY=/run/yap-text-mps > /run/yap-text-mps/environment'"
+          "ExecStop=/bin/sh -c 'echo quit | ${toString mps}'"
+          "# It waits for its clients."
+          "TimeoutStopSec=30"
+          "Restart=on-failure"
+          "RestartSec=5"
+          "Environment=PATH=${path}"
+          "Environment=CUDA_MPS_PIPE_DIRECTORY=/run/yap-text-mps CUDA_MPS_LOG_DIRECTORY=%L/yap-text-mps"
+          "RuntimeDirectory=yap-text-mps"
+          "RuntimeDirectoryMode=0700"
+          "LogsDirectory=yap-text-mps"
+          "# Pipes and local sockets. No PrivateNetwork=: an abstract socket would be cut off from the clients."
+          "RestrictAddressFamilies=AF_UNIX AF_NETLINK"
+          "IPAddressDeny=any"
+          "SystemCallFilter=@system-service"
+          "SystemCallErrorNumber=EPERM"
+        ]
+        ++ user
+        ++ gpu
+        ++ hardening;
+      }
+      {
+        name = "Install";
+        lines = [ "WantedBy=yap-text.service" ];
       }
     ];
 
@@ -273,4 +389,6 @@ builtins.removeAttrs units (
     "yap-text-logrotate.service"
     "yap-text-logrotate.timer"
   ]
+  ++ when (nvidia-modprobe == null) [ "yap-text-uvm.service" ]
+  ++ when (mps == null) [ "yap-text-mps.service" ]
 )

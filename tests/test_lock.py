@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = sorted((ROOT / "nix" / "lock").glob("*.txt"))
 SHA = "0" * 63
+HEAD = "# serve: CPython 3.11 on x86_64 Linux."
 
 
 def load() -> ModuleType:
@@ -35,11 +36,11 @@ def line(name: str, version: str, digit: str = "1") -> str:
 
 
 def inputs(*requirements: str, **options: Any) -> Any:
-    return lock.Inputs("serve", tuple(map(lock.Requirement, requirements)), **options)
+    return lock.Inputs("serve", "3.11", tuple(map(lock.Requirement, requirements)), **options)
 
 
-def findings(wanted: Any, *lines: str, base: Any = None) -> list[str]:
-    found: list[str] = lock.check(wanted, lock.parse("\n".join(lines)), base)
+def findings(wanted: Any, *lines: str, base: Any = None, like: Any = None) -> list[str]:
+    found: list[str] = lock.check(wanted, lock.parse("\n".join((HEAD, *lines))), base, like)
     return found
 
 
@@ -63,9 +64,9 @@ def report(*entries: dict[str, Any]) -> dict[str, Any]:
 def test_what_is_rendered_parses_to_the_same_wheels_sorted_by_name() -> None:
     """A lock survives being written and read; its header is skipped."""
     wheels = lock.parse(f"{line('zebra', '1.0')}\n{line('ant-eater', '2.0')}").wheels
-    text = lock.render("serve", wheels)
-    assert text.startswith("# serve: CPython 3.11")
-    assert lock.parse(text) == lock.Lock(tuple(sorted(wheels)))
+    text = lock.render("serve", "3.12", wheels)
+    assert text.startswith("# serve: CPython 3.12 on x86_64 Linux. ")
+    assert lock.parse(text) == lock.Lock(tuple(sorted(wheels)), python="3.12")
 
 
 def test_a_line_has_exactly_the_form_that_pip_and_nix_read() -> None:
@@ -167,13 +168,54 @@ def test_an_environment_on_top_of_another_counts_what_that_one_pins() -> None:
     assert findings(wanted, line("attrs", "25"), line("pytest", "9"), base=base) == ["attrs is pinned already by below"]
 
 
+def test_a_lock_of_another_python_is_found() -> None:
+    """pyproject.toml says which; the first line of the lock is what set-up and Nix read."""
+    wanted = lock.Inputs("serve", "3.12", ())
+    assert lock.check(wanted, lock.parse(HEAD)) == ["its first line says Python 3.11; pyproject.toml says 3.12"]
+    assert lock.check(wanted, lock.parse("")) == ["its first line says Python None; pyproject.toml says 3.12"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "fits"),
+    [
+        ("py3-none-any", True),
+        ("py2.py3-none-any", True),
+        ("cp311-cp311-linux_x86_64", True),
+        ("cp38-abi3-linux_x86_64", True),
+        ("py311-none-any", True),
+        ("cp312-cp312-linux_x86_64", False),
+        ("cp310-cp310-linux_x86_64", False),
+        ("cp312-abi3-linux_x86_64", False),
+        ("py312-none-any", False),
+        ("py2-none-any", False),
+    ],
+)
+def test_a_wheel_of_another_python_is_found(tags: str, fits: bool) -> None:
+    """A line copied from another lock installs nowhere."""
+    pinned = line("ant", "1").replace("py3-none-any", tags)
+    found = findings(inputs("ant"), pinned)
+    tag = tags.partition("-")[0]
+    assert found == ([] if fits else [f"ant-1-{tags}.whl is for {tag}; serve is for Python 3.11"])
+
+
+def test_versions_that_two_environments_should_share_are_compared() -> None:
+    """Local builds count as their release; an exception is named, and named no longer than it is one."""
+    like = lock.parse("\n".join((line("ant", "1+cpu"), line("bee", "2"))))
+    wanted = inputs(like="cpu")
+    assert findings(wanted, line("ant", "1"), line("bee", "2"), line("cat", "3"), like=like) == []
+    assert findings(wanted, line("bee", "3"), like=like) == ["bee 3 is pinned, but cpu has 2; no `apart` allows that"]
+    wanted = inputs(like="cpu", apart=frozenset({"bee"}))
+    assert findings(wanted, line("bee", "3"), like=like) == []
+    assert findings(wanted, line("bee", "2"), like=like) == ["bee is in `apart`, but cpu has the same version or none"]
+
+
 # pip's report
 
 
 def test_a_report_becomes_lines_without_their_address() -> None:
     """Names are normalized, %2B is a plus, and the registry is forgotten."""
     made = lock.wheels_of(report(entry("Jinja2", "3.1.6"), entry("torch", "2.13.0+cpu")), inputs("jinja2", "torch"))
-    assert lock.render("serve", made).splitlines()[2:] == [
+    assert lock.render("serve", "3.11", made).splitlines()[2:] == [
         f"jinja2==3.1.6 --hash=sha256:{SHA}1  # Jinja2-3.1.6-py3-none-any.whl",
         f"torch==2.13.0+cpu --hash=sha256:{SHA}1  # torch-2.13.0+cpu-py3-none-any.whl",
     ]
@@ -251,6 +293,19 @@ def test_packages_without_their_dependencies_are_resolved_apart(monkeypatch: pyt
     assert [wheel.name for wheel in made] == ["ant", "bee"]
 
 
+def test_an_environment_like_another_is_resolved_in_its_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those apart; of a local build the release."""
+    constraints = []
+
+    def pip_report(requirements: list[str], *options: str, registry_only: bool) -> dict[str, Any]:
+        constraints.append(Path(options[1]).read_text())
+        return report(entry("ant", "1"))
+
+    monkeypatch.setattr(lock, "pip_report", pip_report)
+    made = lock.resolve(inputs("ant", apart=frozenset({"bee"})), {}, {"ant": "1+cpu", "bee": "2"})
+    assert constraints == ["ant==1\n"] and [wheel.name for wheel in made] == ["ant"]
+
+
 # The inputs
 
 
@@ -263,9 +318,26 @@ def test_inputs_are_gathered_from_dependencies_build_extras_and_groups() -> None
             "optional-dependencies": {"gpu": ["bee"]},
         },
         "dependency-groups": {"test": ["cat"]},
-        "tool": {"yaptext": {"lock": {"all": {"include": ["dependencies", "build", "gpu", "test"]}}}},
+        "tool": {
+            "yaptext": {
+                "lock": {
+                    "all": {"python": "3.12", "include": ["dependencies", "build", "gpu", "test"], "requires": ["dog"]}
+                }
+            }
+        },
     }
-    assert [str(r) for r in lock.read_inputs(given)["all"].requirements] == ["ant", "backend", "bee", "cat"]
+    assert [str(r) for r in lock.read_inputs(given)["all"].requirements] == ["ant", "backend", "bee", "cat", "dog"]
+
+
+def test_markers_are_those_of_the_python_that_the_lock_is_for() -> None:
+    """Whichever Python reads them."""
+    given = {
+        "project": {"dependencies": ['ant; python_version >= "3.12"', 'bee; python_full_version < "3.12"']},
+        "tool": {"yaptext": {"lock": {"old": {"python": "3.11", "include": ["dependencies"]}}}},
+    }
+    assert [r.name for r in lock.read_inputs(given)["old"].requirements] == ["bee"]
+    given["tool"]["yaptext"]["lock"]["old"]["python"] = "3.12"
+    assert [r.name for r in lock.read_inputs(given)["old"].requirements] == ["ant"]
 
 
 def test_an_unknown_part_is_an_error_that_lists_the_known_ones() -> None:
@@ -329,9 +401,28 @@ def test_an_unknown_environment_is_one_line_on_stderr(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.startswith("lock: no environment serve-tpu; there are serve-cpu")
 
 
-def test_writing_under_another_python_is_refused(monkeypatch: pytest.MonkeyPatch, copy: Path) -> None:
-    """pip resolves for the Python it runs on, which has to be the locks'."""
-    monkeypatch.setattr(lock, "LOCKED_PYTHON", (3, 0))
+def test_writing_under_another_python_is_refused(
+    monkeypatch: pytest.MonkeyPatch, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pip resolves for the Python it runs on, which has to be the lock's."""
+    monkeypatch.setattr(lock, "RUNNING_PYTHON", "3.11")
     copied = sorted((copy / "nix" / "lock").glob("*.txt"))
-    assert lock.main([], root=copy) == 1
+    assert lock.main(["serve-cuda"], root=copy) == 1
+    assert capsys.readouterr().err == "lock: serve-cuda is for Python 3.12; this is 3.11\n"
     assert [path.read_text() for path in copied] == [path.read_text() for path in LOCKS]
+
+
+@pytest.mark.parametrize(
+    ("python", "written"), [("3.11", ["serve-cpu", "audit", "uv", "test"]), ("3.12", ["serve-cuda"])]
+)
+def test_each_python_writes_the_locks_that_are_for_it(
+    monkeypatch: pytest.MonkeyPatch, copy: Path, python: str, written: list[str]
+) -> None:
+    """What stands on another comes after it."""
+    resolved: list[str] = []
+    monkeypatch.setattr(lock, "RUNNING_PYTHON", python)
+    monkeypatch.setattr(lock, "resolve", lambda inputs, base, like: resolved.append(inputs.env) or [])
+    lock.main([], root=copy)
+    assert resolved == written
+    for env in written:
+        assert (copy / "nix" / "lock" / f"{env}.txt").read_text().startswith(f"# {env}: CPython {python} ")

@@ -83,6 +83,15 @@ def test_no_bill_of_what_is_not_installed() -> None:
     assert refused.returncode == 1 and refused.stdout == "" and "does not hold" in refused.stderr
 
 
+def test_an_environment_lies_where_the_python_of_its_lock_puts_it() -> None:
+    """Each lock has its own."""
+    if (ROOT / ".venv" / "serve-cuda").exists():
+        pytest.skip("it is installed here")
+    refused = run(str(LOCKS / "sbom.py"), "serve-cuda")
+    assert refused.returncode == 1
+    assert ".venv/serve-cuda/lib/python3.12/site-packages does not hold accelerate" in refused.stderr
+
+
 # --- the audit
 
 

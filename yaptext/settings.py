@@ -285,8 +285,10 @@ class Settings(BaseSettings):
     def check_address(self, host: str) -> None:
         """Raises `SettingsError` for an address that the default key must not be served on."""
         if self.own_key == DEFAULT_API_KEY and host not in LOOPBACK:
+            folder = os.environ.get("CREDENTIALS_DIRECTORY")  # a container's secrets, too
+            in_file = f", write a key into {folder}/YAP_TEXT_API_KEY" if folder else ""
             raise SettingsError(
-                f"HOST={host!r} is not allowed with the default API key: set YAP_TEXT_API_KEY, "
+                f"HOST={host!r} is not allowed with the default API key: set YAP_TEXT_API_KEY{in_file}, "
                 f"or listen on one of {', '.join(LOOPBACK)}"
             )
 

@@ -4,7 +4,7 @@
     python nix/lock/lock.py --check [ENV ...]    compare the locks with pyproject.toml, offline
 
 The inputs are `[tool.yaptext.lock.ENV]` in pyproject.toml. pip resolves for the interpreter that runs this
-script, so writing needs the Python that the locks are for.
+script, so writing needs the Python that the lock is for; with no ENV, this Python's locks are written.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from packaging.utils import (
 from packaging.version import InvalidVersion, Version
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKED_PYTHON = (3, 11)
+RUNNING_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+HEAD = re.compile(r"# [a-z-]+: CPython (?P<python>\d+\.\d+) on x86_64 Linux\.")
 LINE = re.compile(
     r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)==(?P<version>[0-9a-z.!+]+)"
     r" --hash=sha256:(?P<sha256>[0-9a-f]{64})  # (?P<file>[^\s/:]+(?:\.whl|\.tar\.gz))"
@@ -59,23 +60,28 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one environment asks for. `on` is the environment it is installed on top of."""
+    """What one environment asks for. `on` is the environment it is installed on top of; `like` one that shares its
+    versions of what both hold, except of what is in `apart`."""
 
     env: str
+    python: str
     requirements: tuple[Requirement, ...]
     exclude: frozenset[str] = frozenset()
     no_deps: frozenset[str] = frozenset()
     sdist: frozenset[str] = frozenset()
     registry_only: bool = False
     on: str | None = None
+    like: str | None = None
+    apart: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Lock:
-    """A lock file as read: its wheels, and a sentence for each line that is not one."""
+    """A lock file as read: its wheels, a sentence for each line that is not one, and the Python that its head names."""
 
     wheels: tuple[Wheel, ...]
     malformed: tuple[str, ...] = ()
+    python: str | None = None
 
     def versions(self) -> dict[str, str]:
         return {wheel.name: wheel.version for wheel in self.wheels}
@@ -103,17 +109,24 @@ def read_inputs(pyproject: Mapping[str, Any]) -> dict[str, Inputs]:
     return {
         env: Inputs(
             env=env,
+            python=table["python"],
             requirements=tuple(
                 requirement
-                for part in table["include"]
+                for part in table.get("include", [])
                 for requirement in map(Requirement, requirements_of(pyproject, part))
-                if requirement.marker is None or requirement.marker.evaluate()
-            ),
+                if requirement.marker is None
+                or requirement.marker.evaluate(
+                    {"python_version": table["python"], "python_full_version": f"{table['python']}.0"}
+                )
+            )
+            + tuple(map(Requirement, table.get("requires", []))),
             exclude=frozenset(map(canonicalize_name, table.get("exclude", []))),
             no_deps=frozenset(map(canonicalize_name, table.get("no-deps", []))),
             sdist=frozenset(map(canonicalize_name, table.get("sdist", []))),
             registry_only=table.get("registry-only", False),
             on=table.get("on"),
+            like=table.get("like"),
+            apart=frozenset(map(canonicalize_name, table.get("apart", []))),
         )
         for env, table in tables.items()
     }
@@ -133,11 +146,11 @@ def parse(text: str) -> Lock:
             malformed.append(
                 f"line {number} is not `name==version --hash=sha256:<64 hex digits>  # file.whl` (or .tar.gz): {line}"
             )
-    return Lock(tuple(wheels), tuple(malformed))
+    head = HEAD.match(text)
+    return Lock(tuple(wheels), tuple(malformed), head["python"] if head else None)
 
 
-def render(env: str, wheels: Iterable[Wheel]) -> str:
-    python = ".".join(map(str, LOCKED_PYTHON))
+def render(env: str, python: str, wheels: Iterable[Wheel]) -> str:
     header = (
         f"# {env}: CPython {python} on x86_64 Linux. Written by `make lock`; not to be edited by hand.\n"
         "# Install with pip --require-hashes --no-deps.\n"
@@ -217,14 +230,17 @@ def pip_report(requirements: Sequence[str], *options: str, registry_only: bool =
         return json.loads(report.read_text())
 
 
-def resolve(inputs: Inputs, base: Mapping[str, str]) -> list[Wheel]:
-    """The wheels of an environment, less those that `base` (name to version) already holds."""
+def resolve(inputs: Inputs, base: Mapping[str, str], like: Mapping[str, str] | None = None) -> list[Wheel]:
+    """The wheels of an environment, less those that `base` (name to version) already holds; in the versions of `like`
+    where that has them."""
     alone = [str(r) for r in inputs.requirements if canonicalize_name(r.name) in inputs.no_deps]
     together = [str(r) for r in inputs.requirements if canonicalize_name(r.name) not in inputs.no_deps]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.writelines(f"{name}=={version}\n" for name, version in base.items())
+        given = {name: public(version) for name, version in (like or {}).items() if name not in inputs.apart}
+        given |= base
+        constraints.writelines(f"{name}=={version}\n" for name, version in given.items())
         constraints.flush()
-        options = ["-c", constraints.name] if base else []
+        options = ["-c", constraints.name] if given else []
         report = pip_report(together, *options, registry_only=inputs.registry_only)
     wheels = wheels_of(report, inputs)
     if alone:
@@ -237,9 +253,11 @@ def resolve(inputs: Inputs, base: Mapping[str, str]) -> list[Wheel]:
 # Checking
 
 
-def check(inputs: Inputs, lock: Lock, base: Lock | None = None) -> list[str]:
+def check(inputs: Inputs, lock: Lock, base: Lock | None = None, like: Lock | None = None) -> list[str]:
     """What is wrong with a lock, a sentence each; empty when it satisfies its inputs."""
     findings = list(lock.malformed)
+    if lock.python != inputs.python:
+        findings.append(f"its first line says Python {lock.python}; pyproject.toml says {inputs.python}")
     names = [wheel.name for wheel in lock.wheels]
     findings += [f"{name} is pinned {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1]
     if names != sorted(names):
@@ -255,6 +273,9 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None) -> list[str]:
         if wheel.file.endswith(".tar.gz") and wheel.name not in inputs.sdist:
             findings.append(f"{wheel.name} is pinned as an sdist; pyproject.toml names no such exception")
         findings += disagreements(wheel)
+        if (other := foreign(wheel, inputs.python)) is not None:
+            findings.append(f"{wheel.file} is for {other}; {inputs.env} is for Python {inputs.python}")
+    findings += differences(inputs, lock, like or Lock(()))
     versions = below | lock.versions()
     for requirement in inputs.requirements:
         name = canonicalize_name(requirement.name)
@@ -263,6 +284,43 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None) -> list[str]:
         elif not satisfies(versions[name], requirement):
             findings.append(f"{requirement} is required, but {name} {versions[name]} is pinned")
     return findings
+
+
+def differences(inputs: Inputs, lock: Lock, like: Lock) -> list[str]:
+    """Packages of both locks whose versions differ without being named in `apart`, and names in there that do not."""
+    findings = []
+    theirs = like.versions()
+    for name, version in lock.versions().items():
+        same = public(version) == public(theirs.get(name, version))
+        if not same and name not in inputs.apart:
+            findings.append(f"{name} {version} is pinned, but {inputs.like} has {theirs[name]}; no `apart` allows that")
+        elif same and name in inputs.apart:
+            findings.append(f"{name} is in `apart`, but {inputs.like} has the same version or none")
+    return findings
+
+
+def public(version: str) -> str:
+    """2.13.0 of 2.13.0+cpu."""
+    return version.partition("+")[0]
+
+
+def foreign(wheel: Wheel, python: str) -> str | None:
+    """The Python that a wheel is for if that is another one. Stable ABIs fit every later one."""
+    try:
+        tags = parse_wheel_filename(wheel.file)[3]
+    except InvalidWheelFilename:
+        return None  # an sdist, or a line that is found otherwise
+    minor = int(python.partition(".")[2])
+    interpreters = set()
+    for tag in tags:
+        interpreters.add(tag.interpreter)
+        match = re.fullmatch(r"(?:cp|py)3(\d*)", tag.interpreter)
+        if match is None:
+            continue
+        theirs = int(match[1] or 0)
+        if theirs == minor or (theirs < minor and tag.abi in {"abi3", "none"}):
+            return None
+    return "/".join(sorted(interpreters))
 
 
 def satisfies(version: str, requirement: Requirement) -> bool:
@@ -288,17 +346,19 @@ def disagreements(wheel: Wheel) -> list[str]:
 
 
 def write(environments: Sequence[str], every: Mapping[str, Inputs], folder: Path) -> None:
-    if sys.version_info[:2] != LOCKED_PYTHON:
-        raise LockError(
-            f"the locks are for Python {'.'.join(map(str, LOCKED_PYTHON))}; "
-            f"this is {sys.version_info.major}.{sys.version_info.minor}"
-        )
     for env in environments:
         inputs = every[env]
-        base = parse((folder / f"{inputs.on}.txt").read_text()).versions() if inputs.on else {}
+        if inputs.python != RUNNING_PYTHON:
+            raise LockError(f"{env} is for Python {inputs.python}; this is {RUNNING_PYTHON}")
+    for env in environments:
+        inputs = every[env]
+        base, like = (
+            parse((folder / f"{other}.txt").read_text()).versions() if other else {}
+            for other in (inputs.on, inputs.like)
+        )
         print(f"{env}: resolving", file=sys.stderr, flush=True)
-        wheels = resolve(inputs, base)
-        (folder / f"{env}.txt").write_text(render(env, wheels))
+        wheels = resolve(inputs, base, like)
+        (folder / f"{env}.txt").write_text(render(env, inputs.python, wheels))
         print(f"{env}: {len(wheels)} wheels pinned", file=sys.stderr, flush=True)
 
 
@@ -310,21 +370,23 @@ def verify(environments: Sequence[str], every: Mapping[str, Inputs], folder: Pat
             findings.append(f"{env}.txt: missing; `make lock` writes it")
             continue
         inputs = every[env]
-        base = locks.get(inputs.on, Lock(())) if inputs.on else None
-        findings += [f"{env}.txt: {finding}" for finding in check(inputs, locks[env], base)]
+        base, like = (locks.get(other or "") for other in (inputs.on, inputs.like))
+        findings += [f"{env}.txt: {finding}" for finding in check(inputs, locks[env], base, like)]
     return findings
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("environment", nargs="*", help="default: all of them")
+    parser.add_argument("environment", nargs="*", help="default: all that are for this Python; with --check, all")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a lock does not fit")
     options = parser.parse_args(arguments)
     folder = root / "nix" / "lock"
     try:
         every = read_inputs(tomllib.loads((root / "pyproject.toml").read_text()))
-        # One that stands on another is resolved after it.
-        chosen = options.environment or sorted(every, key=lambda env: every[env].on is not None)
+        # One that stands on another, or is like it, is resolved after it.
+        ordered = sorted(every, key=lambda env: bool(every[env].on or every[env].like))
+        ours = [env for env in ordered if options.check or every[env].python == RUNNING_PYTHON]
+        chosen = options.environment or ours
         if unknown := [env for env in chosen if env not in every]:
             raise LockError(f"no environment {', '.join(unknown)}; there are {', '.join(every)}")
         if not options.check:

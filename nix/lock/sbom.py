@@ -51,13 +51,15 @@ def component(wheel: Wheel, installed: Distribution) -> Component:
     )
 
 
-def bill(env: str, folder: Path) -> str:
+def bill(env: str, folder: Path | None = None) -> str:
     """Raises `SystemExit` with a sentence where the environment is not what its lock says."""
     text = (ROOT / "nix" / "lock" / f"{env}.txt").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = parse(text)
+    folder = folder or ROOT / ".venv" / env / "lib" / f"python{lock.python}" / "site-packages"
     found = distributions(path=[str(folder)])
     installed: dict[str, Distribution] = {canonicalize_name(each.metadata["Name"]): each for each in found}
-    wheels = parse(text).wheels
+    wheels = lock.wheels
     if absent := [w for w in wheels if w.name not in installed or installed[w.name].version != w.version]:
         raise SystemExit(f"sbom: {folder} does not hold {absent[0].name} {absent[0].version}; `make venv` installs it")
     whole = Component(
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("env")
     parser.add_argument("--installed", type=Path)
     given = parser.parse_args()
-    print(bill(given.env, given.installed or ROOT / ".venv" / given.env / "lib" / "python3.11" / "site-packages"))
+    print(bill(given.env, given.installed))
 
 
 if __name__ == "__main__":

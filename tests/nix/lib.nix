@@ -1,4 +1,4 @@
-# The part of nixpkgs' lib that nix/module.nix and its check use, where nixpkgs is not to be had: options, their types,
+# The part of nixpkgs' lib that nix/module.nix and its check use, for machines without nixpkgs: options, their types,
 # and evalModules. Stricter in one thing: every option says its type and what it means.
 let
   inherit (builtins)
@@ -7,6 +7,7 @@ let
     attrNames
     concatMap
     concatStringsSep
+    elemAt
     filter
     foldl'
     hasAttr
@@ -18,12 +19,13 @@ let
     isFunction
     isInt
     isList
-    isPath
     isString
     listToAttrs
     map
     mapAttrs
     removeAttrs
+    sort
+    stringLength
     substring
     ;
 
@@ -31,22 +33,26 @@ let
   show = concatStringsSep ".";
   union = foldl' (seen: names: seen // names) { };
 
-  # A definition without its mkIf and mkOverride: a list of { priority, value }.
+  # A definition without its properties (mkIf, mkMerge, mkOverride, mkOrder): a list of { priority, order, value }.
   discharge =
     definition:
     let
       found = {
         "if" = if definition.condition then discharge definition.content else [ ];
+        merge = concatMap discharge definition.contents;
         override = map (inner: inner // { inherit (definition) priority; }) (discharge definition.content);
+        order = map (inner: inner // { order = definition.priority; }) (discharge definition.content);
       };
     in
     found.${toString (kind definition)} or [
       {
         priority = usual;
+        order = inTheMiddle;
         value = definition;
       }
     ];
   usual = 100;
+  inTheMiddle = 1000;
 
   # A definition of a group of options as plain attribute sets, the properties pushed down to their attributes:
   # a condition may depend on a neighbour.
@@ -55,6 +61,7 @@ let
     let
       found = {
         "if" = map (mapAttrs (_: mkIf definition.condition)) (pushDown definition.content);
+        merge = concatMap pushDown definition.contents;
         override = map (mapAttrs (_: mkOverride definition.priority)) (pushDown definition.content);
       };
     in
@@ -65,7 +72,7 @@ let
     type: path: found:
     let
       best = foldl' (least: one: if one.priority < least then one.priority else least) (head found).priority found;
-      values = map (one: one.value) (filter (one: one.priority == best) found);
+      values = map (one: one.value) (sort (a: b: a.order < b.order) (filter (one: one.priority == best) found));
       wrong = filter (value: !type.check value) values;
     in
     if wrong == [ ] then type.merge path values else throw "A definition for option `${show path}' is not of type `${type.name}'.";
@@ -87,7 +94,6 @@ let
     int = plain "integer" isInt;
     float = plain "float" isFloat;
     str = plain "string" isString;
-    path = plain "path" (value: isPath value || (isString value && substring 0 1 value == "/"));
     port = plain "port" (value: isInt value && value >= 0 && value <= 65535);
     package = plain "package" (value: kind value == null && isAttrs value && value.type or "" == "derivation");
     anything = plain "anything" (_: true);
@@ -104,6 +110,16 @@ let
       check = value: isList value && all type.check value;
       merge = _: concatMap (value: value);
     };
+    submodule =
+      {
+        options,
+        freeformType ? null,
+      }:
+      {
+        name = "submodule";
+        check = isAttrs;
+        merge = path: values: settle path (options // { _freeform = freeformType; }) values;
+      };
     attrsOf = type: {
       name = "attribute set of ${type.name}";
       check = isAttrs;
@@ -133,8 +149,16 @@ let
     _type = "if";
     inherit condition content;
   };
+  mkMerge = contents: {
+    _type = "merge";
+    inherit contents;
+  };
   mkOverride = priority: content: {
     _type = "override";
+    inherit priority content;
+  };
+  mkOrder = priority: content: {
+    _type = "order";
     inherit priority content;
   };
 
@@ -153,15 +177,50 @@ let
     else
       let
         sets = concatMap pushDown definitions;
-        unknown = attrNames (removeAttrs (union sets) (attrNames declared));
+        options = removeAttrs declared [ "_freeform" ];
+        freeform = declared._freeform or null;
+        unknown = attrNames (removeAttrs (union sets) (attrNames options));
         inside =
           name: option:
           settle (path ++ [ name ]) option (concatMap (set: if hasAttr name set then [ set.${name} ] else [ ]) sets);
       in
       if unknown == [ ] then
-        mapAttrs inside declared
+        mapAttrs inside options
+      else if freeform != null then
+        freeform.merge path (map (set: removeAttrs set (attrNames options)) sets) // mapAttrs inside options
       else
         throw "The option `${show (path ++ [ (head unknown) ])}' does not exist.";
+
+  # Whether so many letters, added, left out or changed, make one word of the other.
+  levenshteinAtMost =
+    edits: left: right:
+    let
+      rest = text: substring 1 (stringLength text) text;
+      same = left != "" && right != "" && substring 0 1 left == substring 0 1 right;
+      apart = stringLength left - stringLength right;
+    in
+    if apart > edits || -apart > edits then
+      false
+    else if same then
+      levenshteinAtMost edits (rest left) (rest right)
+    else if left == "" || right == "" then
+      true
+    else
+      edits > 0
+      && any (pair: levenshteinAtMost (edits - 1) (head pair) (elemAt pair 1)) [
+        [
+          (rest left)
+          right
+        ]
+        [
+          left
+          (rest right)
+        ]
+        [
+          (rest left)
+          (rest right)
+        ]
+      ];
 
   declare =
     left: right:
@@ -180,9 +239,26 @@ in
     types
     mkOption
     mkIf
+    mkMerge
     mkOverride
     ;
+  strings = { inherit levenshteinAtMost; };
   mkDefault = mkOverride 1000;
+  mkForce = mkOverride 50;
+  mkBefore = mkOrder 500;
+  mkOptionType =
+    {
+      name,
+      check ? _: true,
+      merge,
+      ...
+    }:
+    {
+      inherit name check;
+      merge = path: values: merge path (map (value: { inherit value; }) values);
+    };
+  mergeEqualOption = path: definitions: equal path (map (definition: definition.value) definitions);
+  getExe = package: "${package}/bin/${package.meta.mainProgram or package.name}";
   literalExpression = text: text;
   mkEnableOption =
     name:
@@ -195,18 +271,24 @@ in
   evalModules =
     { modules, specialArgs }:
     let
-      called = map (
+      called =
         module:
         let
           made = if isFunction module then module (specialArgs // { inherit config lib; }) else module;
         in
-        {
-          options = made.options or { };
-          config = made.config or (removeAttrs made [ "options" ]);
-        }
-      ) modules;
+        concatMap called (made.imports or [ ])
+        ++ [
+          {
+            key = made.key or null;
+            options = made.options or { };
+            config = made.config or (removeAttrs made [ "imports" "options" ]);
+          }
+        ];
+      once = foldl' (
+        seen: module: if module.key != null && any (one: one.key == module.key) seen then seen else seen ++ [ module ]
+      ) [ ] (concatMap called modules);
       lib = import ./lib.nix;
-      config = settle [ ] (foldl' declare { } (map (module: module.options) called)) (map (module: module.config) called);
+      config = settle [ ] (foldl' declare { } (map (module: module.options) once)) (map (module: module.config) once);
     in
     {
       inherit config;

@@ -15,11 +15,11 @@ _DISK = "8g"
 """Of memory, and taken only as it is written."""
 
 
-def make_root(folder: Path) -> Path:
-    """A minimal Debian in `folder`, made once (half a minute)."""
+def make_root(folder: Path, suite: str) -> Path:
+    """A minimal Debian in `folder`, made once (a minute)."""
     if not (folder / "etc/debian_version").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(folder)]
+        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", suite, str(folder)]
         subprocess.run(command, check=True)
     return folder
 

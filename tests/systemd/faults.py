@@ -421,7 +421,7 @@ def _without_credential(scene: Scene, name: str) -> None:
     scene.forget()
     scene.begin()
     scene.sh("systemctl start --no-block yap-text")
-    scene.until("test $(systemctl show -P ExecMainStatus yap-text) = 243", 20)
+    scene.until("test $(systemctl show -P SubState yap-text) = auto-restart", 20)
     text = scene.look(name)
     scene.check("status=243/CREDENTIALS" in text, f"{name}: no word of credentials")
     scene.check(show(scene.box, "ExecMainStatus")["ExecMainStatus"] == "243", f"{name}: not status 243")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -16,6 +17,10 @@ from typing import Any
 from systemd.container import Container, make_root
 
 REPOSITORY = Path(__file__).parents[2]
+VERSIONS = {"bookworm": 252, "trixie": 257}
+"""Of systemd, by the Debian that brings it."""
+SUITE = os.environ.get("YAP_TEXT_DEBIAN", "bookworm")
+"""Where everything is tested; on the others a part."""
 LAUNCHER = """#!/bin/sh
 export LD_LIBRARY_PATH=/opt/python/lib PYTHONPATH=/opt/yap-text/src:/opt/yap-text/site PYTHONDONTWRITEBYTECODE=1
 exec /opt/python/bin/python3 -m yaptext "$@"
@@ -33,7 +38,7 @@ YAP_TEXT_KEY_FILE=/etc/yap-text/keys
 
 
 @contextmanager
-def boxed(files: Mapping[str, str]) -> Iterator[tuple[Container, Path]]:
+def boxed(files: Mapping[str, str], suite: str = SUITE) -> Iterator[tuple[Container, Path]]:
     """A container that has the command, `files` besides, and nothing installed. Its code is a copy, which is yielded
     too: what changes there changes inside."""
     files = {
@@ -53,7 +58,8 @@ def boxed(files: Mapping[str, str]) -> Iterator[tuple[Container, Path]]:
             "/opt/yap-text/site": Path(sysconfig.get_path("purelib")),
             "/opt/yap-text/src": code,
         }
-        with Container(make_root(REPOSITORY / ".venv" / "systemd-root"), files, binds) as box:
+        root = REPOSITORY / ".venv" / ("systemd-root" if suite == "bookworm" else f"systemd-root-{suite}")
+        with Container(make_root(root, suite), files, binds) as box:
             yield box, code
 
 
@@ -66,9 +72,10 @@ def show(box: Container, *properties: str, unit: str = "yap-text.service") -> di
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
-def wait_active(box: Container, restarts: int = 0) -> None:
+def wait_active(box: Container, other_than: str = "0") -> None:
+    """Until it serves, as another process than that."""
     script = (
-        f"for i in $(seq 900); do test $(systemctl show -P NRestarts yap-text) -ge {restarts} && "
+        f"for i in $(seq 900); do test $(systemctl show -P MainPID yap-text) != {other_than} && "
         "systemctl -q is-active yap-text && exit 0; sleep 0.2; done; journalctl -u yap-text -n 40; exit 1"
     )
     box.run("sh", "-c", script, timeout=200)

@@ -26,6 +26,8 @@ UNITS = {
     "yap-text.service",
     "yap-text.socket",
     "yap-text-quantize.service",
+    "yap-text-uvm.service",
+    "yap-text-mps.service",
     "yap-text-logrotate.service",
     "yap-text-logrotate.timer",
 }

@@ -25,7 +25,13 @@ from yaptext.errors import YapError
 from yaptext.settings import HIDDEN
 
 _RENDERED_COMMAND = "/usr/local/bin/yap-text"
-_STARTED = ("yap-text.socket", "yap-text.service", "yap-text-quantize.service", "yap-text-logrotate.timer")
+_STARTED = (
+    "yap-text.socket",
+    "yap-text.service",
+    "yap-text-quantize.service",
+    "yap-text-mps.service",
+    "yap-text-logrotate.timer",
+)
 _BUILT = "built.txt"
 """In the folder of a version that is complete; `make install` writes it last. Until then it ends in `.part`."""
 _MARK = "# As installed, until this file is edited: "
@@ -37,6 +43,8 @@ _KEPT_FOLDERS = (
     "var/cache/private/yap-text",
     "var/log/yap-text",
     "var/log/private/yap-text",
+    "var/log/yap-text-mps",
+    "var/log/private/yap-text-mps",
     "var/lib/yap-text-logrotate",
 )
 
