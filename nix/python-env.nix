@@ -157,7 +157,7 @@ in
       requirements = wheels: builtins.toFile "${name}.txt" (each "\n" (wheel: wheel.line) wheels);
     in
     assert below == null || below.python.pythonVersion == python.pythonVersion;
-    runCommand name { passthru = { inherit python; }; } (
+    runCommand name { passthru.python = python; } (
       pip python
       + ''
         mkdir "$TMPDIR/wheels"
@@ -188,7 +188,7 @@ in
       below,
       commit ? null,
     }:
-    runCommand name { passthru = { inherit (below) python; }; } (
+    runCommand name { passthru.python = below.python; } (
       pip below.python
       + over below
       + ''

@@ -574,6 +574,14 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Box], None]]] = {
         "a crash",
         with_units(lambda box: box.states(ActiveState="activating", SubState="auto-restart", ExecMainStatus="1")),
     ),
+    "waiting": (
+        "systemd.service",
+        "fail",
+        "3 times so far",
+        with_units(
+            lambda box: box.states(ActiveState="activating", SubState="start-pre", NRestarts="3", ExecMainStatus="75")
+        ),
+    ),
     "quantizer failed": ("systemd.quantize", "warn", "failed", other_unit_failed(UNITS[2])),
     "socket failed": ("systemd.socket", "fail", "failed", other_unit_failed(UNITS[1])),
     "not enabled": ("systemd.enabled", "warn", "boot", with_units(lambda box: box.states(UnitFileState="disabled"))),

@@ -556,3 +556,10 @@ def tunnel(hub: HubServer, context: ssl.SSLContext) -> Iterator[tuple[str, list[
         threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
         listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_errors_are_named_before_anything_loaded_the_clients() -> None:
+    """The client's module of errors is no attribute of it at first: a folder that may not be read ended in a crash."""
+    code = "import sys; from yaptext.engine import hub; assert 'huggingface_hub.errors' not in sys.modules\n"
+    code += "print(hub.status_of(OSError()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "None\n"

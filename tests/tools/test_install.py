@@ -397,20 +397,28 @@ def test_a_command_of_ones_own_is_no_version(stage: Stage, versions: Versioned) 
     assert f"ExecStart={COMMAND} serve\n" in (stage.units / "yap-text.service").read_text()
 
 
-STUB = """#!/bin/bash
-# A Python for `make install`: a venv of one file, pip that leaves a wheel, and a yap-text that says who runs.
+PYTHON = """#!/bin/bash
+# A Python for `make install`, as far as it is asked.
+case "$2" in
+    *base_prefix*) echo {base} ;;
+    *version_info*) echo 3.11 ;;
+esac
+"""
+UV = """#!/bin/bash
+# A uv for `make install`: a venv of one file, wheels that are one, and a yap-text that says who runs.
 case "$1 $2" in
-    -c\\ *base_prefix*) echo {base} ;;
-    -c\\ *) exec {python} "$@" ;;
-    "-m venv")
+    "--version "*) echo uv 9.9.9 ;;
+    "venv "*)
         mkdir -p "${{@: -1}}"/{{bin,lib}}
-        rm -f "${{@: -1}}/bin/python"
-        cp "$0" "${{@: -1}}/bin/python"
+        cp {python} "${{@: -1}}/bin/python"
         ;;
-    "-m pip")
-        echo "$@" >> {log}
-        [ ! -e {full} ] || {{ echo "ERROR: No space left on device"; exit 1; }}
-        venv=$(dirname "$(dirname "$0")")
+    "pip install")
+        [[ $* != *--dry-run* ]] || exit 0
+        echo "$UV_LINK_MODE" "$@" >> {log}
+        [ ! -e {full} ] || {{ echo "error: No space left on device"; exit 1; }}
+        given="$*" # ... --python VENV ...
+        given=${{given#*--python }}
+        venv=${{given%% *}}
         if [[ $* == *require-hashes* ]]; then
             echo wheel > "$venv/lib/wheel"
             printf '#!%s/bin/python\\n' "$venv" > "$venv/bin/tool"
@@ -420,27 +428,36 @@ case "$1 $2" in
             chmod +x "$venv/bin/yap-text"
         fi
         ;;
+    "python find") [ -e {brought} ] && echo {brought} ;;
+    "python install") cp {python} {brought}; echo "$UV_PYTHON_INSTALL_DIR" >> {log} ;;
 esac
 """
 
 
 class Made:
-    """`make install` with a Python that does in no time what takes minutes."""
+    """`make install` with a uv and a Python that do in no time what takes minutes."""
 
     def __init__(self, folder: Path, base: str = "/usr") -> None:
-        self.prefix, self.full, self._log = folder / "opt", folder / "full", folder / "pip.log"
-        self._python = folder / "python"
-        self._python.write_text(STUB.format(python=sys.executable, base=base, log=self._log, full=self.full))
-        self._python.chmod(0o755)
+        self.prefix, self.full, self._log = folder / "opt", folder / "full", folder / "uv.log"
+        self._programs, self._python, brought = folder / "programs", folder / "python", folder / "brought"
+        self._programs.mkdir(exist_ok=True)
+        uv = self._programs / "uv"
+        uv.write_text(UV.format(python=self._python, log=self._log, full=self.full, brought=brought))
+        self._python.write_text(PYTHON.format(base=base))
+        for program in (uv, self._python):
+            program.chmod(0o755)
 
     def make(self, target: str = "install", **variables: str) -> subprocess.CompletedProcess[str]:
         self._log.write_text("")
         given = {"PYTHON": self._python, "PREFIX": self.prefix, "ENV": "serve-cpu", "ARGS": "--some"} | variables
         command = ["make", "-s", target, *(f"{name}={value}" for name, value in given.items())]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
+        environment = os.environ | {"PATH": f"{self._programs}:{os.environ['PATH']}"}
+        return subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
 
     @property
-    def pip(self) -> str:
+    def uv(self) -> str:
         return self._log.read_text()
 
     @property
@@ -458,12 +475,13 @@ def test_make_install_builds_a_version_and_runs_its_own_install(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"installed by {version}/bin/yap-text install --some\n")
     assert (version / "built.txt").read_text() == (REPOSITORY / "nix/lock/serve-cpu.txt").read_text()
-    assert "--require-hashes" in made.pip and "--editable" not in made.pip
+    assert "--require-hashes" in made.uv and "--editable" not in made.uv
+    assert made.uv.startswith("copy ")  # uv's cache may be another user's
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     (told,) = version.glob("lib/*/site-packages/yaptext/commit.txt")
     assert told.read_text().startswith(asked.stdout.strip())
     again = made.make()
-    assert again.stdout == f"installed by {version}/bin/yap-text install --some\n" and made.pip == ""
+    assert again.stdout == f"installed by {version}/bin/yap-text install --some\n" and made.uv == ""
 
 
 @pytest.mark.subprocess
@@ -476,7 +494,7 @@ def test_make_install_takes_the_wheels_of_a_version_with_the_same_lock(tmp_path:
     (one / "bin/tool").write_text(f"#!{one}/bin/python\n")
     assert made.make().returncode == 0
     one, two = made.folders
-    assert "--require-hashes" not in made.pip and "--no-index" in made.pip
+    assert "--require-hashes" not in made.uv and "--no-index" in made.uv
     assert (one / "lib/wheel").samefile(two / "lib/wheel")
     assert (two / "bin/tool").read_text() == f"#!{two}/bin/python\n"
     assert (one / "bin/tool").read_text() == f"#!{one}/bin/python\n"
@@ -518,6 +536,22 @@ def test_make_install_refuses_what_the_units_could_not_see(tmp_path: Path) -> No
     assert done.returncode != 0 and "/home/me/python is below a home folder" in done.stderr
     done = Made(tmp_path).make(PREFIX="/home/me/yap-text")
     assert done.returncode != 0 and "/home/me/yap-text is below a home folder" in done.stderr
+
+
+@pytest.mark.subprocess
+def test_a_python_that_uv_brings_is_part_of_the_version(tmp_path: Path) -> None:
+    """It would be below a home folder otherwise, and would stay when the version goes."""
+    made = Made(tmp_path)
+    done = made.make(PYTHON="")
+    (version,) = made.folders
+    assert done.returncode == 0, done.stderr
+    assert made.uv.splitlines()[0] == f"{version}/python"
+    one = version.rename(made.prefix / "0.0.1")
+    (one / "python").mkdir()
+    (one / "python/cpython").symlink_to(one / "python/cpython-3.11")  # as uv leaves it
+    made.make(PYTHON="")
+    assert [path.name for path in made.folders] == ["0.0.1", version.name]
+    assert (one / "python/cpython").is_symlink() and not (version / "python/cpython").is_symlink()
 
 
 @pytest.mark.subprocess

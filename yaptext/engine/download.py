@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import huggingface_hub as client
 import structlog
 
-from yaptext.engine.hub import Hub, reason_of
+from yaptext.engine.hub import Hub, client_errors, reason_of
 from yaptext.engine.underway import Progress, Teller, size
 
 Read = Callable[[str], bytes]
@@ -119,7 +119,7 @@ def plan(hub: Hub, repo: str, choose: Choose, *, label: str | None = None) -> Pl
     """What is wanted of `repo`, and what of it is missing. Raises what the client raises, and `Hub.stays` if `choose`
     finds nothing."""
     revision = str(hub.api.model_info(repo).sha)
-    with suppress(client.errors.CachedRepoTreeNotFoundError):
+    with suppress(client_errors().CachedRepoTreeNotFoundError):
         # Without the hashes of large files: it serves only if there is nothing to fetch.
         noted = client.get_cached_repo_tree(repo, revision=revision, cache_dir=hub.cache)
         if (found := _plan(hub, repo, choose, label or repo, revision, noted)).is_linked:
@@ -184,7 +184,7 @@ def weights_lacking_in_cache(hub: Hub, repo: str) -> list[str]:
 
     try:
         paths = [file.path for file in client.get_cached_repo_tree(repo, cache_dir=hub.cache)]
-    except client.errors.CachedRepoTreeNotFoundError:
+    except client_errors().CachedRepoTreeNotFoundError:
         paths = [path.name for path in snapshot.iterdir() if path.exists()]
         paths += _named_weights(read(INDEX))
     try:

@@ -78,7 +78,7 @@ class Hub:
     def _line(self, error: BaseException, reason: str, name: str, doing: str) -> str:
         if status_of(error) == 403:
             return f"HF_TOKEN may not {doing} {name} ({reason})"
-        if has(error, client.errors.OfflineModeIsEnabled):
+        if has(error, client_errors().OfflineModeIsEnabled):
             return f"{name} is not in {self.cache}, and HF_HUB_OFFLINE is set: unset it, or copy the model there"
         if is_unanswered(error):
             return f"the hub cannot be reached for {name}: {reason}"
@@ -111,6 +111,13 @@ def cache(settings: Settings) -> Path:
     if settings.hf_home and settings.hf_home.expanduser() != Path(constants.HF_HOME):
         return settings.hf_home.expanduser() / "hub"  # someone in this process used the client before
     return Path(constants.HF_HUB_CACHE)
+
+
+def client_errors() -> Any:
+    """The client's module of errors. It is no attribute of the client before something has imported it."""
+    from huggingface_hub import errors
+
+    return errors
 
 
 def hub_token(settings: Settings) -> str | None:
@@ -153,21 +160,21 @@ def has(error: BaseException, *types: type[BaseException]) -> bool:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status of the hub's answer, None if none came."""
-    answers = [link.response for link in links(error) if isinstance(link, client.errors.HfHubHTTPError)]
+    answers = [link.response for link in links(error) if isinstance(link, client_errors().HfHubHTTPError)]
     return answers[0].status_code if answers else None
 
 
 def _asked_pause_s(error: BaseException) -> float:
     """What a hub that has no time asks for (Retry-After), as far as we go along."""
     for link in links(error):
-        if isinstance(link, client.errors.HfHubHTTPError):
+        if isinstance(link, client_errors().HfHubHTTPError):
             asked = link.response.headers.get("Retry-After", "")
             return min(float(asked), _LONGEST_PAUSE_S) if asked.isdigit() else 0.0
     return 0.0
 
 
 def is_unanswered(error: BaseException) -> bool:
-    return may_pass(error) or has(error, client.errors.OfflineModeIsEnabled)
+    return may_pass(error) or has(error, client_errors().OfflineModeIsEnabled)
 
 
 def may_pass(error: BaseException) -> bool:
@@ -180,12 +187,12 @@ def may_pass(error: BaseException) -> bool:
         return False
     # hf_xet raises RuntimeErrors, and a file that came too short is an OSError.
     passing = has(error, httpx2.TransportError, RuntimeError, OSError)
-    return passing and not has(error, client.errors.OfflineModeIsEnabled)
+    return passing and not has(error, client_errors().OfflineModeIsEnabled)
 
 
 def _stays(error: BaseException) -> bool:
     """A later try ends the same way: the hub says no, or there is no such name, or the cache is no folder of ours."""
-    wrong = (client.errors.HFValidationError, FileExistsError, NotADirectoryError, PermissionError)
+    wrong = (client_errors().HFValidationError, FileExistsError, NotADirectoryError, PermissionError)
     return not is_unanswered(error) and (status_of(error) is not None or has(error, *wrong))
 
 
@@ -194,7 +201,7 @@ def reason_of(error: BaseException, token: str | bool | None = None) -> str:
     last = links(error)[-1]
     text = f"{type(last).__name__}: {last}"
     for link in links(error):
-        if isinstance(link, client.errors.HfHubHTTPError):
+        if isinstance(link, client_errors().HfHubHTTPError):
             text = f"{link.response.status_code} {link.server_message or link.response.reason_phrase}"
     return without_secrets(text).replace(str(token or "\0"), "***").splitlines()[0][:300]
 
@@ -203,14 +210,14 @@ def access_line(error: BaseException, repo: str, label: str, *, known: bool, is_
     """What to do about a model that the hub does not give, None if that is not what went wrong. `known` says that
     there is a token."""
     place = "/etc/yap-text/hf-token (HF_TOKEN)" if is_unit else "HF_TOKEN"
-    if has(error, client.errors.HFValidationError):
+    if has(error, client_errors().HFValidationError):
         return f"{label} is neither a folder nor the name of a model on the hub"
-    if has(error, client.errors.GatedRepoError):
+    if has(error, client_errors().GatedRepoError):
         page = f"{endpoint()}/{repo}"
         return f"{label} is gated: accept its terms on its page, {page}, and set {place} to a token of that account"
     if status_of(error) == 401 and known:
         return f"HF_TOKEN is not valid: the hub does not know it. Set {place} to another, or to none"
-    if status_of(error) == 401 or has(error, client.errors.RepositoryNotFoundError):
+    if status_of(error) == 401 or has(error, client_errors().RepositoryNotFoundError):
         private = "HF_TOKEN may not see it" if known else f"is private and needs {place}"
         return f"{label} is not on the hub, or {private}: check the name"
     return None

@@ -19,7 +19,7 @@ import structlog
 
 from yaptext.engine.base import Role
 from yaptext.engine.download import Read, bars, bring, plan
-from yaptext.engine.hub import Hub, Pause, cache, hub_token, is_unanswered, reason_of
+from yaptext.engine.hub import Hub, Pause, cache, client_errors, hub_token, is_unanswered, reason_of
 from yaptext.engine.underway import Progress
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError
 from yaptext.settings import Settings
@@ -127,7 +127,7 @@ def _or_cached(
             raise
         try:
             found = _snapshot(hub, source, patterns, local=True)
-        except client.errors.LocalEntryNotFoundError:
+        except client_errors().LocalEntryNotFoundError:
             raise error from error.__cause__
         if not whole(found):
             raise
@@ -174,7 +174,7 @@ def check(settings: Settings, roles: Iterable[Role] | None = None, *, pause: Pau
     def is_there(repo: str) -> bool:
         try:
             api.auth_check(repo, write=True)
-        except client.errors.HfHubHTTPError as error:
+        except client_errors().HfHubHTTPError as error:
             if error.response.status_code != 404:
                 raise
             return False
