@@ -293,8 +293,8 @@ let
         lines = [
           "Description=NVIDIA's Multi-Process Service for Yap Text: the kernels of both engines run side by side"
           "# Off until: systemctl enable --now yap-text-mps; systemctl restart yap-text"
-          "# A fault in the kernels of one engine ends both; the service ends with them, and starts again. If this unit stops"
-          "# under a running service, the same happens; then the service runs without it."
+          "# An illegal memory access in the kernels of one engine ends both; the service ends with them, and starts again. If"
+          "# this unit stops under a running service, the same happens; then the service runs without it."
           "Before=yap-text.service"
         ]
         ++ afterNvidia;
@@ -307,7 +307,7 @@ let
           "ExecStart=${toString mps} -d"
           "ExecStartPost=/bin/sh -c 'echo CUDA_MPS_PIPE_DIRECTORY=/run/yap-text-mps > /run/yap-text-mps/environment'"
           "ExecStop=/bin/sh -c 'echo quit | ${toString mps}'"
-          "# It waits for its clients."
+          "# It waits for its clients; after this time they lose the card."
           "TimeoutStopSec=30"
           "Restart=on-failure"
           "RestartSec=5"

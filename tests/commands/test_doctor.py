@@ -67,7 +67,7 @@ class Box:
         self.write("/proc/sys/vm/overcommit_memory", "0\n")
         self.write("/proc/net/tcp", "  sl  local_address\n")
         self.write("/usr/lib/libnuma.so.1", "")
-        self.write("/venv/lock.txt", "".join(f"{name}=={version}\n" for name, version in self.packages.items()))
+        self.write_lock()
         registry = '_TEXT_GENERATION_MODELS = {"LlamaForCausalLM": ("llama", "LlamaForCausalLM")}\n'
         self.write("/vllm/model_executor/models/registry.py", registry)
         for role in ("chat", "tool"):
@@ -98,9 +98,13 @@ class Box:
         self.write("/usr/bin/gcc", "")
         del self.environ["CPU_KV_CACHE_MB"]
         self.packages = {"torch": "2.13.0", "vllm": "0.32.0", "nvidia-cuda-runtime": "13.0.96"}
-        self.write("/venv/lock.txt", "".join(f"{name}=={version}\n" for name, version in self.packages.items()))
+        self.write_lock()
         self.smi()
         return self
+
+    def write_lock(self) -> None:
+        pins = "".join(f"{name}=={version}\n" for name, version in self.packages.items())
+        self.write("/venv/lock.txt", f"# serve-x: CPython 3.11 on x86_64 Linux.\n{pins}")
 
     def smi(self, card: str = H200, health: str = HEALTH, processes: str = "") -> None:
         """What nvidia-smi says."""
@@ -434,7 +438,8 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Box], None]]] = {
     "hot": ("gpu.health", "warn", "95 C", smi(health="0, Disabled, 0, 95")),
     "someone else": ("gpu.processes", "warn", "python3 (process 99", smi(processes=OTHER_PROCESS)),
     "taken memory": ("capacity.memory", "fail", "are free", smi(card=H200.replace("143000", "20000"))),
-    "Python 3.12": ("python.version", "warn", "3.12", fact(python=(3, 12))),
+    "Python 3.12": ("python.version", "warn", "3.12; the lock is for 3.11", fact(python=(3, 12))),
+    "Python 3.10": ("python.version", "fail", "3.11 is needed", fact(python=(3, 10))),
     "lost package": ("python.packages", "fail", "missing: msgspec", package("msgspec", None)),
     "other version": ("python.packages", "fail", "msgspec 0.9 (locked: 1.0)", package("msgspec", "0.9")),
     "CPU torch beside a card": ("python.torch", "fail", "CPU build", with_gpu(package("torch", "2.13.0+cpu"))),

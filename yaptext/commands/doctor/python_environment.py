@@ -13,6 +13,7 @@ _PINNED = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)", re.MULTILINE)
 _CHECKOUT = Path(__file__).parents[3]
 _PLUGINS = {"yaptext_cpu_awq", "yaptext_orphan", "yaptext_fault"}
 _SHOWN = 6
+_LEAST_PYTHON = (3, 11)
 _SET_BY_US = {
     "VLLM_LOGGING_CONFIG_PATH",
     "VLLM_NO_USAGE_STATS",
@@ -46,11 +47,14 @@ def lock_of(seen: Deployment) -> tuple[str, dict[str, str]] | None:
 @check("python.version")
 def version(seen: Deployment) -> Finding:
     told = ".".join(map(str, seen.machine.python))
-    if seen.machine.python != (3, 11):
-        remedy = "make PYTHON=python3.11 serve"
-        if seen.machine.python < (3, 11):
-            return fail(f"Python {told}; 3.11 is needed", remedy)
-        return warn(f"Python {told}; the locks are for 3.11", remedy)
+    if seen.machine.python < _LEAST_PYTHON:
+        return fail(
+            f"Python {told}; {_LEAST_PYTHON[0]}.{_LEAST_PYTHON[1]} is needed", "make serve, which brings its own"
+        )
+    lock = lock_of(seen)
+    wanted = re.search(r"CPython ([0-9.]+)", Path(lock[0]).read_text(encoding="utf-8")) if lock else None
+    if wanted and wanted[1] != told:
+        return warn(f"Python {told}; the lock is for {wanted[1]}", "make serve, which brings its own")
     return ok(f"Python {told} in {seen.machine.prefix}")
 
 
