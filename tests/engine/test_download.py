@@ -168,7 +168,7 @@ def box(server: HubServer, tmp_path: Path) -> Iterator[Box]:
         started.supervisor.close()
 
 
-# What comes, and what is told of it
+# What comes, and what is said of it
 
 
 def test_a_start_brings_what_an_engine_takes_and_tells_each_file_once(box: Box) -> None:

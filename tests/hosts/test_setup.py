@@ -227,11 +227,11 @@ def test_a_python_that_is_here_is_taken_else_uv_brings_one(host: Host) -> None:
 
 def test_units_get_no_python_below_a_home_folder(host: Host) -> None:
     """Found or named."""
-    home, here = python(host, "home", base="/root/.pyenv"), python(host, "here")
+    home, here = python(host, "home", base="/home/me/.pyenv"), python(host, "here")
     listed(host, home, here)
     assert host.run(FIND.format(env="x"), OUTSIDE_HOME="1").stdout == f"{here}\n"
     said = host.complaint(FIND.format(env="x"), OUTSIDE_HOME="1", PYTHON=home)
-    assert said.startswith("/root/.pyenv is below a home folder")
+    assert said.startswith("/home/me/.pyenv is below a home folder")
 
 
 def test_a_named_python_of_another_version_is_refused(host: Host) -> None:

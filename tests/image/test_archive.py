@@ -140,7 +140,7 @@ def health() -> Iterator[int]:
 def test_healthy_is_what_healthz_says(
     health: int, answered: int | None, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past any proxy that the container is told of, and not healthy if nothing listens."""
+    """Past any proxy that the container is given, and not healthy if nothing listens."""
     monkeypatch.setattr(_Health, "status", answered)
     port = health if answered else 1
     told = {"HOST": "0.0.0.0", "PORT": str(port), "http_proxy": "http://127.0.0.1:1"}

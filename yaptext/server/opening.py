@@ -1,7 +1,7 @@
 """What clients are answered while the engines open: 503 and when to come back, from the first second of a start on.
 
 Opening the engines holds the event loop for seconds at a time, so a thread answers, without ASGI and without a key. It
-says that the service starts, and how far its downloads are; not of what: that is for who has a key.
+says that the service starts, and how far its downloads are; not of what: that takes a key.
 """
 
 from __future__ import annotations
