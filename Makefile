@@ -31,7 +31,7 @@ VENVS := .venv/serve-cpu .venv/serve-cuda
 CPU := .venv/serve-cpu
 
 SIZE_serve-cpu := 0.8 GB to download, 2.9 GB installed, 1 to 3 minutes
-SIZE_serve-cuda := 8.5 GB installed, 4 to 15 minutes
+SIZE_serve-cuda := 3.7 GB to download, 9 GB installed, 2 to 10 minutes
 SIZE_test := 100 MB, half a minute
 SIZE_audit := 60 MB, half a minute
 

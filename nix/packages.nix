@@ -232,6 +232,16 @@ let
     done
   '';
 
+  # nvcc refuses headers of another CUDA release. If the lock has two, vLLM must not find this nvcc: it would choose
+  # FlashInfer, whose kernels then fail to compile at the first request for them; without nvcc it takes kernels of its own.
+  compiles = release "nvidia-cuda-nvcc" == release "nvidia-cuda-runtime";
+  release =
+    name:
+    let
+      wheel = builtins.head (builtins.filter (wheel: wheel.name == name) locks.serve-cuda.wheels);
+    in
+    builtins.match "([0-9]+\\.[0-9]+)\\..*" wheel.version;
+
   description = "A real-time text inference service: a conversation over one WebSocket on vLLM";
   serve = command {
     name = "serve-cuda";
@@ -243,8 +253,15 @@ let
       pkgs.coreutils
     ];
     prepare = ''
-      export CUDA_HOME=${toolkit}
-      export PATH="$CUDA_HOME/bin:$PATH"
+      ${
+        if compiles then
+          ''
+            export CUDA_HOME=${toolkit}
+            export PATH="$CUDA_HOME/bin:$PATH"
+          ''
+        else
+          ""
+      }
       ${builtins.readFile ./driver.sh}
     '';
     passthru = {

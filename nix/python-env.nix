@@ -31,7 +31,7 @@ let
       throw "not a line of a lock: ${line}"
     else
       {
-        inherit line file;
+        inherit line file version;
         name = field 0;
         isWheel = wheel != null;
         source =
@@ -130,7 +130,7 @@ let
   '';
 in
 {
-  # { python, wheels } of a lock file. A wheel is { name, file, line, isWheel, source }, where `source` is the derivation
+  # { python, wheels } of a lock file. A wheel is { name, version, file, line, isWheel, source }, where `source` is the derivation
   # that fetches it. One that is none is a source archive of Python alone.
   read =
     lock:

@@ -178,7 +178,7 @@ def packages(folder: Path, lock: str, change: tuple[str, str], *attributes: str)
     text, count = re.subn(*change, file.read_text(), count=1, flags=re.M)
     assert count == 1
     file.write_text(text)
-    pkgs = f"import {ROOT}/tests/stub-nixpkgs {{ }}"
+    pkgs = f"import {ROOT}/tests/stub-nixpkgs {{ config.allowUnfreePredicate = _: true; }}"
     wanted = " ".join(f"p.{attribute}" for attribute in attributes)
     expression = f"let p = import {folder}/nix/packages.nix {{ pkgs = {pkgs}; }}; in [ {wanted} ]"
     return json.loads(nix("eval", "--json", "--expr", expression))  # type: ignore[no-any-return]
@@ -202,6 +202,16 @@ def test_an_environment_takes_the_python_of_its_lock(tmp_path: Path) -> None:
     assert packages(tmp_path / "other", "serve-cuda", change, version) == ["3.12"]
     with pytest.raises(AssertionError, match=r"serve-cuda\.txt is for CPython 3\.10, which this nixpkgs does not have"):
         packages(tmp_path / "gone", "serve-cuda", (change[0], "CPython 3.10 "), version)
+
+
+@pytest.mark.parametrize(("nvcc", "found"), [("13.0.88", True), ("13.5.37", False)])
+def test_vllm_finds_nvcc_if_it_is_of_the_release_of_the_headers(nvcc: str, found: bool, tmp_path: Path) -> None:
+    """Of another release it compiles nothing for FlashInfer, which vLLM would then choose."""
+    lock = (ROOT / "nix/lock/serve-cuda.txt").read_text()
+    assert "\nnvidia-cuda-runtime==13.0." in lock
+    change = ("^nvidia-cuda-nvcc==[^ ]+", f"nvidia-cuda-nvcc=={nvcc}")
+    (text,) = packages(tmp_path, "serve-cuda", change, "packages.serve.application")
+    assert ("export CUDA_HOME=" in text) == ('export PATH="$CUDA_HOME/bin:$PATH"' in text) == found
 
 
 def test_the_overlay_asks_for_consent_to_nvidias_licence() -> None:

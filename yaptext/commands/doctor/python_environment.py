@@ -115,7 +115,7 @@ def torch(seen: Deployment) -> Finding:
 def plugins(seen: Deployment) -> Finding:
     lacking = sorted(_PLUGINS - seen.machine.plugins())
     if lacking:
-        return fail(f"vLLM does not find {', '.join(lacking)}", "pip install --no-deps --editable ., or make serve")
+        return fail(f"vLLM does not find {', '.join(lacking)}", "make serve")
     return ok(f"vLLM finds {len(_PLUGINS)} plugins of this package")
 
 
