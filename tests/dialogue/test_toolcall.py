@@ -168,6 +168,10 @@ _schemas = st.recursive(
 
 
 @given(properties=st.dictionaries(st.sampled_from("abc"), _schemas, max_size=2))
+@example(properties={"a": {"type": "object", "required": ["a"], "maxProperties": 0}})
+@example(
+    properties={"a": {"type": "object", "properties": {"a": {}, "b": {}}, "required": ["a", "b"], "maxProperties": 1}}
+)
 @often
 def test_what_is_accepted_is_a_grammar_for_the_engine(properties: dict[str, Any]) -> None:
     """vLLM's own check and xgrammar take every schema that is not refused here."""

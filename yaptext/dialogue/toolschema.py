@@ -146,6 +146,9 @@ def _unfit_counts(part: dict[str, Any]) -> str | None:
     closed = not part.get("additionalProperties")
     if closed and isinstance(properties, dict) and part.get("minProperties", 0) > len(properties):
         return f"'minProperties' is above the {len(properties)} of 'properties'"
+    required, most = part.get("required", []), part.get("maxProperties")
+    if most is not None and len(required) > most:
+        return f"'required' names {len(required)}, and 'maxProperties' allows {most}"
     if part.get("items", False) is False and isinstance(listed, list) and part.get("minItems", 0) > len(listed):
         return f"'minItems' is above the {len(listed)} of 'prefixItems', and 'items' allows no more"
     return None
