@@ -314,4 +314,4 @@ def test_the_real_service_serves(box: Container, suite: str) -> None:
     box.run("systemctl", "stop", "yap-text.socket", "yap-text")
     assert show(box, "Result", "ExecMainStatus") == {"Result": "success", "ExecMainStatus": "0"}
     said = box.run("journalctl", "-u", "yap-text", "-p", "warning", "-o", "cat", "--no-pager")
-    assert "Unknown" not in said and "EPERM" not in said, said
+    assert "EPERM" not in said and (suite == "bookworm" or "Unknown" not in said), said  # 252 has no RestartSteps=
