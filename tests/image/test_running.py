@@ -183,7 +183,7 @@ def test_a_volume_of_another_user_is_named(run: Run, tmp_path: Path) -> None:
 def test_nothing_of_the_machine_is_in_the_image(podman: Podman) -> None:
     """No registry, resolver, host name or configuration of pip; no file that runs as its owner or has a date."""
     script = """
-    ls -d /etc/apt /etc/pip.conf /etc/xdg /root/.config /root/.cache /build 2> /dev/null
+    ls -d /etc/apt /etc/pip.conf /etc/xdg ~root/.config ~root/.cache /build 2> /dev/null
     find / -xdev \\( -perm /6000 -type f -o -newermt 1970-01-02 -path '/opt/*' \\) 2> /dev/null
     find / -xdev -type f -writable -not -path '/data/*' -not -path '/etc/*' 2> /dev/null
     true

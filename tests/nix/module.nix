@@ -224,7 +224,7 @@ let
   };
 in
 {
-  # But for the machine's own paths, what a switch reads, and what the module says in the place of [Install].
+  # Except for the paths of the machine, what a switch reads, and what the module says instead of [Install].
   units-are-those-of-systemd = {
     expected = mapAttrs (name: unit: unit // (ofNixos.${name} or (_: { })) unit) committed;
     found = removeAttrs (unitsOf full) [ "yap-text-switch.service" ];
