@@ -40,7 +40,7 @@ SIZE_audit := 60 MB, half a minute
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
 
-quantize: venv
+quantize: venv $(VENV)/llmcompressor/lock.txt
 	@exec $(VENV)/bin/yap-text quantize $(ARGS)
 
 # A version is built at its final path, since a venv cannot be moved. Until its own `yap-text install` leads the link
@@ -65,7 +65,7 @@ install:
 	commit=$$(git --git-dir=.git --work-tree=. describe --always --dirty --abbrev=40 '--exclude=*' 2> /dev/null || true)
 	contents=$$({
 	    if [ "$$python" ]; then base_of "$$python"; fi
-	    find pyproject.toml $$lock systemd yaptext -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+	    find pyproject.toml $$lock nix/lock/llmcompressor.txt systemd yaptext -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
 	} | sha256sum)
 	release=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 	version=$$prefix/$$release$${commit:+-$${commit:0:7}$${commit:40}}-$${contents:0:8}
@@ -93,6 +93,7 @@ install:
 	    else
 	        UV_LINK_MODE=copy add "$$version" $$lock
 	    fi
+	    add_compressor "$$version"
 	    project "$$version"
 	    for package in "$$version"/lib/python*/site-packages/yaptext; do echo "$$commit" > "$$package/commit.txt"; done
 	    chmod -R go+rX,go-w "$$version" # uv's cache may have been filled under another umask
@@ -157,7 +158,7 @@ clean:
 	find yaptext tests nix -name __pycache__ -prune -exec rm -rf {} +
 
 venv: $(VENV)/project
-venv-test: $(CPU)/project $(CPU)/test.txt .venv/audit/lock.txt
+venv-test: $(CPU)/project $(CPU)/test.txt $(CPU)/llmcompressor/lock.txt .venv/audit/lock.txt
 
 # A stamp is a copy of the lock that the venv holds: written last, so that an interrupted install counts as none, and
 # compared, so that a checkout that only touches the lock installs nothing. Static patterns: make would delete what an
@@ -171,6 +172,12 @@ $(VENVS:%=%/lock.txt) .venv/audit/lock.txt: .venv/%/lock.txt: nix/lock/%.txt
 	echo "$*: creating $(@D) with $$(grep -c == $<) wheels: $(SIZE_$*)"
 	create $(@D) $<
 	cp $< $@
+
+$(VENVS:%=%/llmcompressor/lock.txt): %/llmcompressor/lock.txt: nix/lock/llmcompressor.txt %/lock.txt
+	@$(SETUP)
+	use_uv
+	add_compressor $*
+	touch $@
 
 $(CPU)/test.txt: nix/lock/test.txt $(CPU)/lock.txt
 	@if cmp -s $< $@; then touch $@; exit; fi

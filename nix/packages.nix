@@ -24,6 +24,7 @@ let
     serve-cuda = build.read ./lock/serve-cuda.txt;
     serve-cpu = build.read ./lock/serve-cpu.txt;
     test = build.read ./lock/test.txt;
+    llmcompressor = build.read ./lock/llmcompressor.txt;
     # Talking with a service takes neither torch nor vLLM. Below, what the client imports and what builds the project.
     client = locks.serve-cpu // {
       wheels = builtins.filter (wheel: builtins.elem wheel.name clientNames) locks.serve-cpu.wheels;
@@ -90,6 +91,20 @@ let
     client = layer "client" null;
     test = layer "test" environments.serve-cpu;
   };
+
+  # The quantizer's second library, with what it needs in other versions: a folder that comes first in a process of its
+  # own.
+  compressor =
+    name:
+    let
+      inherit (locks.${name}) python;
+      environment = build.environment {
+        name = "yap-text-${name}-llmcompressor";
+        inherit python;
+        inherit (locks.llmcompressor) wheels;
+      };
+    in
+    "${environment}/lib/python${python.pythonVersion}/site-packages";
 
   root = toString ../.;
   source = builtins.path {
@@ -253,6 +268,7 @@ let
       pkgs.coreutils
     ];
     prepare = ''
+      export LLMCOMPRESSOR="''${LLMCOMPRESSOR-${compressor "serve-cuda"}}"
       ${
         if compiles then
           ''
@@ -274,7 +290,10 @@ let
     description = "${description}, without a GPU";
     runtimeInputs = [ pkgs.stdenv.cc ];
     # A GPU would be of no use to this build.
-    prepare = "export YAP_TEXT_DEVICE=cpu";
+    prepare = ''
+      export YAP_TEXT_DEVICE=cpu
+      export LLMCOMPRESSOR="''${LLMCOMPRESSOR-${compressor "serve-cpu"}}"
+    '';
     passthru = {
       cuda = false;
       tests = tests.serve-cpu or { };

@@ -132,6 +132,7 @@ USES = [
     Use("vllm.scalar_type", "scalar_types", "engine/cpu_awq.py", _PINNED, has("scalar_types.uint4")),
     # --- the rest
     Use("tokenizers.decoders", "DecodeStream", "engine/request.py", "none known", lambda module: module.DecodeStream(ids=[1], skip_special_tokens=True) is not None),
+    Use("transformers.core_model_loading", "_materialize_copy, WeightRenaming", "quantize/verify.py, quantize/compressor_child.py", "none known", each(has("WeightRenaming"), says("    tensor = tensor[...]\n    if dtype is not None or device is not None:\n        tensor = tensor.to("))),
     Use("transformers.utils", "cached_file, logging", "engine/template.py, engine/demo.py", "none known", has("cached_file", "logging.disable_progress_bar")),
     Use("huggingface_hub.utils.tqdm", "disable_progress_bars", "engine/hub.py", "none known", has("disable_progress_bars")),
     Use("huggingface_hub.utils", "WeakFileLock, build_hf_headers, hf_raise_for_status, filter_repo_objects", "engine/download.py, quantize/hub.py", "none known", each(has("hf_raise_for_status"), takes("WeakFileLock", "timeout"), takes("build_hf_headers", "token"), takes("filter_repo_objects", "allow_patterns", "ignore_patterns"))),

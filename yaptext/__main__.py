@@ -10,8 +10,12 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"]:
         # It may be a reload of the keys, and waits until it is known whether it is, and until that can be done.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    from yaptext.cli import run  # engine processes import this module anew, and need no CLI
-
+    try:
+        from yaptext.cli import run  # engine processes import this module anew, and need no CLI
+    except KeyboardInterrupt:
+        eval("0")  # if it came within an eval, Python would end by the signal, and not with 130
+        print("yap-text: stopped by Ctrl-C (SIGINT)", file=sys.stderr)
+        sys.exit(130)
     sys.exit(run(sys.argv[1:]))
 
 

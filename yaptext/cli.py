@@ -59,6 +59,8 @@ def run(arguments: Sequence[str]) -> int:
             _tell(lines)
         return error.exit_status
     except KeyboardInterrupt:
+        if parsed.command is _quantize:
+            _tell_of_interrupt()
         return 130
     except Exception as error:  # the log has its traceback
         from yaptext.observe.notify import notify
@@ -103,6 +105,20 @@ def _tell_operator(
     notify.notify(f"STATUS={headline}: {reason[:_MOST_STATUS]}")
 
 
+def _tell_of_interrupt() -> None:
+    """Ctrl-C, or the same signal from elsewhere: one line, the last of this process."""
+    import structlog
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once, without a traceback
+    eval("0")  # if the first one came within an eval, Python would end by the signal, and not with 130
+    words = "stopped by Ctrl-C (SIGINT); nothing half-made is kept, what was finished before is"
+    if sys.stderr.isatty() or not structlog.is_configured():
+        _tell([words])
+    else:
+        structlog.get_logger(__name__).warning("quantize.interrupted", reason=words, exit_status=130)
+    logging.disable()  # torch writes figures at its exit, if it was stopped while it was imported
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="yap-text", description="Real-time text inference for voice companions.")
     parser.add_argument("--version", action="version", version=f"yap-text {__version__}")
@@ -117,24 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(command=_serve)
 
-    quantize = commands.add_parser(
-        "quantize",
-        help="make 4-bit AWQ weights of the deployed models",
-        description="Quantizes CHAT_MODEL and TOOL_MODEL to 4-bit AWQ, proves the result and keeps it where `serve` "
-        "finds it; with HF_AWQ_PUSH=1 it goes to the hub, too. What is finished already is not done again, nor is what "
-        "failed before, until a setting, the model or the code changes. Exit status: 2 if something has to be mended, "
-        "75 if a later try may do (hub, disk, another job), 1 after a crash.",
-    )
-    quantize.add_argument("--role", choices=("chat", "tool"), help="this model alone (default: DEPLOY_MODELS)")
-    quantize.add_argument("--calibration", metavar="TEXT", help="AWQ_CALIBRATION: a file, a folder or hub:NAME")
-    quantize.add_argument("--samples", metavar="N", help="AWQ_CALIBRATION_SAMPLES")
-    quantize.add_argument("--tokens", metavar="N", help="AWQ_CALIBRATION_TOKENS, of one sample")
-    quantize.add_argument("--group-size", metavar="N", help="AWQ_GROUP_SIZE: auto, 128, 64 or 32")
-    quantize.add_argument("--force", action="store_true", help="redo what is finished")
-    quantize.add_argument("--again", action="store_true", help="try what failed before, although nothing has changed")
-    quantize.add_argument("--allow-worse", action="store_true", help="keep a result that plain rounding beats")
-    quantize.add_argument("--when-wanted", action="store_true", help="do nothing unless QUANTIZATION=awq asks for it")
-    quantize.set_defaults(command=_quantize)
+    _add_quantize(commands)
 
     chat = commands.add_parser("chat", help="talk with a running service")
     _client_options(chat)
@@ -243,6 +242,42 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument("--uninstall", action="store_true", help="stop and remove what was put in place")
     install.set_defaults(command=_install)
     return parser
+
+
+def _add_quantize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="make 4-bit AWQ weights of the deployed models",
+        description="Quantizes CHAT_MODEL and TOOL_MODEL to 4-bit AWQ, proves the result and keeps it where `serve` "
+        "finds it; with HF_AWQ_PUSH=1 it goes to the hub, too. What is finished already is not done again, nor is what "
+        "failed before, until a setting, the model or the code changes.",
+        epilog="The result is a folder in STATE/awq/NAME-HASH/, named by its time (UTC); the newest one counts. STATE "
+        "is YAP_TEXT_STATE_DIR (default: STATE_DIRECTORY under systemd, else ~/.local/state/yap-text). Exit status: 2 "
+        "if something has to be mended, 75 if a later try may do (hub, disk, another job), 130 after Ctrl-C, 1 after a "
+        "crash.",
+    )
+    default = {name: value for name, value, _ in variables()}
+
+    def option(flag: str, metavar: str, name: str, meaning: str, usual: str | None = None) -> None:
+        quantize.add_argument(flag, metavar=metavar, help=f"{name}: {meaning} (default: {usual or default[name]})")
+
+    quantize.add_argument("--role", choices=("chat", "tool"), help="this model alone (default: those of DEPLOY_MODELS)")
+    option("--calibration", "TEXT", "AWQ_CALIBRATION", "builtin, a .txt or .jsonl file, a folder of them, or hub:NAME")
+    option(
+        "--samples",
+        "N",
+        "AWQ_CALIBRATION_SAMPLES",
+        "calibration samples, 1 to 4096; up to 4 more are set aside to measure on",
+        "128 on CUDA, 8 on CPU",
+    )
+    option("--tokens", "N", "AWQ_CALIBRATION_TOKENS", "tokens of one sample, 64 to 8192")
+    option("--group-size", "N", "AWQ_GROUP_SIZE", "weights that share a scale: auto, 128, 64 or 32")
+    option("--quantizer", "LIBRARY", "QUANTIZER", "autoawq, llmcompressor, or auto: autoawq where it is right")
+    quantize.add_argument("--force", action="store_true", help="redo what is finished")
+    quantize.add_argument("--again", action="store_true", help="try what failed before, although nothing has changed")
+    quantize.add_argument("--allow-worse", action="store_true", help="keep a result that plain rounding beats")
+    quantize.add_argument("--when-wanted", action="store_true", help="do nothing unless QUANTIZATION=awq asks for it")
+    quantize.set_defaults(command=_quantize)
 
 
 def _client_options(parser: argparse.ArgumentParser) -> None:
@@ -379,6 +414,7 @@ def _quantize(parsed: argparse.Namespace) -> int:
         "AWQ_CALIBRATION_SAMPLES": parsed.samples,
         "AWQ_CALIBRATION_TOKENS": parsed.tokens,
         "AWQ_GROUP_SIZE": parsed.group_size,
+        "QUANTIZER": parsed.quantizer,
     }
     settings = Settings.load(**{name: value for name, value in flags.items() if value is not None})
     _start_logs(settings)

@@ -94,13 +94,15 @@ class Settings(BaseSettings):
     tool_model: str | None = _env("TOOL_MODEL", None, "Tool model: a hub id or a local folder, for example `MadeAgents/Hammer2.1-1.5b` or `MadeAgents/Hammer2.1-3b`.")  # fmt: skip
     awq_chat_model: str | None = _env("AWQ_CHAT_MODEL", None, "Pre-quantized AWQ chat model, served instead of `CHAT_MODEL`.")  # fmt: skip
     awq_tool_model: str | None = _env("AWQ_TOOL_MODEL", None, "Pre-quantized AWQ tool model, served instead of `TOOL_MODEL`.")  # fmt: skip
-    quantization: Literal["auto", "none", "fp8", "awq", "gptq"] = _env("QUANTIZATION", "auto", "Weights: `auto` takes GPTQ or AWQ where the model's config or name says so, a finished AWQ folder of the quantizer, else FP8 on CUDA and float on CPU. `gptq` leaves a tool model that has float weights as `auto` would serve it.")  # fmt: skip
+    quantization: Literal["auto", "none", "fp8", "awq", "gptq"] = _env("QUANTIZATION", "auto", "Weights: `auto` takes GPTQ or AWQ if the model's config, weights or name say so, a finished AWQ folder of the quantizer, else FP8 on CUDA and float on CPU. `gptq` leaves a tool model that has float weights as `auto` would serve it.")  # fmt: skip
     chat_quantization: Literal["auto", "none", "fp8", "awq", "gptq"] | None = _env("CHAT_QUANTIZATION", None, "The same for the chat model alone.")  # fmt: skip
     tool_quantization: Literal["auto", "none", "fp8", "awq", "gptq"] | None = _env("TOOL_QUANTIZATION", None, "The same for the tool model alone.")  # fmt: skip
     awq_calibration: str = _env("AWQ_CALIBRATION", "builtin", "Text to calibrate AWQ with (quantizer): `builtin`, a `.txt` or `.jsonl` file, a folder of them, or a hub data set as `hub:NAME`.")  # fmt: skip
     awq_calibration_samples: int | None = _env("AWQ_CALIBRATION_SAMPLES", None, "Calibration samples (quantizer). Default: 128 on CUDA, 8 on CPU.", ge=1, le=4096)  # fmt: skip
     awq_calibration_tokens: int = _env("AWQ_CALIBRATION_TOKENS", 512, "Tokens of one calibration sample (quantizer).", ge=64, le=8192)  # fmt: skip
     awq_group_size: Literal["auto", "128", "64", "32"] = _env("AWQ_GROUP_SIZE", "auto", "Weights that share a scale (quantizer); `auto` takes the largest that divides the model's layers.")  # fmt: skip
+    quantizer: Literal["auto", "autoawq", "llmcompressor"] = _env("QUANTIZER", "auto", "What quantizes (quantizer): `auto` takes autoawq for the architectures that it does right, else llm-compressor.")  # fmt: skip
+    llmcompressor: Path | None = _env("LLMCOMPRESSOR", None, "Folder with the wheels of llm-compressor (quantizer). Default: the one in the environment, where `make quantize` and `make install` put it.")  # fmt: skip
     share_engine: bool = _env("SHARE_ENGINE", True, "One engine for both models where they are the same checkpoint; 0 opens two.")  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = _env("YAP_TEXT_DEVICE", "auto", "Where the engines run; `auto` takes CUDA where an NVIDIA driver is loaded.")  # fmt: skip
     chat_gpu_frac: float | None = _env("CHAT_GPU_FRAC", None, "Share of the GPU's memory for the chat engine. Default 0.70 with both models, 0.90 alone or shared.", gt=0, le=0.98)  # fmt: skip

@@ -61,7 +61,7 @@ class Wheel:
 @dataclass(frozen=True)
 class Inputs:
     """What one environment asks for. `on` is the environment it is installed on top of; `like` one that shares its
-    versions of what both hold, except of what is in `apart`."""
+    versions of what both hold, except of what is in `apart`. `pure` says that its wheels fit every Python."""
 
     env: str
     python: str
@@ -73,6 +73,7 @@ class Inputs:
     on: str | None = None
     like: str | None = None
     apart: frozenset[str] = frozenset()
+    pure: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def read_inputs(pyproject: Mapping[str, Any]) -> dict[str, Inputs]:
             on=table.get("on"),
             like=table.get("like"),
             apart=frozenset(map(canonicalize_name, table.get("apart", []))),
+            pure=table.get("pure", False),
         )
         for env, table in tables.items()
     }
@@ -232,7 +234,8 @@ def pip_report(requirements: Sequence[str], *options: str, registry_only: bool =
 
 def resolve(inputs: Inputs, base: Mapping[str, str], like: Mapping[str, str] | None = None) -> list[Wheel]:
     """The wheels of an environment, less those that `base` (name to version) already holds; in the versions of `like`
-    where that has them."""
+    where that has them. What is `apart` has versions of its own."""
+    base = {name: version for name, version in base.items() if name not in inputs.apart}
     alone = [str(r) for r in inputs.requirements if canonicalize_name(r.name) in inputs.no_deps]
     together = [str(r) for r in inputs.requirements if canonicalize_name(r.name) not in inputs.no_deps]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
@@ -266,7 +269,9 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None, like: Lock | Non
     for wheel in lock.wheels:
         if wheel.name in inputs.exclude:
             findings.append(f"{wheel.name} is excluded in pyproject.toml, but pinned")
-        if wheel.name in below:
+        if inputs.pure and not wheel.file.endswith("-py3-none-any.whl"):
+            findings.append(f"{wheel.file} is not for every Python; {inputs.env} has to be")
+        if wheel.name in below and wheel.name not in inputs.apart:
             findings.append(f"{wheel.name} is pinned already by {inputs.on}")
         if inputs.registry_only and "+" in wheel.version:
             findings.append(f"{wheel.name} {wheel.version} is a local build; {inputs.env} takes registry builds only")
@@ -275,7 +280,7 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None, like: Lock | Non
         findings += disagreements(wheel)
         if (other := foreign(wheel, inputs.python)) is not None:
             findings.append(f"{wheel.file} is for {other}; {inputs.env} is for Python {inputs.python}")
-    findings += differences(inputs, lock, like or Lock(()))
+    findings += differences(inputs, lock, like or base or Lock(()))
     versions = below | lock.versions()
     for requirement in inputs.requirements:
         name = canonicalize_name(requirement.name)
@@ -288,14 +293,15 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None, like: Lock | Non
 
 def differences(inputs: Inputs, lock: Lock, like: Lock) -> list[str]:
     """Packages of both locks whose versions differ without being named in `apart`, and names in there that do not."""
+    other = inputs.like or inputs.on
     findings = []
     theirs = like.versions()
     for name, version in lock.versions().items():
         same = public(version) == public(theirs.get(name, version))
         if not same and name not in inputs.apart:
-            findings.append(f"{name} {version} is pinned, but {inputs.like} has {theirs[name]}; no `apart` allows that")
+            findings.append(f"{name} {version} is pinned, but {other} has {theirs[name]}; no `apart` allows that")
         elif same and name in inputs.apart:
-            findings.append(f"{name} is in `apart`, but {inputs.like} has the same version or none")
+            findings.append(f"{name} is in `apart`, but {other} has the same version or none")
     return findings
 
 

@@ -149,10 +149,11 @@ create() {
     add "$1" "$2"
 }
 
-# add VENV LOCK: the wheels of the lock. What has no wheel (.tar.gz) comes second: the lock's own setuptools builds it,
+# add VENV LOCK [OPTION ...]: the wheels of the lock. What has no wheel (.tar.gz) comes second: the lock's own setuptools builds it,
 # so that nothing is fetched but what the lock names.
 add() {
     local each way
+    local options=(--compile-bytecode --python "$1" "${@:3}")
     # Builds for CPU come from where this host is configured to look, else from PyTorch's own index, to which uv knows
     # the way. Extra indexes only if they are needed: of a version that several have, uv takes the first one's file,
     # which may be for another Python and so not the lock's.
@@ -160,11 +161,23 @@ add() {
         [[ $each != *extra* || $extra_indexes ]] || continue
         [[ $each != *torch* ]] || grep -q '^torch==[^ ]*+cpu ' "$2" || continue
         way=$each
-        uv_install "$way" --quiet --dry-run --only-binary :all: --python "$1" -r <(wheels "$2") 2> /dev/null && break
+        uv_install "$way" --quiet --dry-run --only-binary :all: "${options[@]}" -r <(wheels "$2") 2> /dev/null && break
     done
-    uv_install "$way" --compile-bytecode --only-binary :all: --python "$1" -r <(wheels "$2")
+    uv_install "$way" --only-binary :all: "${options[@]}" -r <(wheels "$2")
     if grep -q '\.tar\.gz$' "$2"; then
-        uv_install "" --compile-bytecode --no-build-isolation --no-binary :all: --python "$1" -r <(grep '\.tar\.gz$' "$2")
+        uv_install "" --no-build-isolation --no-binary :all: "${options[@]}" -r <(grep '\.tar\.gz$' "$2")
+    fi
+}
+
+# add_compressor VENV: llm-compressor, in a folder of its own, which yaptext/quantize/compressor.py puts first.
+add_compressor() {
+    local lock=nix/lock/llmcompressor.txt folder=$1/llmcompressor
+    if ! cmp -s $lock "$folder/lock.txt"; then
+        echo "llmcompressor: adding $(grep -c == $lock) wheels: 15 MB to download, 150 MB installed, seconds"
+        rm -rf "$folder"
+        add "$1" $lock --target "$folder"
+        rm -rf "$folder/bin" # scripts that would run without their folder
+        cp $lock "$folder/lock.txt"
     fi
 }
 

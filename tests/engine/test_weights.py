@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import huggingface_hub
 import pytest
 
 from yaptext.engine import shelf
-from yaptext.engine.weights import FAILED, Checkpoint, choose, context_of, wants_demo
+from yaptext.engine.weights import FAILED, Checkpoint, choose, context_of, kind_of, wants_demo
 from yaptext.errors import SettingsError, StartError, StartRefused
 from yaptext.settings import Settings
+
+WHOLE = "model.safetensors"
 
 
 def model(folder: Path, name: str = "model", **config: Any) -> str:
@@ -27,6 +31,17 @@ def model(folder: Path, name: str = "model", **config: Any) -> str:
 
 def quantized(method: str) -> dict[str, Any]:
     return {"quantization_config": {"quant_method": method}}
+
+
+def store(file: Path, tensors: dict[str, tuple[str, list[int]]], cut: int = 0) -> None:
+    """A safetensors file of zeros, by its format: `cut` bytes are left out at its end."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * {"F16": 2, "BF16": 2, "I32": 4, "F8_E4M3": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    told = json.dumps(header).encode()
+    file.write_bytes((len(told).to_bytes(8, "little") + told + bytes(end))[: -cut or None])
 
 
 def chosen(source: str, device: str = "cpu", **variables: str) -> Checkpoint:
@@ -96,10 +111,109 @@ def test_a_deployed_role_needs_its_model(role: Any, other: str) -> None:
 def test_auto_finds_out_what_the_weights_are(
     tmp_path: Path, device: str, name: str, config: dict[str, Any], kind: str
 ) -> None:
-    """The config decides; where it says nothing, the name does; float weights become FP8 on CUDA."""
+    """The config decides; without weights the name does if it says nothing; float weights become FP8 on CUDA."""
     found = chosen(model(tmp_path, name, **config), device)
     online = kind == "float" and device == "cuda"
     assert (found.kind, found.online_fp8) == ("fp8" if online else kind, online)
+
+
+_LINEAR = "model.layers.0.mlp.up_proj"
+FLOAT = {f"{_LINEAR}.weight": ("BF16", [128, 256])}
+AWQ = {
+    f"{_LINEAR}.qweight": ("I32", [256, 16]),
+    f"{_LINEAR}.qzeros": ("I32", [2, 16]),
+    f"{_LINEAR}.scales": ("F16", [2, 128]),
+}
+GPTQ = {
+    f"{_LINEAR}.qweight": ("I32", [32, 128]),
+    f"{_LINEAR}.qzeros": ("I32", [2, 16]),
+    f"{_LINEAR}.scales": ("F16", [2, 128]),
+}
+FP8 = {f"{_LINEAR}.weight": ("F8_E4M3", [128, 256]), f"{_LINEAR}.weight_scale": ("BF16", [1])}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "kind"),
+    [
+        ("hawqeye-7b", FLOAT, "float"),
+        ("my-awq-experiments", FLOAT, "float"),
+        ("Impish-12B-GPTQ", FLOAT, "float"),
+        ("plain", AWQ, "awq"),
+        ("Impish-12B-GPTQ", AWQ, "awq"),
+        ("plain", GPTQ, "gptq"),
+        ("Impish-12B-AWQ", GPTQ, "gptq"),
+        ("plain", GPTQ | {f"{_LINEAR}.g_idx": ("I32", [256])}, "gptq"),
+        ("plain", FP8, "fp8"),
+        ("plain-awq", FP8, "fp8"),
+    ],
+)
+@pytest.mark.parametrize("index", [False, True], ids=["whole", "sharded"])
+def test_what_the_tensors_are_counts_more_than_the_name(
+    tmp_path: Path, name: str, tensors: dict[str, Any], kind: str, index: bool
+) -> None:
+    """Where the config says nothing, or names no method: the server and the quantizer see the same."""
+    for config in ({}, {"quantization_config": {"quant_method": None}}, {"quantization_config": [5]}):
+        folder = Path(model(tmp_path, name, **config))
+        file = "model-00001-of-00001.safetensors" if index else "model.safetensors"
+        store(folder / file, tensors)
+        if index:
+            (folder / f"{WHOLE}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file)}))
+        assert chosen(str(folder)).kind == kind
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["hawqeye-7b", "Gawq", "awqward", "regptqed", "gptq4all"])
+@pytest.mark.parametrize("source", ["{}", "/models/{}", "gptq-lab/{}", "awq.org/{}"])
+def test_a_word_within_a_longer_one_is_none(name: str, source: str) -> None:
+    """Nor is the name of the folder above, or of the hub's organisation."""
+    assert kind_of(source.format(name), {}) == "float"
+
+
+@pytest.mark.parametrize("config", [{}, quantized("awq")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", bytes(9), b"\xff" * 99, None],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_broken_file_leaves_config_and_name(
+    tmp_path: Path, name: str, content: bytes | None, config: dict[str, Any]
+) -> None:
+    """The kind is no place to fail: what reads the weights says what is wrong with them."""
+    for word in ("plain", "some-awq"):
+        folder = Path(model(tmp_path, word, **config))
+        if content is None:
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_bytes(content)
+        assert kind_of(str(folder), config) == ("float" if word == "plain" and not config else "awq")
+
+
+def test_a_header_is_not_read_past_its_file(tmp_path: Path) -> None:
+    """Nor is a FIFO, which would never end."""
+    folder = Path(model(tmp_path, "plain"))
+    (folder / WHOLE).write_bytes((10**8).to_bytes(8, "little") + b"{" * 50)
+    assert kind_of(str(folder), {}) == "float"
+    (folder / WHOLE).unlink()
+    os.mkfifo(folder / "x.safetensors")
+    assert kind_of(str(folder), {}) == "float"
+
+
+@pytest.mark.parametrize(("tensors", "kind"), [(FLOAT, "float"), (AWQ, "awq"), (GPTQ, "gptq")])
+def test_of_a_hub_model_the_cache_counts(tmp_path: Path, tensors: dict[str, Any], kind: str) -> None:
+    """What lies there of it: the weights or their index. Nothing is fetched for it; without them its name decides."""
+    repo = tmp_path / "models--some--thing-gptq"
+    snapshot = repo / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("c0ffee")
+    assert kind_of("some/thing-gptq", {}, tmp_path) == "gptq"
+    assert kind_of("some/thing", {}, tmp_path) == "float"
+    index = snapshot / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}))
+    assert kind_of("some/thing-gptq", {}, tmp_path) == ("float" if kind == "float" else "gptq")
+    index.unlink()
+    store(snapshot / WHOLE, tensors)
+    assert kind_of("some/thing-gptq", {}, tmp_path) == kind
 
 
 def test_only_the_name_of_the_folder_counts(tmp_path: Path) -> None:
@@ -315,6 +429,17 @@ def test_a_path_is_not_looked_for_on_the_hub(source: str) -> None:
         chosen(source)
 
 
+def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line names its folder."""
+    folder = Path(model(tmp_path))
+    (folder / WHOLE).write_bytes(b"")
+    with pytest.raises(StartError, match=rf"^{folder}/{WHOLE} is a file \(CHAT_MODEL\): name its folder, {folder}$"):
+        chosen(f"{folder}/{WHOLE}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StartError, match=rf"^model/{WHOLE} is a file \(CHAT_MODEL\): name its folder, model$"):
+        chosen(f"model/{WHOLE}")
+
+
 @pytest.mark.parametrize("closed", ["", "model", "model/config.json"])
 def test_what_is_closed_is_named_with_how_to_open_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
@@ -351,12 +476,17 @@ class Hub:
 def test_a_hub_model_is_asked_for_its_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str | None
 ) -> None:
-    """Only the config is fetched, with the token where there is one; the hub's name tells the kind as well."""
+    """With the token where there is one. If only the name says that the weights are quantized, their index is asked
+    for, too, and no more."""
     hub = Hub(f"{model(tmp_path)}/config.json")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
     found = chosen("yapwithai/impish-12b-awq", **({"HF_TOKEN": token} if token else {}))
     assert (found.source, found.kind) == ("yapwithai/impish-12b-awq", "awq")
-    assert hub.asked == [("yapwithai/impish-12b-awq", "config.json", token)]
+    files = ["config.json", "model.safetensors.index.json"]
+    assert hub.asked == [("yapwithai/impish-12b-awq", file, token) for file in files]
+    hub.asked.clear()
+    assert chosen("yapwithai/hawqeye-12b", **({"HF_TOKEN": token} if token else {})).kind == "float"
+    assert hub.asked == [("yapwithai/hawqeye-12b", "config.json", token)]
 
 
 def test_a_line_end_after_the_token_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

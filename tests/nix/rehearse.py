@@ -106,13 +106,13 @@ def empty() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="begin with an empty store")
-    parser.add_argument("--wheels", action="append", metavar="LOCK", help="fetch these (default: serve-cpu and test)")
+    parser.add_argument("--wheels", action="append", metavar="LOCK", help="fetch these (default: what the tests build)")
     parser.add_argument("nix", nargs=argparse.REMAINDER, help="arguments of nix")
     arguments = parser.parse_args()
     if arguments.fresh:
         empty()
     WHEELHOUSE.mkdir(parents=True, exist_ok=True)
-    fill(arguments.wheels or ["serve-cpu", "test"])
+    fill(arguments.wheels or ["serve-cpu", "test", "llmcompressor"])
     words = arguments.nix
     end = words.index("--") if "--" in words else len(words)
     command = ["nix", *words[:end], *STUB, *words[end:]]

@@ -170,7 +170,8 @@ class Bench:
             from yaptext.quantize.job import _sha256
 
             found = self.finished()
-            files = {path.name for path in found.folder.iterdir()} - {shelf.MANIFEST}
+            inside = [path.relative_to(found.folder) for path in found.folder.rglob("*") if path.is_file()]
+            files = {path.as_posix() for path in inside} - {shelf.MANIFEST}
             assert files == set(found.manifest["files"])
             for name, entry in found.manifest["files"].items():
                 assert _sha256(found.folder / name) == entry["sha256"], name

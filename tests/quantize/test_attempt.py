@@ -27,7 +27,7 @@ NO_WORK = "from yaptext.quantize import job; job._make = lambda *_: None"
 
 
 def raising(error: str) -> str:
-    return f"import errno\nfrom yaptext.quantize import awq\ndef plan(*_): raise {error}\nawq.plan = plan"
+    return f"import errno\nfrom yaptext.quantize import plan\ndef fails(*_): raise {error}\nplan.plan = fails"
 
 
 def noted(bench: Bench) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_a_result_that_is_too_bad_is_remembered(fresh: Bench) -> None:
     wanted = note["wanted"]
     assert wanted["source"] == {"name": "Tiny-Llama", "revision": None, "content": shelf.content(Path(fresh.model))}
     assert wanted["recipe"]["samples"] == 4 and wanted["allow_worse"] is False
-    assert set(wanted["made_by"]) == {"yaptext", "code", "autoawq", "torch", "transformers", "device"}
+    assert set(wanted["made_by"]) == {"yaptext", "code", "autoawq", "torch", "transformers", "llmcompressor", "device"}
 
     before = (fresh.row / FAILED).stat()
     status, events = fresh.run("--when-wanted", QUANTIZATION="awq")
@@ -133,6 +133,19 @@ def test_other_files_of_the_model_are_another_attempt(failed: Bench, name: str) 
     assert status == 0 and only(events, "quantize.begun")
 
 
+def test_another_template_is_another_attempt(failed: Bench) -> None:
+    """Also in the folder of its own, whose time does not change with what is in its files."""
+    folder = Path(failed.model) / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("{{ tools }}")
+    assert failed.run(before=raising("ValueError('odd weights')"))[0] == 2
+    status, events = failed.run(before=NO_WORK)
+    assert status == 2 and not only(events, "quantize.begun")
+    (folder / "tool_use.jinja").write_text("{{ other }}")
+    status, events = failed.run(before=NO_WORK)
+    assert status == 0 and only(events, "quantize.begun")
+
+
 @pytest.mark.parametrize("part", ["code", "autoawq", "device"])
 def test_other_code_is_another_attempt(failed: Bench, part: str) -> None:
     """An update of the service or of a library."""
@@ -145,13 +158,13 @@ def test_other_code_is_another_attempt(failed: Bench, part: str) -> None:
 
 def test_another_revision_is_another_attempt(forge: Forge, tmp_path: Path, hub: HubServer) -> None:
     """The unit asks the hub for its config at each run, and so hears of a new one."""
-    hub.add("maker/moe", {"config.json": b'{"model_type": "mixtral"}', "model.safetensors": b"x"})
+    hub.add("maker/moe", {"config.json": b'{"model_type": "a-new-one"}', "model.safetensors": b"x"})
     bench = Bench(forge, tmp_path / "state", "maker/moe", HF_HOME=str(tmp_path / "hf"), QUANTIZATION="awq")
     for begun in (1, 0):
         status, events = bench.run("--when-wanted")
         assert status == 2 and len(only(events, "quantize.begun")) == begun
     revision = noted(bench)["wanted"]["source"]["revision"]
-    assert revision and "cannot quantize the architecture 'mixtral'" in noted(bench)["reason"]
+    assert revision and "cannot quantize the architecture 'a-new-one'" in noted(bench)["reason"]
     hub.add("maker/moe", {"config.json": b'{"model_type": "other"}', "model.safetensors": b"x"})
     status, events = bench.run("--when-wanted")
     assert status == 2 and len(only(events, "quantize.begun")) == 1
@@ -188,11 +201,11 @@ def test_what_may_pass_is_not_remembered(fresh: Bench, error: str, status: int) 
 def test_a_signal_that_a_library_turns_into_an_error_is_not_remembered(fresh: Bench) -> None:
     """The job ends with the signal's status."""
     turning = (
-        "import os, signal; from yaptext.quantize import awq\n"
-        "def plan(*_):\n"
+        "import os, signal; from yaptext.quantize import plan\n"
+        "def turned(*_):\n"
         "    try: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    except BaseException: raise ValueError('broken') from None\n"
-        "awq.plan = plan"
+        "plan.plan = turned"
     )
     status, events = fresh.run(before=turning)
     assert status == 143 and list(fresh.row.iterdir()) == [], events

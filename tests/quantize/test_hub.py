@@ -34,6 +34,8 @@ MODEL = {
     "LICENSE": b"Apache-2.0\n",
     **SHARDS,
 }
+MORE = {"additional_chat_templates/tool_use.jinja": b"{{ tools }}", "tekken.json": b"{}"}
+"""What some models have besides."""
 BALLAST = {
     "pytorch_model.bin": b"pickle",
     "model-Q4_K_M.gguf": b"GGUF",
@@ -193,6 +195,14 @@ def test_a_model_comes_with_what_quantizing_needs(hub: HubServer, client: Client
     assert not [request for name in BALLAST for request in hub.asked(re.escape(name))]
 
 
+def test_more_templates_come_along(hub: HubServer, client: Client) -> None:
+    """The one folder of a repository that is read, with Mistral's own tokenizer; the other folders are ballast."""
+    hub.add("maker/model", MODEL | MORE | BALLAST)
+    folder = Path(client("download", "maker/model").value[0])
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert files == MODEL | MORE
+
+
 def test_a_folder_is_taken_as_it_is(hub: HubServer, client: Client) -> None:
     """Nothing is asked, and it has no revision; but it has to hold weights, and no pickles."""
     source = client.folder / "model"
@@ -201,7 +211,7 @@ def test_a_folder_is_taken_as_it_is(hub: HubServer, client: Client) -> None:
         (source / name).write_bytes(data)
     assert client("download", str(source)).value == [str(source), None]
     (source / "model.safetensors.index.json").write_text("{")
-    client("download", str(source)).refuses(f"{source} has no model.safetensors", kind="QuantizeRefused")
+    assert client("download", str(source)).error is None, "what is wrong with it is said by checkpoint.py"
     (source / "model.safetensors.index.json").unlink()
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     client("download", str(source)).refuses(
@@ -238,19 +248,23 @@ def test_a_model_without_safetensors_is_refused(hub: HubServer, client: Client) 
     hub.add("maker/pickle", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
     client("download", "maker/pickle").refuses("maker/pickle has no model.safetensors", kind="QuantizeRefused")
     hub.add("maker/half", {name: data for name, data in MODEL.items() if "00002-of" not in name})
+    hub.requests.clear()
     client("download", "maker/half").refuses(
-        "maker/half has no model.safetensors, whole or in shards", kind="QuantizeRefused"
+        "maker/half lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names: the hub has it "
+        "so; name another repository",
+        kind="QuantizeRefused",
     )
+    assert not hub.asked("^GET .*safetensors$"), "before the other shards are fetched"
 
 
 def test_a_full_disk_is_noticed_before_the_download(hub: HubServer, client: Client) -> None:
     """The line has what is needed and what is free; where it fills up all the same, nothing is tried again."""
     hub.add("maker/model", MODEL)
     client("download", "maker/model", free=1000).refuses(
-        f"maker/model needs 600.2 kB more in {client.cache}, and 1.0 kB are free", "HF_HOME", kind="QuantizeDelayed"
+        f"maker/model needs 600.1 kB more in {client.cache}, and 1.0 kB are free", "HF_HOME", kind="QuantizeDelayed"
     )
     assert not hub.asked("^GET .*safetensors$")
-    client("download", "maker/model", stop=100, errno=errno.ENOSPC).refuses(
+    client("download", "maker/model", stop=1000, errno=errno.ENOSPC).refuses(
         "maker/model: OSError: [Errno 28] No space", f"Free some of {client.cache}", kind="QuantizeDelayed"
     )
 
@@ -281,13 +295,13 @@ def test_the_next_try_keeps_whole_files(hub: HubServer, client: Client) -> None:
 
 
 def test_progress_goes_from_what_is_there_to_the_end(hub: HubServer, client: Client) -> None:
-    """Bytes done and bytes in all; what an earlier run fetched counts from the first call on."""
+    """Bytes done and bytes in all; what was fetched before, as the index is, counts from the first call on."""
     hub.add("maker/model", MODEL)
     total = sum(map(len, set(MODEL.values())))  # what two files hold comes once
     progress = client("download", "maker/model", progress=True).progress
     done = [done for done, _ in progress]
     assert {total for _, total in progress} == {total}
-    assert done == sorted(set(done)) and (done[0], done[-1]) == (0, total)
+    assert done == sorted(set(done)) and (done[0], done[-1]) == (len(INDEX), total)
     shard = next(iter(SHARDS))
     link = next(client.cache.glob(f"*/snapshots/*/{shard}"))
     link.resolve().unlink()
@@ -301,10 +315,11 @@ def test_the_journal_has_lines_and_nothing_else(hub: HubServer, client: Client) 
     """No bar of the client stands between the JSON lines."""
     hub.add("maker/model", MODEL)
     result = client("download", "maker/model")
-    total, files = sum(map(len, set(MODEL.values()))), len(set(MODEL.values()))
+    total, files = sum(map(len, set(MODEL.values()))), len(set(MODEL.values())) - 1  # the index came before
     (first,), (last,) = result.events("download.started"), result.events("download.finished")
     named = {"models": ["maker/model"], "files": files, "bytes": total}
-    assert (named | {"there_bytes": 0}).items() <= first.items() and named.items() <= last.items()
+    assert (named | {"there_bytes": len(INDEX)}).items() <= first.items()
+    assert (named | {"bytes": total - len(INDEX)}).items() <= last.items()
     told = {line["file"]: line["bytes"] for line in result.events("download.file")}
     assert len(told) == files and all(len(MODEL[name]) == bytes_ for name, bytes_ in told.items())
     events = {"download.started", "download.file", "download.finished", "hub.downloaded"}
@@ -384,11 +399,18 @@ def test_a_download_ends_where_its_progress_does(hub: HubServer, client: Client)
     assert (Path(result.value[0]) / "model.safetensors").read_bytes() == weights and not part.exists()
 
 
-def test_a_peek_fetches_the_config_alone(hub: HubServer, client: Client) -> None:
-    """Before gigabytes: kind and architecture."""
+def test_a_peek_fetches_config_and_index_alone(hub: HubServer, client: Client) -> None:
+    """Before gigabytes: kind and architecture, and what is no model at all."""
     hub.add("maker/model", MODEL)
     assert client("peek_config", "maker/model").value == {"model_type": "llama"}
-    assert {request.path.split("/")[-1] for request in hub.asked("resolve")} == {"config.json"}
+    files = {request.path.split("/")[-1] for request in hub.asked("resolve")}
+    assert files == {"config.json", "model.safetensors.index.json"}
+    hub.add("maker/lora", {"adapter_config.json": b'{"base_model_name_or_path": "maker/model"}', **SHARDS})
+    client("peek_config", "maker/lora").refuses(
+        "maker/lora is a LoRA adapter (adapter_config.json), no model: merge it into maker/model",
+        kind="QuantizeRefused",
+    )
+    assert not hub.asked("lora/resolve.*safetensors")
     hub.add("maker/gguf", BALLAST)
     client("peek_config", "maker/gguf").refuses(
         "maker/gguf has no config.json", "no model to quantize", kind="QuantizeRefused"
@@ -468,6 +490,25 @@ def test_a_wrong_variable_is_told_without_the_hub(
     """One line that names it, and no request."""
     client("check", **(PUSH | settings)).refuses(told)
     assert hub.requests == []
+
+
+def test_all_that_is_wrong_is_told_at_once(hub: HubServer, client: Client) -> None:
+    """A line each: who mends one need not wait for the next."""
+    none = {"HF_AWQ_CHAT_REPO": None, "HF_TOKEN": None, "HF_AWQ_BRANCH": "a branch", "DEPLOY_MODELS": "both"}
+    result = client("check", **(PUSH | none))
+    assert (result.error, result.pauses) == ("SettingsError", [])
+    assert result.text.splitlines() == [
+        "HF_AWQ_PUSH=1 needs HF_TOKEN: a token that may write",
+        "HF_AWQ_PUSH=1 needs HF_AWQ_CHAT_REPO: where to push the chat model",
+        "HF_AWQ_PUSH=1 needs HF_AWQ_TOOL_REPO: where to push the tool model",
+        "HF_AWQ_BRANCH='a branch' is not allowed: git has no such branches",
+    ]
+    assert hub.requests == []
+    absent = {"HF_AWQ_TOOL_REPO": "firm/tool-awq", "HF_AWQ_CHAT_REPO": "others/awq", "DEPLOY_MODELS": "both"}
+    assert client("check", **(PUSH | absent)).text.splitlines() == [
+        "HF_AWQ_CHAT_REPO=others/awq cannot be created: ann, whose token HF_TOKEN is, is no member of others",
+        "HF_AWQ_TOOL_REPO=firm/tool-awq cannot be created: ann, whose token HF_TOKEN is, is no member of firm",
+    ]
 
 
 def test_without_push_nothing_is_checked(hub: HubServer, client: Client) -> None:
@@ -643,6 +684,18 @@ def test_weights_of_an_earlier_build_go(hub: HubServer, client: Client, folder: 
     Path(folder, "model.safetensors").write_bytes(b"new")
     assert client("upload", folder, "chat").value[2] == 4
     assert set(stored(hub)) == {"config.json", "README.md", "error.png", "model.safetensors"}
+
+
+def test_templates_in_their_folder_go_there_and_away(hub: HubServer, client: Client, folder: str) -> None:
+    """A template that is no longer here would still be read from the hub."""
+    more = Path(folder, "additional_chat_templates")
+    more.mkdir()
+    (more / "tool_use.jinja").write_bytes(b"{{ tools }}")
+    assert client("upload", folder, "chat").error is None
+    assert stored(hub) == AWQ | {"additional_chat_templates/tool_use.jinja": b"{{ tools }}"}
+    shutil.rmtree(more)
+    assert client("upload", folder, "chat").value[2] == 1
+    assert stored(hub) == AWQ
 
 
 def test_a_cut_upload_goes_on_by_itself(hub: HubServer, client: Client, folder: str) -> None:

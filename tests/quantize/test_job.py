@@ -288,9 +288,9 @@ def test_a_folder_without_weights_is_one_line(forge: Forge, tmp_path: Path, mode
 
 
 def test_a_model_that_cannot_be_read_is_one_line(forge: Forge, tmp_path: Path, model: Path) -> None:
-    """The first line of what the library says that is not empty."""
+    """The first line of what the library says that is not empty, of what checkpoint.py does not know."""
     folder = Path(shutil.copytree(model, tmp_path / "model"))
-    (folder / "model.safetensors").write_bytes(b"no weights")
+    (folder / "tokenizer.json").write_bytes(b"no tokenizer")
     bench = Bench(forge, tmp_path / "state", folder)
     status, events = bench.run()
     assert status == 2 and re.fullmatch(r"quantize.failed model could not be quantized: \S.*", events[-1])
@@ -324,9 +324,9 @@ def test_what_is_calibrated_with_is_what_is_noted(fresh: Bench, tmp_path: Path) 
     text = tmp_path / "text.txt"
     text.write_text("The tide came in over the flats, and the birds went up.\n\n" * 200)
     gone = (
-        "from pathlib import Path; from yaptext.quantize import awq; plan = awq.plan\n"
-        f"def after(*given): Path({str(text)!r}).unlink(); return plan(*given)\n"
-        "awq.plan = after"
+        "from pathlib import Path; from yaptext.quantize import plan; before = plan.plan\n"
+        f"def after(*given): Path({str(text)!r}).unlink(); return before(*given)\n"
+        "plan.plan = after"
     )
     status, events = fresh.run(before=gone, AWQ_CALIBRATION=str(text))
     assert status == 0, events
@@ -419,7 +419,7 @@ def test_killed_at_any_moment_it_leaves_the_old_or_the_new(bench: Bench) -> None
 KILLED = """
 import os, shutil, signal
 from pathlib import Path
-from yaptext.quantize import awq, card, job, verify
+from yaptext.quantize import card, job, kept, plan, verify
 def dying(place, name, late=False):
     do = getattr(place, name)
     def end(*given, **named):
@@ -432,8 +432,8 @@ def dying(place, name, late=False):
 @pytest.mark.parametrize(
     "moment",
     [
-        "dying(awq, 'plan')",
-        "dying(awq.shutil, 'copyfile', late=True)",
+        "dying(plan, 'plan')",
+        "dying(kept.shutil, 'copyfile', late=True)",
         "dying(card, 'plot', late=True)",
         "dying(job, '_sync')",
         "dying(Path, 'rename')",
@@ -599,8 +599,8 @@ def test_a_model_comes_from_the_hub_and_is_made_anew_with_it(
 
 def test_the_architecture_is_refused_before_the_download(forge: Forge, tmp_path: Path, hub: HubServer) -> None:
     """One small file is fetched."""
-    hub.add("maker/moe", {"config.json": b'{"model_type": "mixtral"}', "model.safetensors": bytes(1000)})
+    hub.add("maker/moe", {"config.json": b'{"model_type": "a-new-one"}', "model.safetensors": bytes(1000)})
     bench = Bench(forge, tmp_path / "state", "maker/moe", HF_HOME=str(tmp_path / "hf"))
     status, events = bench.run()
-    assert status == 2 and "cannot quantize the architecture 'mixtral'" in events[-1]
+    assert status == 2 and "cannot quantize the architecture 'a-new-one'" in events[-1]
     assert not hub.asked("GET .*safetensors")

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize.tiny import blocks, make_model, quantized
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from yaptext.errors import QuantizeRefused
 from yaptext.quantize import awq, verify
+from yaptext.quantize.source import load
 
 SHAPES = {"rows": st.integers(1, 4), "groups": st.integers(1, 4), "size": st.sampled_from([32, 64, 128])}
 SEEDS = st.integers(0, 2**16)
@@ -28,6 +28,11 @@ def copied(tensors: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def decoded(source: Path, quantized: Path) -> Any:
+    """The float model with the weights that a quantized checkpoint stands for."""
+    return load(source, on_cuda=False, stored=verify.decoded(quantized))
 
 
 # Plain rounding
@@ -136,7 +141,7 @@ def test_a_checkpoint_that_does_not_fit_its_model_is_found(
     tensors = load_file(result / "model.safetensors")
     change(tensors)
     with pytest.raises(QuantizeRefused, match=rf"^the quantized checkpoint does not fit its model: {named}$"):
-        verify.fill(AutoModelForCausalLM.from_pretrained(model), copied(tensors, tmp_path / "awq"))
+        decoded(model, copied(tensors, tmp_path / "awq"))
 
 
 def test_shards_are_one_checkpoint(model: Path, result: Path, tmp_path: Path) -> None:
@@ -149,8 +154,7 @@ def test_shards_are_one_checkpoint(model: Path, result: Path, tmp_path: Path) ->
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"stray": torch.zeros(1000)}, tmp_path / "consolidated.safetensors")
-    whole, sharded = (AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
-    assert verify.fill(whole, result) == verify.fill(sharded, tmp_path)
+    whole, sharded = decoded(model, result), decoded(model, tmp_path)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, sharded.get_parameter(name)), name
     assert verify._weight_bytes(tmp_path) == sum((tmp_path / file).stat().st_size for file in parts)
@@ -163,8 +167,7 @@ def test_the_figures_are_the_textbooks(model: Path, result: Path) -> None:
     """Perplexity, KL divergence and top-1 agreement, computed another way."""
     held_out = blocks(3, seed=9)
     report = verify.Reference(model, held_out, 128, on_cuda=False).compare(result)
-    exact, quantized = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() for _ in range(2))
-    verify.fill(quantized, result)
+    exact, quantized = load(model, on_cuda=False), decoded(model, result)
     ids = torch.tensor(held_out)
     with torch.inference_mode():
         ours, theirs = (each(ids, labels=ids) for each in (exact, quantized))
@@ -193,8 +196,10 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     source = make_model(tmp_path / "float", "qwen2", outliers=True, tie_word_embeddings=True)
     report = quantized(source, tmp_path / "awq")
     assert report.awq.kl < report.rounding.kl / 5
-    model = AutoModelForCausalLM.from_pretrained(source)
-    assert verify.fill(model, tmp_path / "awq") == sum(p.numel() for p in model.parameters())
+    model = decoded(source, tmp_path / "awq")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert report.bytes_per_weight == pytest.approx(report.awq_bytes / weights, abs=1e-3)
     assert not [name for name in load_file(tmp_path / "awq" / "model.safetensors") if "lm_head" in name]
 
 

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from quantize.shapes import shape
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from yaptext.quantize import awq, mapping, verify
+from yaptext.quantize import awq, compressor, mapping, recipes, verify
+from yaptext.quantize.plan import LAYER, Layer, plan
+from yaptext.quantize.source import load
 
-_VOCABULARY = 320
-_SHAPE: dict[str, Any] = {
-    "vocab_size": _VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
-_OWN: dict[str, dict[str, Any]] = {
-    **{name: {"head_dim": 32} for name in ("mistral", "qwen3", "gemma")},
-    **{name: {"tie_word_embeddings": True} for name in ("cohere", "cohere2")},  # vLLM knows no other
-    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
-    "helium": {"head_dim": 64},  # which it takes to be the hidden size's share
-}
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -55,38 +46,61 @@ def make_model(folder: Path, architecture: str, *, outliers: bool, **changes: An
     trained models; with `outliers` sixteen times that, and the layers behind it sixteen times less: the function is the
     same, and plain rounding loses those channels."""
     torch.manual_seed(3)
-    shape = _SHAPE | _OWN.get(architecture, {}) | changes
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape)).float()
-    parts = mapping.MAPPINGS[architecture]
+    config = AutoConfig.for_model(architecture, **shape(architecture) | changes)
+    mappings = MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mappings or "vision_config" in shape(architecture):
+        mappings = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model = mappings[type(config)](config).float()
+    quiet = architecture.startswith(("gemma3", "gemma4"))  # or their tied heads are sure of every token
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                scale = 1.0 if "embed" in name else 2.0 if "lm_head" in name else 1.2
-                parameter.normal_(0, scale / parameter.shape[1] ** (0.5 if "embed" not in name else 0.0))
-        for layer in model.model.layers:
-            readers = [getattr(layer.self_attn, name) for name in parts.attention]
-            gates = [getattr(layer.mlp, name) for name in parts.mlp]
-            for norm, linears in (
-                (parts.attention_norm, readers + gates if parts.parallel else readers),
-                (parts.mlp_norm, gates),
-            ):
-                if norm is not None:
-                    _raise(getattr(layer, norm), linears, 16 if outliers else 1)
-            if outliers and parts.attention_norm is None:  # no norm to begin with: the MLP's inner channels
-                channels = torch.randperm(gates[-1].out_features)[:8]
-                gates[-1].weight[channels] *= 16
-                layer.mlp.down_proj.weight[:, channels] /= 16
+            if "embed" in name and parameter.dim() == 2:
+                parameter.normal_(0, 0.08 if quiet else 1.0)
+            elif parameter.dim() in (2, 3) and "conv" not in name:
+                parameter.normal_(0, (2.0 if "lm_head" in name else 1.2) / parameter.shape[-1] ** 0.5)
+        for name, layer in model.named_modules():
+            if re.fullmatch(LAYER, f"{name}."):
+                for norm, readers in _norms(layer, architecture):
+                    _raise(norm, readers, 16 if outliers else 1)
+                if outliers and getattr(mapping.MAPPINGS.get(architecture), "attention_norm", "") is None:
+                    gate = layer.mlp.up_proj  # no norm to begin with: the MLP's inner channels
+                    channels = torch.randperm(gate.out_features)[:8]
+                    gate.weight[channels] *= 16
+                    layer.mlp.down_proj.weight[:, channels] /= 16
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
-def _raise(norm: Any, linears: list[Any], factor: int) -> None:
+def _norms(layer: Any, architecture: str) -> Iterator[tuple[Any, list[Any]]]:
+    """The norms of a decoder layer, and the weights that read them, [..., channels]."""
+    if architecture in mapping.MAPPINGS:
+        parts = mapping.MAPPINGS[architecture]
+        readers = [getattr(layer.self_attn, name).weight for name in parts.attention]
+        gates = [getattr(layer.mlp, name).weight for name in parts.mlp]
+        if parts.attention_norm is not None:
+            yield getattr(layer, parts.attention_norm), readers + gates if parts.parallel else readers
+        if parts.mlp_norm is not None:
+            yield getattr(layer, parts.mlp_norm), gates
+        return
+    weights = {name.removesuffix(".weight"): weight for name, weight in layer.named_parameters()}
+    for norm, names in recipes.RECIPES[architecture].groups:
+        # transformers holds all experts' gates and ups in one tensor.
+        fused = [name.replace("*.gate_proj", "gate_up_proj") for name in names]
+        if norm in weights and weights[norm].dim() == 1 and (found := [weights[n] for n in fused if n in weights]):
+            yield layer.get_submodule(norm), found
+
+
+_OFFSET = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm", "Qwen3_5RMSNorm", "Qwen3_5MoeRMSNorm")
+"""Norms whose weight is what is added to one."""
+
+
+def _raise(norm: Any, readers: list[Any], factor: int) -> None:
     channels = torch.randperm(norm.weight.numel())[:8]
-    offset = 1 if "Gemma" in type(norm).__name__ else 0  # whose weight is what is added to one
+    offset = 1 if type(norm).__name__ in _OFFSET else 0
     norm.weight[channels] = (norm.weight[channels] + offset) * 8 * factor - offset
-    for linear in linears:
-        linear.weight[:, channels] /= factor
+    for weight in readers:
+        weight[..., channels] /= factor
 
 
 def raise_values(folder: Path) -> None:
@@ -116,8 +130,31 @@ def blocks(count: int, size: int = 128, seed: int = 5) -> list[list[int]]:
 
 def quantized(source: Path, target: Path) -> verify.Report:
     """Quantizes `source` into the new folder `target` and measures, as the job does."""
-    plan = awq.plan(source)
-    reference = verify.Reference(source, blocks(4, seed=9), plan.group_size, on_cuda=False)
+    size = plan(source).group_size
+    reference = verify.Reference(source, blocks(4, seed=9), size, on_cuda=False)
     target.mkdir()
-    awq.quantize(source, target, blocks(8), plan.group_size, on_cuda=False, done=lambda layer: None)
+    awq.quantize(source, target, blocks(8), size, on_cuda=False, done=lambda layer: None)
     return reference.compare(target)
+
+
+def scaled_alone(source: Path) -> float:
+    """How far autoawq's scaling moves the answers while nothing is rounded, KL in nats."""
+    ids = torch.tensor(blocks(2, seed=11))
+    with torch.inference_mode():
+        before = torch.log_softmax(load(source, on_cuda=False)(ids).logits, -1)
+        scaled = awq.search(load(source, on_cuda=False), blocks(8), 64, scales_alone=True).model
+        after = torch.log_softmax(scaled(ids).logits, -1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def compressed(source: Path, target: Path, architecture: str) -> tuple[verify.Report, float]:
+    """The same by llm-compressor, and how far scaling alone moves the answers, KL in nats."""
+    kept = recipes.RECIPES[architecture].kept_pattern
+    size = plan(source, kept=kept).group_size
+    reference = verify.Reference(source, blocks(4, seed=9), size, on_cuda=False, kept=kept)
+    target.mkdir()
+    told: list[Layer] = []
+    wheels = compressor.wheels(None)
+    moved = compressor.quantize(source, target, blocks(8), size, on_cuda=False, done=told.append, wheels=wheels)
+    assert [layer.number for layer in told] == [1, 2] and all(layer.count == 2 for layer in told)
+    return reference.compare(target), moved

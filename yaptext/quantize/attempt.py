@@ -23,6 +23,8 @@ import yaptext
 from yaptext.engine import shelf
 from yaptext.engine.weights import FAILED, FailedAttempt, is_unit
 from yaptext.errors import QuantizeError, QuantizeRefused
+from yaptext.quantize import compressor
+from yaptext.quantize.kept import TEMPLATES
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -85,7 +87,7 @@ def made_by(*, on_cuda: bool) -> dict[str, str | None]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    return versions | {"device": "cuda" if on_cuda else "cpu"}
+    return versions | {"llmcompressor": compressor.VERSION, "device": "cuda" if on_cuda else "cpu"}
 
 
 @cache
@@ -102,7 +104,7 @@ def files(source: str) -> str | None:
     if not shelf.is_folder(source):
         return None
     digest = hashlib.sha256()
-    for file in sorted(Path(source).iterdir()):
+    for file in [*sorted(Path(source).iterdir()), *sorted((Path(source) / TEMPLATES).glob("*"))]:
         with suppress(OSError):
             status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))

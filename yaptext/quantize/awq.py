@@ -6,98 +6,22 @@ import gc
 import inspect
 import json
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yaptext.errors import QuantizeRefused
 from yaptext.quantize import mapping
-from yaptext.quantize.source import check_finite, load
+from yaptext.quantize.kept import copy_kept
+from yaptext.quantize.plan import Layer
+from yaptext.quantize.source import check_finite, dtype_that_holds, load
 
-GROUP_SIZES = (128, 64, 32)
-_OUT_MULTIPLE = 64
-"""vLLM's AWQ kernels compute this many outputs at once."""
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ's packing: nibble i of an int32 holds column `ORDER[i]` of its eight."""
 _MOVED, _MOVED_HALF = 1e-3, 5e-2
 """How much scaling may change a layer's answer by rounding errors, relative, in 32 and in 16 bits."""
-KEPT_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-"""Kept byte for byte: transformers writes some tokenizers back as others than it read (NFC, another split)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One decoder layer is done. `seconds` is its own time."""
-
-    number: int
-    count: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a model allows: its decoder layers' count, the group size, and the weights' bytes before and after."""
-
-    layers: int
-    group_size: int
-    float_bytes: int
-    awq_bytes: int
-
-
-def plan(folder: Path, wanted: str = "auto") -> Plan:
-    """Looks at the model's shape without loading a weight. `wanted` is auto, 128, 64 or 32.
-
-    Raises `QuantizeRefused` for an architecture that autoawq cannot do, or layers that no group size divides.
-    """
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    mapping.check_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with init_empty_weights(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config)
-    layers = model.model.layers
-    linears = {
-        f"{number}.{name}": module
-        for number, layer in enumerate(layers)
-        for name, module in layer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    for name, linear in linears.items():
-        if linear.out_features % _OUT_MULTIPLE:
-            raise QuantizeRefused(
-                f"layer {name} has {linear.out_features} outputs; AWQ needs a multiple of {_OUT_MULTIPLE}"
-            )
-    sizes = [int(wanted)] if wanted != "auto" else GROUP_SIZES
-    inputs = {name: linear.in_features for name, linear in linears.items()}
-    fitting = [size for size in sizes if all(count % size == 0 for count in inputs.values())]
-    if not fitting:
-        name = next(name for name, count in inputs.items() if count % sizes[-1])
-        raise QuantizeRefused(
-            f"layer {name} has {inputs[name]} inputs, which no group of {' or '.join(map(str, sizes))} divides"
-        )
-    quantized = sum(linear.weight.numel() for linear in linears.values())
-    rest = sum(parameter.numel() for parameter in model.parameters()) - quantized
-    bits = 4 + (16 + 4) / fitting[0]  # a weight, and its share of a scale and a zero point
-    return Plan(len(layers), fitting[0], 2 * (quantized + rest), int(quantized * bits / 8) + 2 * rest)
 
 
 def quantize(
@@ -119,36 +43,29 @@ def quantize(
     # It names its logger after its file, and tells where it has saved what.
     logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    model = search(source, blocks, group_size, on_cuda=on_cuda, quantizer=_quantizer(done))
+    dtype = dtype_that_holds(loaded := load(source, on_cuda=on_cuda))
+    model = search(loaded, blocks, group_size, quantizer=_quantizer(done, dtype))
+    del loaded
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.model.half()  # what stays unquantized, in the type of the scales
+        model.model.to(dtype)  # what stays unquantized, in the type of the scales
         check_finite(model.model)
         model.save_quantized(str(target))
     del model
     gc.collect()  # it and its quantizer hold each other; what is loaded next needs the room
-    for name in KEPT_FILES:
-        (target / name).unlink(missing_ok=True)  # a generation config is written for models that have none
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    copy_kept(source, target)
     written = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    config |= {"quantization_config": written["quantization_config"], "dtype": "float16"}
+    config |= {"quantization_config": written["quantization_config"], "dtype": str(dtype).removeprefix("torch.")}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def search(
-    source: Path,
-    blocks: list[list[int]],
-    group_size: int,
-    *,
-    on_cuda: bool,
-    quantizer: type | None = None,
-    scales_alone: bool = False,
+    loaded: Any, blocks: list[list[int]], group_size: int, *, quantizer: type | None = None, scales_alone: bool = False
 ) -> Any:
-    """autoawq's model of `source`, its `.model` quantized in place; with `scales_alone` scaled, and neither clipped nor
+    """autoawq's model around `loaded`, which is quantized in place; with `scales_alone` scaled, and neither clipped nor
     rounded: then it computes what it computed before."""
-    model = _wrapped(load(source, on_cuda=on_cuda))
+    model = _wrapped(loaded)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.quantize(
@@ -190,9 +107,13 @@ def _wrapped(model: Any) -> Any:
     return Model(model, model.config.model_type, False, model.config, None, None)
 
 
-def _quantizer(done: Callable[[Layer], None]) -> type:
-    """autoawq's quantizer, made safe on CPU, quick at clipping, and telling how far it is."""
+def _quantizer(done: Callable[[Layer], None], dtype: Any = None) -> type:
+    """autoawq's quantizer, made safe on CPU, quick at clipping, and telling how far it is. Scales and biases are stored
+    in `dtype`, which is half precision by default."""
     import torch
+
+    dtype = dtype or torch.float16
+    rounded_in = dtype if dtype is torch.float16 else torch.float32
 
     bring_autoawq()
     from awq.modules.linear import WQLinear_GEMM
@@ -274,17 +195,18 @@ def _quantizer(done: Callable[[Layer], None]) -> type:
             """Like autoawq's, but packed at once: column by column it takes most of a large layer's time on a GPU."""
             with torch.no_grad():
                 for name, linear in named_linears.items():
-                    linear.to(get_best_device()).half()
+                    linear.to(get_best_device()).to(rounded_in)
                     linear.weight.data, scales, zeros = self.pseudo_quantize_tensor(linear.weight.data)
                     packed = WQLinear_GEMM.from_linear(linear, self.w_bit, self.group_size, init_only=True)
-                    packed.scales = scales.t().contiguous().half()
-                    packed.bias = None if linear.bias is None else linear.bias.clone().half()
+                    packed.scales = scales.t().contiguous().to(rounded_in)
+                    packed.bias = None if linear.bias is None else linear.bias.clone().to(dtype)
                     origin = zeros.t().contiguous()
                     steps, shifts = (
                         part.repeat_interleave(self.group_size, 0) for part in (packed.scales, origin * packed.scales)
                     )
                     packed.qweight = _packed(((linear.weight.data.t() + shifts) / steps).round())
                     packed.qzeros = _packed(origin)
+                    packed.scales = packed.scales.to(dtype)
                     linear.cpu()
                     set_op_by_name(module, name, packed.to(next(module.parameters()).device))
             self.finished += 1

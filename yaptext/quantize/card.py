@@ -30,14 +30,16 @@ def write(folder: Path, source: Path, manifest: dict[str, Any], report: Report) 
 def text(source: Path, manifest: dict[str, Any], report: Report) -> str:
     """The model card: the source's front matter where it tells of licence and language, then what was done."""
     name, settings = manifest["source"]["name"], manifest["settings"]
+    library = manifest.get("backend", "autoawq")
+    layout = "gemm" if library == "autoawq" else "compressed-tensors"
     made_of = ", ".join(f"{count} {kind}s" for kind, count in manifest["calibration"]["made_of"].items())
     revision = manifest["source"]["revision"]
     return f"""{_front_matter(source, name)}
 # {Path(name).name}, 4-bit AWQ
 
 [AWQ](https://arxiv.org/abs/2306.00978) weights of `{name}`{f" at revision `{revision}`" if revision else ""}, made by
-Yap Text {manifest["made_by"]["yaptext"]} with autoawq {manifest["made_by"]["autoawq"]}: 4 bits, groups of
-{settings["group_size"]}, zero points, gemm layout. Calibrated on {manifest["calibration"]["samples"]} samples of \
+Yap Text {manifest["made_by"]["yaptext"]} with {library} {manifest["made_by"][library]}: 4 bits, groups of
+{settings["group_size"]}, zero points, {layout} layout. Calibrated on {manifest["calibration"]["samples"]} samples of \
 {settings["tokens"]} tokens, taken from {made_of}, laid out as the service's prompts are.
 
 ## Measured

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,20 +18,30 @@ from typing import Any, NamedTuple, TypeVar
 import huggingface_hub as client  # loads its parts, and reads its variables, at their first use
 import structlog
 
+from yaptext.engine import header
 from yaptext.engine.base import Role
 from yaptext.engine.download import Read, bars, bring, plan
 from yaptext.engine.hub import Hub, Pause, cache, client_errors, hub_token, is_unanswered, reason_of
 from yaptext.engine.underway import Progress
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError
+from yaptext.quantize import checkpoint
+from yaptext.quantize.kept import TEMPLATES
 from yaptext.settings import Settings
 
 T = TypeVar("T")
 
 WANTED = """config.json generation_config.json tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json
-    *.model chat_template* *.jinja *.safetensors *.safetensors.index.json README.md LICEN[CS]E* licen[cs]e* NOTICE*
-    USE_POLICY*"""
+    *processor_config.json tekken.json *.model chat_template* *.jinja *.safetensors *.safetensors.index.json
+    README.md LICEN[CS]E* licen[cs]e* NOTICE* USE_POLICY*"""
 UNWANTED = ["*/*", "consolidated*", "adapter_*"]
-"""Exports in other formats have folders of their own, and Mistral's repositories hold their weights twice."""
+"""Exports in other formats have folders of their own, and Mistral's repositories hold their weights twice. The one
+folder that is wanted is that of more templates."""
+_PEEKED = ["config.json", header.INDEX, "adapter_config.json"]
+"""What says of a model what it is, beside its weights."""
+
+_NO_TOKEN = "HF_AWQ_PUSH=1 needs HF_TOKEN: a token that may write"
+_READ = re.compile(rf"[^/]+\.(safetensors(\.index\.json)?|bin)|{TEMPLATES}/.+")
+"""Files that a loader reads because they are there."""
 
 log = structlog.get_logger(__name__)
 
@@ -63,10 +74,11 @@ def download(source: str, settings: Settings, *, progress: Progress | None = Non
     folder, local = Path(source), os.path.isdir(source)
     if not local:
         hub = _hub(settings, pause)
-        attempt = partial(_or_cached, hub, source, WANTED.split(), _has_weights, lambda: plan(hub, source, _wanted))
+        wanted = partial(_wanted, source)
+        attempt = partial(_or_cached, hub, source, WANTED.split(), _has_weights, lambda: plan(hub, source, wanted))
         found = hub.ask(source, "read", attempt)
         folder = found if isinstance(found, Path) else bring(hub, [found], progress=progress)[0]
-    if not _has_weights(folder):
+    if not (folder / header.WHOLE).is_file() and not (folder / header.INDEX).is_file():
         raise QuantizeRefused(f"{source} has no model.safetensors, whole or in shards: name a model that has")
     if local:
         return Source(folder, None)
@@ -75,18 +87,21 @@ def download(source: str, settings: Settings, *, progress: Progress | None = Non
 
 
 def peek_config(source: str, settings: Settings, *, pause: Pause = time.sleep) -> dict[str, Any]:
-    """The config.json of a hub id or a folder; of a hub id nothing else is fetched. Raises as `download`."""
+    """The config.json of a hub id or a folder; of a hub id at most the index of its weights is fetched, too. Raises as
+    `download`."""
     folder = Path(source)
     if not os.path.isdir(source):  # where Path.is_dir raises, in a folder that is closed to us, it is none
-        hub, only = _hub(settings, pause), ["config.json"]
-        fetch = partial(_snapshot, hub, source, only)
-        folder = hub.ask(source, "read", lambda: _or_cached(hub, source, only, _has_config, fetch))
+        if os.path.isfile(source):
+            raise SettingsError(f"{source} is a file: name its folder, {folder.parent}")
+        hub = _hub(settings, pause)
+        fetch = partial(_snapshot, hub, source, _PEEKED, [])
+        folder = hub.ask(source, "read", lambda: _or_cached(hub, source, ["config.json"], _has_config, fetch))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
-        raise QuantizeRefused(f"{source} has no config.json that can be read: it is no model to quantize")
+        raise checkpoint.without_config(folder, source)
     return config
 
 
@@ -103,16 +118,26 @@ def cached_revision(source: str, settings: Settings) -> str | None:
     return revision if (repo / "snapshots" / revision).is_dir() else None
 
 
-def _wanted(paths: Sequence[str], _: Read) -> list[str]:
+def _wanted(source: str, paths: Sequence[str], read: Read) -> list[str]:
+    """Raises `QuantizeRefused` if the index names weights that the repository lacks: before the others are fetched."""
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-    return list(filter_repo_objects(paths, allow_patterns=WANTED.split(), ignore_patterns=UNWANTED))
+    if header.INDEX in paths:
+        try:
+            named = set(json.loads(read(header.INDEX))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            named = set()  # told when it has come
+        if absent := sorted(named - set(paths)):
+            raise checkpoint.lacking(source, absent[0])
+    own = [path for path in paths if "/" not in path]
+    found = filter_repo_objects(own, allow_patterns=WANTED.split(), ignore_patterns=UNWANTED)
+    return [*found, *(path for path in paths if fnmatch(path, f"{TEMPLATES}/*.jinja"))]
 
 
-def _snapshot(hub: Hub, source: str, patterns: list[str], *, local: bool = False) -> Path:
+def _snapshot(hub: Hub, source: str, patterns: list[str], unwanted: list[str], *, local: bool = False) -> Path:
     """By the client alone, without a word."""
     given: dict[str, Any] = {"cache_dir": hub.cache, "token": hub.api.token, "local_files_only": local}
-    given |= {"allow_patterns": patterns, "ignore_patterns": UNWANTED, "tqdm_class": bars(lambda _: None)}
+    given |= {"allow_patterns": patterns, "ignore_patterns": unwanted, "tqdm_class": bars(lambda _: None)}
     return Path(client.snapshot_download(source, **given))
 
 
@@ -126,7 +151,7 @@ def _or_cached(
         if not is_unanswered(error):
             raise
         try:
-            found = _snapshot(hub, source, patterns, local=True)
+            found = _snapshot(hub, source, patterns, UNWANTED, local=True)
         except client_errors().LocalEntryNotFoundError:
             raise error from error.__cause__
         if not whole(found):
@@ -161,13 +186,10 @@ def check(settings: Settings, roles: Iterable[Role] | None = None, *, pause: Pau
     if not settings.hf_awq_push:
         return
     deployed: dict[Role, bool] = {"chat": settings.chat_deployed, "tool": settings.tool_deployed}
-    wanted = [role for role in deployed if deployed[role]] if roles is None else list(roles)
+    wanted = [role for role in deployed if deployed[role]] if roles is None else list(dict.fromkeys(roles))
+    if wrong := _wrong(settings, wanted):
+        raise SettingsError("\n".join(wrong))
     repos = {role: _repo(settings, role) for role in wanted}
-    if len(repos) > len(set(repos.values())) and settings.chat_model != settings.tool_model:
-        raise SettingsError(f"HF_AWQ_CHAT_REPO and HF_AWQ_TOOL_REPO are both {repos['chat']}, but the models differ")
-    branch = settings.hf_awq_branch
-    if not re.fullmatch(r"\w[\w./-]*", branch) or ".." in branch or branch.endswith(("/", ".", ".lock")):
-        raise SettingsError(f"HF_AWQ_BRANCH={branch!r} is not allowed: git has no such branches")
     hub = _hub(settings, pause, writes=True)
     api = hub.api
 
@@ -183,14 +205,39 @@ def check(settings: Settings, roles: Iterable[Role] | None = None, *, pause: Pau
     account = hub.ask("the hub", "use", api.whoami)
     if _access(account).get("role") == "read":
         raise SettingsError("HF_TOKEN is a read token, and HF_AWQ_PUSH=1 needs one that may write")
+    absent = []
     for role, repo in repos.items():
         if hub.ask(repo, "write to", partial(is_there, repo)):
             continue
         name = f"HF_AWQ_{role.upper()}_REPO={repo}"
         if not settings.hf_awq_allow_create:
-            raise SettingsError(f"{name} is not on the hub: create it, or set HF_AWQ_ALLOW_CREATE=1")
-        if reason := _may_not_create(account, repo.split("/")[0]):
-            raise SettingsError(f"{name} cannot be created: {reason}")
+            absent.append(f"{name} is not on the hub: create it, or set HF_AWQ_ALLOW_CREATE=1")
+        elif reason := _may_not_create(account, repo.split("/")[0]):
+            absent.append(f"{name} cannot be created: {reason}")
+    if absent:
+        raise SettingsError("\n".join(absent))
+
+
+def _wrong(settings: Settings, roles: Sequence[Role]) -> list[str]:
+    """What is missing or wrong of the settings of a push, a line each: all of it, so that it is mended at once."""
+    lines: list[str] = []
+    try:
+        if not hub_token(settings):
+            lines.append(_NO_TOKEN)
+    except SettingsError as error:
+        lines.append(str(error))
+    repos: list[str] = []
+    for role in roles:
+        try:
+            repos.append(_repo(settings, role))
+        except SettingsError as error:
+            lines.append(str(error))
+    if len(repos) > len(set(repos)) and settings.chat_model != settings.tool_model:
+        lines.append(f"HF_AWQ_CHAT_REPO and HF_AWQ_TOOL_REPO are both {repos[0]}, but the models differ")
+    branch = settings.hf_awq_branch
+    if not re.fullmatch(r"\w[\w./-]*", branch) or ".." in branch or branch.endswith(("/", ".", ".lock")):
+        lines.append(f"HF_AWQ_BRANCH={branch!r} is not allowed: git has no such branches")
+    return lines
 
 
 def upload(
@@ -198,10 +245,10 @@ def upload(
 ) -> Pushed:
     """Brings the branch `HF_AWQ_BRANCH` of the role's repository to what `folder` holds, in one commit or in none.
 
-    What the hub has is not sent again, so a broken upload goes on where it broke. Weights that `folder` has not are
-    deleted: a loader would read them, too. At the end every hash that the hub names is compared with the file here.
-    `progress` moves file by file. Raises `SettingsError` if the hub says no, else `QuantizeDelayed`, also where the hub
-    then holds other bytes.
+    What the hub has is not sent again, so a broken upload goes on where it broke. Weights and templates that `folder`
+    has not are deleted: a loader would read them, too. At the end every hash that the hub names is compared with the
+    file here. `progress` moves file by file. Raises `SettingsError` if the hub says no, else `QuantizeDelayed`, also
+    where the hub then holds other bytes.
     """
     repo, branch, message = _repo(settings, role), settings.hf_awq_branch, _message(folder, role, settings)
     hub = _hub(settings, pause, writes=True)
@@ -209,10 +256,10 @@ def upload(
     tell = progress or log_progress("hub.uploading", repo)
 
     def changes(revision: str) -> list[client.CommitOperationAdd | client.CommitOperationDelete]:
-        """What the hub has not or has otherwise, and the weights that it alone has."""
+        """What the hub has not or has otherwise, and what a loader would read that it alone has."""
         seen = api.verify_repo_checksums(repo, revision=revision, local_dir=folder)
         ours = sorted(seen.extra_paths + [file["path"] for file in seen.mismatches])
-        stale = [name for name in seen.missing_paths if re.fullmatch(r"[^/]+\.(safetensors(\.index\.json)?|bin)", name)]
+        stale = [name for name in seen.missing_paths if _READ.fullmatch(name)]
         adds = [client.CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in ours]
         return [*adds, *(client.CommitOperationDelete(name) for name in stale)]
 
@@ -287,7 +334,7 @@ def _may_not_create(account: dict[str, Any], owner: str) -> str | None:
 
 def _hub(settings: Settings, pause: Pause, *, writes: bool = False) -> Hub:
     if writes and not hub_token(settings):
-        raise SettingsError("HF_AWQ_PUSH=1 needs HF_TOKEN: a token that may write")
+        raise SettingsError(_NO_TOKEN)
     return Hub(settings, SettingsError, QuantizeDelayed, pause=pause)
 
 

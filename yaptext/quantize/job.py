@@ -14,22 +14,26 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import structlog
 
 from yaptext.engine import demo, shelf, weights
+from yaptext.engine import hub as hubs
 from yaptext.engine.base import Role
 from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused, SettingsError, YapError
 from yaptext.observe.notify import notify
 from yaptext.quantize import attempt, fault
 from yaptext.settings import Settings
+
+P = ParamSpec("P")
 
 _log = structlog.get_logger(__name__)
 _RESERVE_BYTES = 64 * 2**20
@@ -164,6 +168,7 @@ def _recipe(settings: Settings, task: Task) -> dict[str, Any]:
     tools = hashlib.sha256(ToolSet.from_file(settings.tools_file).key).hexdigest()[:16]
     return {
         "roles": list(task.roles),
+        "quantizer": settings.quantizer,
         "group_size": settings.awq_group_size,
         "tokens": settings.awq_calibration_tokens,
         "samples": settings.calibration_samples,
@@ -204,7 +209,9 @@ def _is_awq(settings: Settings, task: Task) -> bool:
     """The service takes an AWQ checkpoint in CHAT_MODEL or TOOL_MODEL, too: there is nothing to do for it."""
     from yaptext.quantize import hub
 
-    if task.demo or weights.kind_of(task.source, hub.peek_config(task.source, settings)) != "awq":
+    if task.demo:
+        return False
+    if weights.kind_of(task.source, hub.peek_config(task.source, settings), hubs.cache(settings)) != "awq":
         return False
     _log.info("quantize.given", model=task.name, reason="it has AWQ weights already")
     return True
@@ -244,8 +251,8 @@ def _make(settings: Settings, task: Task, options: Options, check_signals: Calla
     try:
         partial.mkdir(parents=True)
         _fill(settings, task, options, partial, wanted, check_signals)
-        for file in [*partial.iterdir(), partial]:
-            _sync(file)
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
         result = partial.rename(shelf.next_result(row))
         _sync(row)
         _sync(row.parent)
@@ -277,7 +284,7 @@ def _fill(
     """Makes the result in `partial`. The source of `wanted` is completed as soon as it is known."""
     os.environ.update(_environment(settings))
     from yaptext.dialogue.toolset import ToolSet
-    from yaptext.quantize import awq, calibration, card, hub, mapping, verify
+    from yaptext.quantize import backends, calibration, card, checkpoint, hub, kept, plan, verify
     from yaptext.quantize.progress import Progress
 
     begun = time.monotonic()
@@ -286,20 +293,28 @@ def _fill(
     corpus = calibration.read(settings)
     if task.demo:
         folder, revision = demo.folder(settings.state), None
+        backend = backends.choose(settings, hub.peek_config(str(folder), settings))
     else:
         config = hub.peek_config(task.source, settings)
         if not shelf.is_folder(task.source):
             wanted["source"]["revision"] = hub.cached_revision(task.source, settings)
-        kind = weights.kind_of(task.source, config)
+        kind = weights.kind_of(task.source, config, hubs.cache(settings))
         if kind != "float":
             made = "quantized" if kind == "other" else kind
             raise QuantizeRefused(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
-        mapping.check_architecture(config)
+        if config.get("quantization_config"):
+            ignored = "the quantization_config of its config.json names no quant_method, and its weights are float"
+            _log.warning("quantize.config_ignored", model=task.name, reason=ignored)
+        with _named(task):
+            backend = backends.choose(settings, config)
         folder, revision = hub.download(task.source, settings, progress=lambda done, total: check_signals())
     wanted["source"] |= {"revision": revision, "content": None if revision else shelf.content(folder)}
     wanted["files"] = attempt.files(task.source)
-    plan = awq.plan(folder, settings.awq_group_size)
-    free, needed = shutil.disk_usage(partial).free, plan.awq_bytes + _RESERVE_BYTES
+    if not task.demo:
+        checkpoint.check(folder, task.source)
+    with _named(task):
+        planned = plan.plan(folder, settings.awq_group_size, backend.kept)
+    free, needed = shutil.disk_usage(partial).free, planned.awq_bytes + _RESERVE_BYTES
     if free < needed:
         raise QuantizeDelayed(
             f"{task.name} needs {needed // 10**6} MB in {partial.parent}, and {free // 10**6} MB are free"
@@ -308,25 +323,40 @@ def _fill(
     _log.info(
         "quantize.planned",
         model=task.name,
-        layers=plan.layers,
-        group_size=plan.group_size,
-        float_mb=plan.float_bytes // 10**6,
-        awq_mb=plan.awq_bytes // 10**6,
+        backend=backend.name,
+        layers=planned.layers,
+        group_size=planned.group_size,
+        float_mb=planned.float_bytes // 10**6,
+        awq_mb=planned.awq_bytes // 10**6,
         samples=len(samples.calibration),
         tokens=settings.awq_calibration_tokens,
         **samples.made_of,
     )
-    notify(f"STATUS=Measuring {task.name} before it is quantized.")
-    reference = verify.Reference(folder, samples.held_out, plan.group_size, on_cuda=settings.on_cuda)
-    with Progress(options.terminal).layers(task.name) as tell_layer:
+    progress, on_cuda = Progress(options.terminal), settings.on_cuda
 
-        def done(layer: awq.Layer) -> None:
+    def checked(tell: Callable[P, None]) -> Callable[P, None]:
+        def done(*args: P.args, **kwargs: P.kwargs) -> None:
             check_signals()
-            tell_layer(layer)
+            tell(*args, **kwargs)
 
-        awq.quantize(folder, partial, samples.calibration, plan.group_size, on_cuda=settings.on_cuda, done=done)
-    notify(f"STATUS=Measuring {task.name} after it was quantized.")
-    report = reference.compare(partial)
+        return done
+
+    with _named(task):
+        with progress.measuring(task.name, "before it is quantized") as tell:
+            reference = verify.Reference(
+                folder,
+                samples.held_out,
+                planned.group_size,
+                on_cuda=on_cuda,
+                kept=backend.kept,
+                done=checked(tell),
+            )
+        with progress.layers(task.name) as tell_layer:
+            done = checked(tell_layer)
+            backend.quantize(folder, partial, samples.calibration, planned.group_size, on_cuda=on_cuda, done=done)
+        kept.leave_out_code(folder, partial, task.name)
+        with progress.measuring(task.name, "after it was quantized") as tell:
+            report = reference.compare(partial, checked(tell))
     figures = {"kl": report.awq.kl, "rounding_kl": report.rounding.kl, "perplexity": report.awq.perplexity}
     _log.info("quantize.verified", model=task.name, float_perplexity=report.float_.perplexity, **figures)
     if not report.worthwhile and not options.allow_worse:
@@ -337,22 +367,24 @@ def _fill(
     manifest: dict[str, Any] = {
         "source": wanted["source"],
         "recipe": wanted["recipe"],
-        "settings": {"bits": 4, "group_size": plan.group_size, "tokens": settings.awq_calibration_tokens},
+        "settings": {"bits": 4, "group_size": planned.group_size, "tokens": settings.awq_calibration_tokens},
         "calibration": {
             "text": calibration.label(settings),
             "samples": len(samples.calibration),
             "made_of": samples.made_of,
         },
         "made_by": wanted["made_by"],
+        "backend": backend.name,
         "verification": report.as_data(),
     }
     card.write(partial, folder, manifest, report)
     manifest["seconds"] = round(time.monotonic() - begun, 1)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest["files"] = {
-        file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())
+        file.relative_to(partial).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files
     }
-    for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes for its user alone
+    for path in partial.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for its user alone
     (partial / shelf.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     if options.terminal:
         print(f"\n{card.table(report)}\n")
@@ -362,11 +394,29 @@ async def _samples(settings: Settings, task: Task, folder: Path, corpus: Any, to
     from transformers import AutoTokenizer
 
     from yaptext.engine.codec import HubCodec
-    from yaptext.quantize import calibration
+    from yaptext.quantize import calibration, checkpoint
 
-    # Without False, code that lies beside a tokenizer is offered to be run, at a prompt.
-    codec = HubCodec(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), max_model_len=2**31, block_size=1)
-    return await calibration.samples(settings, codec, corpus, task.roles, tools)
+    try:  # without False, code that lies beside a tokenizer is offered to be run, at a prompt
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if (refused := checkpoint.needs_code(folder, task.source)) is not None:
+            raise refused from error
+        raise
+    codec = HubCodec(tokenizer, max_model_len=2**31, block_size=1)
+    samples = await calibration.samples(settings, codec, corpus, task.roles, tools)
+    checkpoint.check_tokens(folder, task.source, [*samples.calibration, *samples.held_out], tokenizer)
+    return samples
+
+
+@contextmanager
+def _named(task: Task) -> Iterator[None]:
+    """What is refused inside names its model: there may be two."""
+    try:
+        yield
+    except QuantizeRefused as error:
+        if task.name in str(error):
+            raise
+        raise QuantizeRefused(f"{task.name}: {error}") from error
 
 
 def _environment(settings: Settings) -> dict[str, str]:
@@ -476,6 +526,12 @@ def _ended_by_signals() -> Iterator[Callable[[], None]]:
     which the exception waits, and where a library has swallowed it."""
     endings = {signal.SIGTERM: SystemExit(128 + signal.SIGTERM), signal.SIGINT: KeyboardInterrupt()}
     came: list[int] = []
+    unraisable = sys.unraisablehook
+
+    def swallowed(told: sys.UnraisableHookArgs) -> None:
+        """Python prints what a destructor raises. One of ours is raised again soon."""
+        if not any(told.exc_value is ending for ending in endings.values()):
+            unraisable(told)
 
     def check() -> None:
         if came:
@@ -488,8 +544,13 @@ def _ended_by_signals() -> Iterator[Callable[[], None]]:
 
     heard = [number for number in endings if signal.getsignal(number) != signal.SIG_IGN]  # as a shell has it for `&`
     before = {number: signal.signal(number, end) for number in heard}
+    sys.unraisablehook = swallowed
     try:
         yield check
+    except Exception:
+        check()  # a library may have made another error of one
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        sys.unraisablehook = unraisable
+        for number, handler in before.items():  # all is cleared away: a second one ends the process at once
+            signal.signal(number, signal.SIG_DFL if came else handler)

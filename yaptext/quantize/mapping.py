@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from yaptext.errors import QuantizeRefused
-
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
@@ -45,15 +43,14 @@ MAPPINGS = {
 """By model type: what comes out right, measured (tests/quantize). Gemma 3 is worse than rounding, and left out."""
 
 
-def check_architecture(config: dict[str, Any]) -> None:
-    """Raises `QuantizeRefused` if the model of this config.json is of a kind that cannot be quantized."""
+def refusal(config: dict[str, Any]) -> str | None:
+    """Why autoawq cannot quantize the model of this config.json; None if it can."""
     model_type = config.get("model_type")
     if model_type not in MAPPINGS:
-        raise QuantizeRefused(
-            f"autoawq cannot quantize the architecture {model_type!r}; it can do {', '.join(sorted(MAPPINGS))}"
-        )
+        return f"can do {', '.join(sorted(MAPPINGS))}"
     if config.get("use_parallel_residual"):
-        raise QuantizeRefused(f"autoawq cannot quantize {model_type} with use_parallel_residual")
+        return f"cannot do {model_type} with use_parallel_residual"
+    return None
 
 
 def groups(mapping: Mapping, layer: Any, inputs: dict[str, Any], arguments: dict[str, Any]) -> list[dict[str, Any]]:

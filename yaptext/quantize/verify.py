@@ -16,7 +16,15 @@ from typing import Any
 
 from yaptext.errors import QuantizeRefused
 from yaptext.quantize.awq import ORDER
+from yaptext.quantize.plan import quantized_weights
 from yaptext.quantize.source import check_finite, load
+
+Done = Callable[[int, int], None]
+"""Called with the blocks that are measured, and how many there are in all."""
+
+
+def _untold(_: int, __: int) -> None:
+    """For those who do not ask how far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +68,48 @@ class Reference:
     `held_out` are blocks of token ids. Memory: the float model, and 4 bytes a token and vocabulary entry.
     """
 
-    def __init__(self, folder: Path, held_out: Sequence[Sequence[int]], group_size: int, *, on_cuda: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        held_out: Sequence[Sequence[int]],
+        group_size: int,
+        *,
+        on_cuda: bool,
+        kept: str = "",
+        done: Done = _untold,
+    ) -> None:
+        """`done` is called as measurements of the float model and of rounding go on."""
         self._folder, self._held_out, self._on_cuda = folder, held_out, on_cuda
         self._logprobs: list[Any] = []
         self._states: list[Any] = []
         model = load(folder, on_cuda=on_cuda)
         check_finite(model)
-        self.float = self._measure(model, on_cuda)
-        for _, linear in quantized_linears(model):
-            linear.weight.data = rounded(linear.weight.data, group_size)
-        self.rounding = self._measure(model, on_cuda)
+        blocks = len(held_out)
+        done(0, 2 * blocks)
+        self.float = self._measure(model, on_cuda, lambda block: done(block, 2 * blocks))
+        for _, weight in quantized_weights(model, kept):
+            weight.data = rounded(weight.data, group_size)
+        self.rounding = self._measure(model, on_cuda, lambda block: done(blocks + block, 2 * blocks))
 
-    def compare(self, quantized: Path) -> Report:
+    def compare(self, quantized: Path, done: Done = _untold) -> Report:
         """Measures the AWQ checkpoint in the folder `quantized`."""
-        model = load(self._folder, on_cuda=self._on_cuda)
-        weights = fill(model, quantized)
+        model = load(self._folder, on_cuda=self._on_cuda, stored=decoded(quantized))
+        weights = sum(parameter.numel() for parameter in model.parameters())
         awq_bytes = _weight_bytes(quantized)
+        blocks = len(self._held_out)
+        done(0, blocks)
         return Report(
             tokens=sum(map(len, self._held_out)),
             float_=self.float,
-            awq=self._measure(model, self._on_cuda),
+            awq=self._measure(model, self._on_cuda, lambda block: done(block, blocks)),
             rounding=self.rounding,
             float_bytes=_weight_bytes(self._folder),
             awq_bytes=awq_bytes,
             bytes_per_weight=round(awq_bytes / weights, 3),
         )
 
-    def _measure(self, model: Any, on_cuda: bool) -> Quality:
-        """The first call's answers are the reference of those after it."""
+    def _measure(self, model: Any, on_cuda: bool, done: Callable[[int], None]) -> Quality:
+        """The first call's answers are the reference of those after it. `done` is called with the blocks measured."""
         import torch
 
         first = not self._logprobs
@@ -106,6 +128,7 @@ class Reference:
                     self._logprobs.append(logprobs.cpu())
                     self._states += states
                     same += len(block)
+                    done(number + 1)
                     continue
                 reference = self._logprobs[number].to(device)
                 divergence += (reference.exp() * (reference - logprobs)).sum().item()
@@ -114,6 +137,7 @@ class Reference:
                     round(((state - exact).norm() / exact.norm()).item(), 5)
                     for state, exact in zip(states, self._states, strict=False)
                 ]
+                done(number + 1)
         perplexity = math.exp(min(700.0, loss / (count - len(self._held_out))))
         return Quality(round(perplexity, 4), round(divergence / count, 6), round(same / count, 5), errors)
 
@@ -145,17 +169,8 @@ def _take_back(model: Any) -> None:
     remove_hook_from_submodules(model)
 
 
-def quantized_linears(model: Any) -> Iterator[tuple[str, Any]]:
-    """The layers that AWQ turns into 4 bits: every linear one inside the decoder layers, by name."""
-    import torch
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}":
-            yield name, module
-
-
 def rounded(weight: Any, group_size: int) -> Any:
-    """Plain rounding to 4 bits: each group of inputs between its least and greatest weight. [out, in] in and out."""
+    """Plain rounding to 4 bits: each group of inputs between its least and greatest weight. [..., in] in and out."""
     groups = weight.float().reshape(-1, group_size)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     scale = (high - low).clamp(min=1e-5) / 15
@@ -167,53 +182,63 @@ def dequantized(qweight: Any, qzeros: Any, scales: Any) -> Any:
     """The weights that an AWQ layer stands for, [out, in], from qweight [in, out/8], qzeros and scales [in/group, ...].
     The layout is autoawq's `gemm` version, as vLLM reads it."""
     group_size = qweight.shape[0] // scales.shape[0]
-    weight = _unpacked(qweight).float() - _unpacked(qzeros).float().repeat_interleave(group_size, 0)
+    weight = _unpacked(qweight, ORDER).float() - _unpacked(qzeros, ORDER).float().repeat_interleave(group_size, 0)
     return (weight * scales.float().repeat_interleave(group_size, 0)).t()
 
 
-def _unpacked(packed: Any) -> Any:
+def decompressed(packed: Any, zeros: Any, scales: Any) -> Any:
+    """The same of a layer of compressed-tensors: packed is [out, in/8], zeros [out/8, groups], scales [out, groups].
+    The layout is that of `pack-quantized`: nibble i of an int32 holds column i (of the zeros, row i) of its eight."""
+    group_size = 8 * packed.shape[1] // scales.shape[1]
+    origin = _unpacked(zeros.t(), range(8)).t().float().repeat_interleave(group_size, 1)
+    return (_unpacked(packed, range(8)).float() - origin) * scales.float().repeat_interleave(group_size, 1)
+
+
+def _unpacked(packed: Any, order: Sequence[int]) -> Any:
     import torch
 
-    nibbles = [(packed >> 4 * ORDER.index(column)) & 15 for column in range(8)]
+    nibbles = [(packed >> 4 * order.index(column)) & 15 for column in range(8)]
     return torch.stack(nibbles, dim=-1).reshape(packed.shape[0], -1)
 
 
-def fill(model: Any, quantized: Path) -> int:
-    """Puts the weights of an AWQ checkpoint into the float model, decoded. Returns how many weights that were.
-    Raises `QuantizeRefused` where the checkpoint lacks one, or holds one that the model has no place for."""
-    import torch
+_FORMS = {
+    "qweight": (dequantized, ("qweight", "qzeros", "scales"), ()),
+    "weight_packed": (decompressed, ("weight_packed", "weight_zero_point", "weight_scale"), ("weight_shape",)),
+}
+"""By the part that only it has: how a layer is decoded, of which parts, and what it holds besides."""
 
+
+class Stored:
+    """A tensor that is read, and decoded, when transformers takes it: with `[...]`, as it does with safetensors' own
+    slices."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+
+    def __getitem__(self, _: Any) -> Any:
+        return self._read()
+
+
+def decoded(quantized: Path) -> dict[str, Stored]:
+    """The float weights that a checkpoint in 4 bits stands for, by name. Raises `QuantizeRefused` if a part lacks."""
     stored = _tensors(quantized)
+    for name in list(stored):
+        layer, _, part = name.rpartition(".")
+        if part not in _FORMS:
+            continue
+        decode, parts, others = _FORMS[part]
+        lacking = [f"{layer}.{part}" for part in parts if f"{layer}.{part}" not in stored]
+        if lacking:
+            raise QuantizeRefused(f"the quantized checkpoint does not fit its model: {lacking[0]}")
+        reads = [stored.pop(f"{layer}.{part}") for part in parts]
+        for other in others:
+            stored.pop(f"{layer}.{other}", None)
+        stored[f"{layer}.weight"] = partial(_decode, decode, reads)
+    return {name: Stored(read) for name, read in stored.items()}
 
-    def take(name: str) -> Any:
-        if name not in stored:
-            raise QuantizeRefused(f"the quantized checkpoint does not fit its model: {name}")
-        return stored.pop(name)()
 
-    places = dict(model.named_parameters(remove_duplicate=False))
-    filled: set[int] = set()
-    weights = 0
-    packed = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
-    with torch.no_grad():
-        for name, place in places.items():
-            layer = name.removesuffix(".weight")
-            if layer in packed:
-                weight = dequantized(*[take(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales")])
-            elif name in stored:
-                weight = take(name)
-            elif id(place) in filled:
-                weight = place
-            else:
-                continue  # a tied weight may follow under its other name
-            if weight.shape != place.shape:  # one number would be copied into all places
-                raise QuantizeRefused(f"the quantized checkpoint does not fit its model: {name}")
-            place.copy_(weight)
-            weights += place.numel() if id(place) not in filled else 0
-            filled.add(id(place))
-    missing = [name for name, place in places.items() if id(place) not in filled]
-    if missing or stored:
-        raise QuantizeRefused(f"the quantized checkpoint does not fit its model: {(missing or sorted(stored))[0]}")
-    return weights
+def _decode(decode: Callable[..., Any], reads: list[Callable[[], Any]]) -> Any:
+    return decode(*[read() for read in reads])
 
 
 def _tensors(folder: Path) -> dict[str, Callable[[], Any]]:

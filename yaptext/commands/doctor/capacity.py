@@ -13,6 +13,7 @@ from yaptext.commands.doctor.host import GIB, cpu_flags, gib, memory_bytes, memo
 from yaptext.commands.doctor.models import Model
 from yaptext.engine import weights
 from yaptext.engine.base import Role
+from yaptext.engine.hub import cache
 from yaptext.errors import YapError
 
 _AROUND_TOKENS = 160
@@ -106,7 +107,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 def _weights(seen: Deployment, role: Role, model: Model, text: dict[str, Any]) -> tuple[int, int]:
     """Bytes of the weights as they are in memory, and bytes of a value of the KV cache if `KV_DTYPE` does not say."""
     size = model.weights_bytes or 0
-    kind = weights.kind_of(model.source if model.place != "shelf" else str(model.folder), model.known_config)
+    source = model.source if model.place != "shelf" else str(model.folder)
+    kind = weights.kind_of(source, model.known_config, cache(seen.settings))
     if seen.on_cuda:
         online = kind == "float" and seen.settings.quantization_of(role) in ("auto", "fp8")
         if online:
@@ -240,7 +242,8 @@ def sessions(seen: Deployment) -> Finding:
     found = rooms(seen)
     longest = min(found, key=lambda room: room.tokens // room.session_tokens)
     usual = min(_usual(room) for room in found)
-    awq = all(weights.kind_of(room.model.source, room.model.known_config) == "awq" for room in found)
+    hub = cache(settings)
+    awq = all(weights.kind_of(room.model.source, room.model.known_config, hub) == "awq" for room in found)
     limit = settings.max_connections(awq=awq)
     where = f"{gpu.card(seen).name}" if seen.on_cuda else "CPU"
     most = longest.tokens // longest.session_tokens

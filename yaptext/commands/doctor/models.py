@@ -19,7 +19,7 @@ from yaptext.commands.doctor.deployment import Deployment, Unknown
 from yaptext.commands.doctor.host import gib
 from yaptext.engine import demo, download, shelf, weights
 from yaptext.engine.base import Role
-from yaptext.engine.hub import hub_token
+from yaptext.engine.hub import cache, hub_token
 from yaptext.engine.underway import size
 from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings import Settings
@@ -428,7 +428,7 @@ def _checkpoint(seen: Deployment, role: Role) -> weights.Checkpoint:
     settings = seen.settings
     if one.place == "demo":
         return weights.choose(settings, role, folder)
-    if weights.kind_of(one.source, one.known_config) != weights.kind_of(str(folder), one.known_config):
+    if weights.kind_of(one.source, one.known_config, cache(settings)) != weights.kind_of(str(folder), one.known_config):
         raise Unknown("its config names no quantization, and its name does")
     field = one.variable.lower()
     try:
