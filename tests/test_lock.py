@@ -168,6 +168,17 @@ def test_an_environment_on_top_of_another_counts_what_that_one_pins() -> None:
     assert findings(wanted, line("attrs", "25"), line("pytest", "9"), base=base) == ["attrs is pinned already by below"]
 
 
+def test_an_environment_may_have_versions_of_its_own_of_what_it_stands_on() -> None:
+    """Those that are named, and no others; and its wheels have to fit every Python if that is said."""
+    base = lock.parse(line("attrs", "25.1"))
+    wanted = inputs("attrs", on="below", apart=frozenset({"attrs"}), pure=True)
+    assert findings(wanted, line("attrs", "26.1"), base=base) == []
+    binary = line("attrs", "26.1").replace("py3-none-any", "cp311-cp311-manylinux_2_28_x86_64")
+    assert findings(wanted, binary, base=base) == [
+        "attrs-26.1-cp311-cp311-manylinux_2_28_x86_64.whl is not for every Python; serve has to be"
+    ]
+
+
 def test_a_lock_of_another_python_is_found() -> None:
     """pyproject.toml says which; the first line of the lock is what set-up and Nix read."""
     wanted = lock.Inputs("serve", "3.12", ())
@@ -413,7 +424,7 @@ def test_writing_under_another_python_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("python", "written"), [("3.11", ["serve-cpu", "audit", "uv", "test"]), ("3.12", ["serve-cuda"])]
+    ("python", "written"), [("3.11", ["serve-cpu", "audit", "uv", "test", "llmcompressor"]), ("3.12", ["serve-cuda"])]
 )
 def test_each_python_writes_the_locks_that_are_for_it(
     monkeypatch: pytest.MonkeyPatch, copy: Path, python: str, written: list[str]

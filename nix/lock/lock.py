@@ -280,7 +280,8 @@ def check(inputs: Inputs, lock: Lock, base: Lock | None = None, like: Lock | Non
         findings += disagreements(wheel)
         if (other := foreign(wheel, inputs.python)) is not None:
             findings.append(f"{wheel.file} is for {other}; {inputs.env} is for Python {inputs.python}")
-    findings += differences(inputs, lock, like or base or Lock(()))
+    if inputs.apart or like:
+        findings += differences(inputs, lock, like or base or Lock(()))
     versions = below | lock.versions()
     for requirement in inputs.requirements:
         name = canonicalize_name(requirement.name)
