@@ -52,7 +52,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": {**_ROUTED, **_HYBRID, "shared_expert_intermediate_size": 128},
     "glm4_moe": {"head_dim": 64, **_SHARED, "first_k_dense_replace": 1},
-    "glm4_moe_lite": {**_SHARED, **_LATENT, "mlp_layer_types": ["dense", "sparse"]},
+    "glm4_moe_lite": {**_SHARED, **_LATENT, "mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 1},
     "deepseek_v2": {**_SHARED, **_LATENT, "first_k_dense_replace": 1, "topk_method": "greedy"},
     "deepseek_v3": {**_SHARED, **_LATENT, "first_k_dense_replace": 1},
     "ernie4_5_moe": {
@@ -72,7 +72,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_local_experts": 0,
         "shared_intermediate_size": 256,
     },
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 256},
     "qwen3_vl_text": {"head_dim": 64},
     "qwen2_5_vl_text": {"num_attention_heads": 2},
 }
