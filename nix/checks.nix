@@ -78,7 +78,7 @@ let
     imports = pkgs.runCommand "yap-text-imports" { LD_LIBRARY_PATH = libraries; } ''
       ${projects.serve-cpu}/bin/python -c 'import yaptext.server.app, awq' > "$out"
       ${projects.client}/bin/python \
-        -c 'import yaptext.cli, yaptext.tools.chat, yaptext.tools.warmup, yaptext.tools.bench.command' >> "$out"
+        -c 'import yaptext.commands.main, yaptext.commands.chat, yaptext.commands.warmup, yaptext.bench.command' >> "$out"
     '';
 
     # One of each layer.

@@ -17,16 +17,16 @@ import pytest_asyncio
 import websockets
 from fakes import ScriptedEngine
 
-from yaptext.dialogue.stage import Stage
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.runtime import Stage
+from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import Engines
-from yaptext.keyfile import NO_LIMITS, Key, Limits
-from yaptext.observe import notify
+from yaptext.observe import systemd
+from yaptext.server.access.accounts import Account
+from yaptext.server.access.keyfile import NO_LIMITS, Key, Limits
 from yaptext.server.app import create_app
-from yaptext.server.connection import Connection
-from yaptext.server.keys import Account
 from yaptext.server.lifecycle import Lifecycle, Server
-from yaptext.server.outbox import WRITE_NOW
+from yaptext.server.ws.connection import Connection
+from yaptext.server.ws.send_queue import WRITE_NOW
 from yaptext.settings import Settings
 
 Frame = dict[str, Any]
@@ -236,7 +236,7 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def vllm_engine(state_folder: Path) -> AsyncIterator[Any]:
     """The embedded model on real vLLM, opened once a test run (in the loop of the session)."""
-    from yaptext.engine.vllm import open_engines
+    from yaptext.engine.vllm.engine import open_engines
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in os.environ.items():
@@ -256,9 +256,9 @@ def supervisor(tmp_path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(tmp_path / "notify"))
         receiver.settimeout(60)
-        notify.connect(str(tmp_path / "notify"))
+        systemd.connect(str(tmp_path / "notify"))
         yield receiver
-        notify.connect(None)
+        systemd.connect(None)
 
 
 def fill(folder: Path) -> Path:

@@ -83,7 +83,7 @@ def parses_thinking(module: Any) -> bool:
 
 
 def takes_every_argument(module: Any) -> bool:
-    from yaptext.engine.vllm import _arguments
+    from yaptext.engine.vllm.engine import _arguments
     from yaptext.settings import Settings
 
     known = {field.name for field in fields(module.AsyncEngineArgs)}
@@ -101,44 +101,44 @@ _PINNED = "any but the pinned version is untested"
 
 USES = [
     # --- uvicorn: subclasses of its protocols and of its server
-    Use(_SANSIO, "its attributes", "server/protocol.py", _CLOSE, says("self.disconnected = False", "self.close_sent = False", "self.handshake_initiated = False", "self.handshake_complete = False", "self.read_paused = False", "self.writable = asyncio.Event()", "self.conn = ServerProtocol(", "self.app_state", "self.queue: asyncio.Queue")),
-    Use(_SANSIO, "its methods", "server/protocol.py", _CLOSE, has(*(f"WebSocketsSansIOProtocol.{name}" for name in ("run_asgi", "on_task_complete", "data_received", "connection_made", "connection_lost", "receive", "send")))),
-    Use(_HTTP, "HttpToolsProtocol, STATUS_LINE", "server/protocol.py", "none known", has("STATUS_LINE", *(f"HttpToolsProtocol.{name}" for name in ("_should_upgrade", "_unset_keepalive_if_required", "on_message_begin", "on_url", "on_header", "on_body", "on_response_complete", "handle_websocket_upgrade", "data_received")))),
-    Use(_HTTP, "its attributes", "server/protocol.py", "none known", says("self.pipeline", "self.headers", "self.url", "self.parser = httptools.HttpRequestParser(", "self.app_state")),
+    Use(_SANSIO, "its attributes", "server/transport.py", _CLOSE, says("self.disconnected = False", "self.close_sent = False", "self.handshake_initiated = False", "self.handshake_complete = False", "self.read_paused = False", "self.writable = asyncio.Event()", "self.conn = ServerProtocol(", "self.app_state", "self.queue: asyncio.Queue")),
+    Use(_SANSIO, "its methods", "server/transport.py", _CLOSE, has(*(f"WebSocketsSansIOProtocol.{name}" for name in ("run_asgi", "on_task_complete", "data_received", "connection_made", "connection_lost", "receive", "send")))),
+    Use(_HTTP, "HttpToolsProtocol, STATUS_LINE", "server/transport.py", "none known", has("STATUS_LINE", *(f"HttpToolsProtocol.{name}" for name in ("_should_upgrade", "_unset_keepalive_if_required", "on_message_begin", "on_url", "on_header", "on_body", "on_response_complete", "handle_websocket_upgrade", "data_received")))),
+    Use(_HTTP, "its attributes", "server/transport.py", "none known", says("self.pipeline", "self.headers", "self.url", "self.parser = httptools.HttpRequestParser(", "self.app_state")),
     Use("uvicorn.server", "Server.startup, on_tick, handle_exit", "server/lifecycle.py", "none known", each(takes("Server.startup", "sockets"), takes("Server.on_tick", "counter"), takes("Server.handle_exit", "sig", "frame"), says("self.servers", "self.should_exit", "self.started", "self.lifespan"))),
     # --- websockets: its sans-I/O side, under uvicorn's and in the bench's client
-    Use("websockets.protocol", "State, Protocol", "server/protocol.py, tools/bench/service.py", "none known", has("State.OPEN", "Protocol.data_to_send", "Protocol.state", "Protocol.receive_data", "Protocol.events_received")),
-    Use("websockets.frames", "Frame, Opcode", "server/protocol.py, tools/bench/service.py", "none known", takes("Frame", "opcode", "data", "fin")),
-    Use("websockets.client", "ClientProtocol", "tools/bench/service.py", "none known", has("ClientProtocol.connect", "ClientProtocol.send_request")),
-    Use("websockets.uri", "parse_uri", "tools/bench/service.py", "none known", has("parse_uri")),
+    Use("websockets.protocol", "State, Protocol", "server/transport.py, bench/service.py", "none known", has("State.OPEN", "Protocol.data_to_send", "Protocol.state", "Protocol.receive_data", "Protocol.events_received")),
+    Use("websockets.frames", "Frame, Opcode", "server/transport.py, bench/service.py", "none known", takes("Frame", "opcode", "data", "fin")),
+    Use("websockets.client", "ClientProtocol", "bench/service.py", "none known", has("ClientProtocol.connect", "ClientProtocol.send_request")),
+    Use("websockets.uri", "parse_uri", "bench/service.py", "none known", has("parse_uri")),
     # --- vLLM
-    Use("vllm.exceptions", "VLLMError, VLLMClientError", "engine/vllm.py", _PINNED, has("VLLMError", "VLLMClientError")),
-    Use("vllm.v1.engine.exceptions", "EngineDeadError", "engine/vllm.py", _PINNED, lambda module: issubclass(module.EngineDeadError, Exception)),
-    Use("vllm.v1.engine.async_llm", "AsyncLLM", "engine/vllm.py", _PINNED, each(takes("AsyncLLM.generate", "prompt", "sampling_params", "request_id", "priority"), takes("AsyncLLM.from_engine_args", "stat_loggers"), takes("AsyncLLM.shutdown", "timeout"), has("AsyncLLM.abort", "AsyncLLM.errored", "AsyncLLM.get_tokenizer"), says("self.model_config =", "self.vllm_config ="))),
-    Use("vllm.engine.arg_utils", "AsyncEngineArgs", "engine/vllm.py", _PINNED, takes_every_argument),
-    Use("vllm.v1.metrics.loggers", "PrometheusStatLogger", "engine/vllm.py", _PINNED, each(takes("PrometheusStatLogger.__init__", "vllm_config", "engine_indexes"), takes("PrometheusStatLogger.record", "scheduler_stats"), has("PrometheusStatLogger.log_engine_initialized"))),
-    Use("vllm.v1.metrics.stats", "SchedulerStats", "engine/vllm.py", _PINNED, lambda module: {"kv_cache_usage", "num_waiting_reqs", "num_skipped_waiting_reqs", "num_running_reqs"} <= {field.name for field in fields(module.SchedulerStats)}),
-    Use("vllm.sampling_params", "SamplingParams._validate_structured_outputs, StructuredOutputsParams._backend", "engine/request.py", _PINNED, each(lambda module: list(inspect.signature(module.SamplingParams._validate_structured_outputs).parameters)[1:] == ["model_config", "structured_outputs_config", "tokenizer"], lambda module: module.StructuredOutputsParams(json="{}")._backend is None, takes("SamplingParams", "skip_clone", "output_kind", "structured_outputs"))),
-    Use("vllm.inputs", "tokens_input", "engine/request.py", _PINNED, lambda module: module.tokens_input([1], cache_salt="s")["type"] == "token"),
-    Use("vllm.v1.engine.detokenizer", "looks tokenizers.decoders.DecodeStream up at each request", "engine/request.py", _PINNED, says("tokenizers.decoders.DecodeStream(")),
-    Use("vllm.v1.engine.core", "its logger, and the words `failed to start`", "engine/fault.py", _PINNED, says("failed to start")),
-    Use("vllm.platforms", "current_platform, PlatformEnum", "engine/vllm.py, engine/cpu_awq.py", _PINNED, has("current_platform.is_cpu", "current_platform.get_device_name", "current_platform.get_device_total_memory", "PlatformEnum.CPU")),
-    Use("vllm.reasoning", "ReasoningParser, ReasoningParserManager", "engine/reasoning.py", _PINNED, each(parses_thinking, has("ReasoningParserManager.get_reasoning_parser"))),
-    Use("vllm.reasoning.basic_parsers", "BaseThinkingReasoningParser.start_token", "engine/reasoning.py", _PINNED, has("BaseThinkingReasoningParser.start_token", "BaseThinkingReasoningParser.end_token")),
-    Use("vllm.reasoning.deepseek_r1_reasoning_parser", "DeepSeekR1ReasoningParser", "engine/reasoning.py", _PINNED, has("DeepSeekR1ReasoningParser.extract_reasoning_streaming")),
-    Use("vllm.model_executor.kernels.linear", "register_linear_kernel, MPLinearKernel, the name CPUWNA16LinearKernel", "engine/cpu_awq.py", _PINNED, each(has("register_linear_kernel", "MPLinearKernel.can_implement", "MPLinearKernel.apply_weights", "MPLinearKernel.process_weights_after_loading"), says("CPUWNA16LinearKernel"))),
-    Use("vllm.model_executor.layers.linear", "UnquantizedLinearMethod", "engine/cpu_awq.py", _PINNED, has("UnquantizedLinearMethod.process_weights_after_loading", "UnquantizedLinearMethod.apply")),
-    Use("vllm.model_executor.layers.quantization.utils.quant_utils", "unpack_quantized_values_into_int32", "engine/cpu_awq.py", _PINNED, has("unpack_quantized_values_into_int32")),
-    Use("vllm.scalar_type", "scalar_types", "engine/cpu_awq.py", _PINNED, has("scalar_types.uint4")),
+    Use("vllm.exceptions", "VLLMError, VLLMClientError", "engine/vllm/engine.py", _PINNED, has("VLLMError", "VLLMClientError")),
+    Use("vllm.v1.engine.exceptions", "EngineDeadError", "engine/vllm/engine.py", _PINNED, lambda module: issubclass(module.EngineDeadError, Exception)),
+    Use("vllm.v1.engine.async_llm", "AsyncLLM", "engine/vllm/engine.py", _PINNED, each(takes("AsyncLLM.generate", "prompt", "sampling_params", "request_id", "priority"), takes("AsyncLLM.from_engine_args", "stat_loggers"), takes("AsyncLLM.shutdown", "timeout"), has("AsyncLLM.abort", "AsyncLLM.errored", "AsyncLLM.get_tokenizer"), says("self.model_config =", "self.vllm_config ="))),
+    Use("vllm.engine.arg_utils", "AsyncEngineArgs", "engine/vllm/engine.py", _PINNED, takes_every_argument),
+    Use("vllm.v1.metrics.loggers", "PrometheusStatLogger", "engine/vllm/engine.py", _PINNED, each(takes("PrometheusStatLogger.__init__", "vllm_config", "engine_indexes"), takes("PrometheusStatLogger.record", "scheduler_stats"), has("PrometheusStatLogger.log_engine_initialized"))),
+    Use("vllm.v1.metrics.stats", "SchedulerStats", "engine/vllm/engine.py", _PINNED, lambda module: {"kv_cache_usage", "num_waiting_reqs", "num_skipped_waiting_reqs", "num_running_reqs"} <= {field.name for field in fields(module.SchedulerStats)}),
+    Use("vllm.sampling_params", "SamplingParams._validate_structured_outputs, StructuredOutputsParams._backend", "engine/vllm/request.py", _PINNED, each(lambda module: list(inspect.signature(module.SamplingParams._validate_structured_outputs).parameters)[1:] == ["model_config", "structured_outputs_config", "tokenizer"], lambda module: module.StructuredOutputsParams(json="{}")._backend is None, takes("SamplingParams", "skip_clone", "output_kind", "structured_outputs"))),
+    Use("vllm.inputs", "tokens_input", "engine/vllm/request.py", _PINNED, lambda module: module.tokens_input([1], cache_salt="s")["type"] == "token"),
+    Use("vllm.v1.engine.detokenizer", "looks tokenizers.decoders.DecodeStream up at each request", "engine/vllm/request.py", _PINNED, says("tokenizers.decoders.DecodeStream(")),
+    Use("vllm.v1.engine.core", "its logger, and the words `failed to start`", "engine/vllm/fault.py", _PINNED, says("failed to start")),
+    Use("vllm.platforms", "current_platform, PlatformEnum", "engine/vllm/engine.py, engine/vllm/cpu_awq.py", _PINNED, has("current_platform.is_cpu", "current_platform.get_device_name", "current_platform.get_device_total_memory", "PlatformEnum.CPU")),
+    Use("vllm.reasoning", "ReasoningParser, ReasoningParserManager", "engine/vllm/reasoning.py", _PINNED, each(parses_thinking, has("ReasoningParserManager.get_reasoning_parser"))),
+    Use("vllm.reasoning.basic_parsers", "BaseThinkingReasoningParser.start_token", "engine/vllm/reasoning.py", _PINNED, has("BaseThinkingReasoningParser.start_token", "BaseThinkingReasoningParser.end_token")),
+    Use("vllm.reasoning.deepseek_r1_reasoning_parser", "DeepSeekR1ReasoningParser", "engine/vllm/reasoning.py", _PINNED, has("DeepSeekR1ReasoningParser.extract_reasoning_streaming")),
+    Use("vllm.model_executor.kernels.linear", "register_linear_kernel, MPLinearKernel, the name CPUWNA16LinearKernel", "engine/vllm/cpu_awq.py", _PINNED, each(has("register_linear_kernel", "MPLinearKernel.can_implement", "MPLinearKernel.apply_weights", "MPLinearKernel.process_weights_after_loading"), says("CPUWNA16LinearKernel"))),
+    Use("vllm.model_executor.layers.linear", "UnquantizedLinearMethod", "engine/vllm/cpu_awq.py", _PINNED, has("UnquantizedLinearMethod.process_weights_after_loading", "UnquantizedLinearMethod.apply")),
+    Use("vllm.model_executor.layers.quantization.utils.quant_utils", "unpack_quantized_values_into_int32", "engine/vllm/cpu_awq.py", _PINNED, has("unpack_quantized_values_into_int32")),
+    Use("vllm.scalar_type", "scalar_types", "engine/vllm/cpu_awq.py", _PINNED, has("scalar_types.uint4")),
     # --- the rest
-    Use("tokenizers.decoders", "DecodeStream", "engine/request.py", "none known", lambda module: module.DecodeStream(ids=[1], skip_special_tokens=True) is not None),
+    Use("tokenizers.decoders", "DecodeStream", "engine/vllm/request.py", "none known", lambda module: module.DecodeStream(ids=[1], skip_special_tokens=True) is not None),
     Use("transformers.core_model_loading", "_materialize_copy, WeightRenaming", "quantize/verify.py, quantize/compressor_child.py", "none known", each(has("WeightRenaming"), says("    tensor = tensor[...]\n    if dtype is not None or device is not None:\n        tensor = tensor.to("))),
     Use("transformers.utils", "cached_file, logging", "engine/template.py, engine/demo.py", "none known", has("cached_file", "logging.disable_progress_bar")),
     Use("huggingface_hub.utils.tqdm", "disable_progress_bars", "engine/hub.py", "none known", has("disable_progress_bars")),
     Use("huggingface_hub.utils", "WeakFileLock, build_hf_headers, hf_raise_for_status, filter_repo_objects", "engine/download.py, quantize/hub.py", "none known", each(has("hf_raise_for_status"), takes("WeakFileLock", "timeout"), takes("build_hf_headers", "token"), takes("filter_repo_objects", "allow_patterns", "ignore_patterns"))),
     Use("huggingface_hub.file_download", "blobs/ETAG and .locks/REPO/ETAG.lock in the cache", "engine/download.py", "none known", says('os.path.join(storage_folder, "blobs", etag)', 'f"{etag}.lock"')),
-    Use("vllm.v1.engine.utils", "CoreEngineProcManager.processes", "engine/vllm.py", _PINNED, says("self.processes: list[BaseProcess]")),
-    Use("vllm.v1.engine.core_client", "resources.engine_manager", "engine/vllm.py", _PINNED, says("self.resources.engine_manager = ")),
+    Use("vllm.v1.engine.utils", "CoreEngineProcManager.processes", "engine/vllm/engine.py", _PINNED, says("self.processes: list[BaseProcess]")),
+    Use("vllm.v1.engine.core_client", "resources.engine_manager", "engine/vllm/engine.py", _PINNED, says("self.resources.engine_manager = ")),
 ]  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def folder(state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 async def engine(folder: Path) -> AsyncIterator[Any]:
     import os
 
-    from yaptext.engine.vllm import open_engines
+    from yaptext.engine.vllm.engine import open_engines
     from yaptext.settings import Settings
 
     with pytest.MonkeyPatch.context() as environment:
@@ -185,7 +185,7 @@ async def test_weights_of_llm_compressor_answer(state_folder: Path, tmp_path: Pa
     from compressed import compress
 
     from yaptext.engine import demo
-    from yaptext.engine.vllm import open_engines
+    from yaptext.engine.vllm.engine import open_engines
     from yaptext.settings import Settings
 
     packed = compress(demo.folder(state_folder), tmp_path / "packed")

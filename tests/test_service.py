@@ -435,10 +435,10 @@ async def test_one_model_alone(engines: Engines, deployed: str, kinds: list[str]
 async def test_two_engines_for_one_checkpoint(state_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SHARE_ENGINE=0: decision and chat on engines of their own, which open at once; where one cannot, nothing of
     either is left."""
-    from yaptext.engine import vllm
+    from yaptext.engine.vllm import engine
     from yaptext.settings import Settings
 
-    for name in vllm._environment(Settings.load(YAP_TEXT_DEVICE="cpu")):
+    for name in engine._environment(Settings.load(YAP_TEXT_DEVICE="cpu")):
         monkeypatch.setenv(name, "")
     variables = {
         "YAP_TEXT_STATE_DIR": state_folder,
@@ -448,11 +448,11 @@ async def test_two_engines_for_one_checkpoint(state_folder: Path, monkeypatch: p
     }
     before = set(multiprocessing.active_children())
     with pytest.raises(StartError, match="the chat engine cannot open"):
-        vllm.open_engines(Settings.load(**variables | {"CPU_KV_CACHE_MB": 128, "TOOL_MAX_MODEL_LEN": 1024}))
+        engine.open_engines(Settings.load(**variables | {"CPU_KV_CACHE_MB": 128, "TOOL_MAX_MODEL_LEN": 1024}))
     for process in set(multiprocessing.active_children()) - before:
         process.join(60)  # one that was killed, a moment ago
         assert process.exitcode is not None
-    two = vllm.open_engines(Settings.load(**variables))
+    two = engine.open_engines(Settings.load(**variables))
     assert len(two.distinct) == 2
     async with service(two, CONCURRENT_MODEL_CALL=1) as running:
         async with running.connect() as socket:

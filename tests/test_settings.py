@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tools import ToolSet
 from yaptext.errors import SettingsError
 from yaptext.settings import LOOPBACK, Changes, Settings, changes, hidden_paths, moved_names, variables
 

@@ -19,8 +19,8 @@ from fakes import Gate, Script, ScriptedEngine
 from structlog.testing import capture_logs
 from test_service import closed_with, say, scripted, turn, until
 
-from yaptext import keyfile
 from yaptext.engine.base import Engines
+from yaptext.server.access import keyfile
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 OPEN = {"/healthz", "/livez", "/readyz", "/asyncapi.json"}

@@ -32,13 +32,13 @@ from typing import Any
 import uvloop
 from paced import PacedEngine, due_times
 
-from yaptext.tools.bench.conversation import Conversation
-from yaptext.tools.bench.figures import percentile
-from yaptext.tools.bench.plan import Sampling
-from yaptext.tools.bench.prompts import Story
-from yaptext.tools.bench.service import Service
-from yaptext.tools.bench.text import number, table
-from yaptext.tools.bench.turn import Turn
+from yaptext.bench.conversation import Conversation
+from yaptext.bench.figures import percentile
+from yaptext.bench.plan import Sampling
+from yaptext.bench.prompts import Story
+from yaptext.bench.service import Service
+from yaptext.bench.text import number, table
+from yaptext.bench.turn import Turn
 
 SERVER_CORE, CLIENT_CORE = 0, 1
 SLOTS = {"steps": 1, "spread": 50}
@@ -88,8 +88,8 @@ def _bare(engine: PacedEngine) -> Any:
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
     from yaptext.engine.base import Sampling as EngineSampling
-    from yaptext.server.lobby import Lobby
-    from yaptext.wire.messages import Token, encode
+    from yaptext.server.pending import Lobby
+    from yaptext.wire.frames import Token, encode
 
     async def talk(socket: WebSocket) -> None:
         await socket.accept()

@@ -19,10 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest.py
 from conftest import talking
 
-from yaptext.engine.vllm import open_engines
+from yaptext.bench.text import number, table
+from yaptext.engine.vllm.engine import open_engines
 from yaptext.observe import logs
 from yaptext.settings import Settings
-from yaptext.tools.bench.text import number, table
 
 WAYS = ("itself", "warm_history", "not")
 PERSONA = {"persona_text": "You are Ann, a warm companion on a voice call. You answer in one short sentence. " * 8}

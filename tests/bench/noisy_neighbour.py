@@ -28,9 +28,9 @@ from typing import Any
 import uvloop
 import websockets
 
-from yaptext import keyfile
-from yaptext.tools.bench.figures import percentile
-from yaptext.tools.bench.text import number, table
+from yaptext.bench.figures import percentile
+from yaptext.bench.text import number, table
+from yaptext.server.access import keyfile
 
 SERVER_CORE, CLIENT_CORE = 0, 1
 NEIGHBOURS, PAUSE_S = 8, 0.9
@@ -50,7 +50,7 @@ def serve(key_file: str) -> None:
     from yaptext.engine import demo
     from yaptext.engine.base import Engines
     from yaptext.engine.codec import HubCodec
-    from yaptext.engine.grammar import GrammarCheck
+    from yaptext.engine.vllm.grammar import GrammarCheck
     from yaptext.observe import logs
     from yaptext.server.app import create_app
     from yaptext.server.lifecycle import Lifecycle, Server

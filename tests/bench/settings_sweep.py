@@ -36,14 +36,14 @@ import sweep_service
 import sweep_shapes
 from sweep_figures import engine_steps, freed, render, rows, way
 
+from yaptext.bench import scenarios
+from yaptext.bench.campaign import Campaign
+from yaptext.bench.plan import Plan, Sampling
+from yaptext.bench.run import Guest, Run
+from yaptext.bench.service import Service
+from yaptext.bench.text import table
 from yaptext.engine import demo
 from yaptext.settings import Settings
-from yaptext.tools.bench import scenarios
-from yaptext.tools.bench.campaign import Campaign
-from yaptext.tools.bench.plan import Plan, Sampling
-from yaptext.tools.bench.run import Guest, Run
-from yaptext.tools.bench.service import Service
-from yaptext.tools.bench.text import table
 
 PORT = 8100
 READY_LIMIT_S = 420.0

@@ -32,21 +32,22 @@ from typing import Any
 
 import uvloop
 
-from yaptext.dialogue import history
-from yaptext.dialogue.prompt import ChatPrompts, Limits
-from yaptext.dialogue.stage import Stage
-from yaptext.engine import demo, vllm, weights
+from yaptext.bench.figures import percentile
+from yaptext.bench.http import Getter
+from yaptext.bench.openai import OpenAI
+from yaptext.bench.plan import Sampling
+from yaptext.bench.prompts import Prompts, Story
+from yaptext.bench.service import Service
+from yaptext.bench.text import number, table
+from yaptext.bench.turn import Turn
+from yaptext.client.client import Refused
+from yaptext.dialogue import transcript
+from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
+from yaptext.dialogue.runtime import Stage
+from yaptext.engine import checkpoints, demo
+from yaptext.engine.vllm import engine
 from yaptext.observe.logs import configure
 from yaptext.settings import Settings
-from yaptext.tools.bench.figures import percentile
-from yaptext.tools.bench.http import Getter
-from yaptext.tools.bench.openai import OpenAI
-from yaptext.tools.bench.plan import Sampling
-from yaptext.tools.bench.prompts import Prompts, Story
-from yaptext.tools.bench.service import Service
-from yaptext.tools.bench.text import number, table
-from yaptext.tools.bench.turn import Turn
-from yaptext.tools.client import Refused
 
 TURN_LIMIT_S = 300.0
 START_LIMIT_S = 300.0
@@ -70,10 +71,10 @@ class Raw:
         return RawConversation(self)
 
     async def ids(self, story: Story, utterance: str) -> list[int]:
-        return await self._prompts.turn(story.persona, history.parse(story.history), utterance, Stage.now())
+        return await self._prompts.turn(story.persona, transcript.parse(story.history), utterance, Stage.now())
 
     async def prefix(self, story: Story) -> list[int]:
-        return await self._prompts.prefix(story.persona, history.parse(story.history))
+        return await self._prompts.prefix(story.persona, transcript.parse(story.history))
 
     async def without_a_rest(self, story: Story, utterance: str) -> Story:
         """The story with a persona so much shorter that persona and history fill whole blocks of the prefix cache: a
@@ -137,9 +138,9 @@ async def raw_engine(arguments: dict[str, Any], settings: Settings, sampling: Sa
     configure(level="error", format="json", journald=False)  # what vLLM warns of stands in the logs of the other two
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     try:
-        engine = vllm.VllmEngine(llm, arguments["model"], "float", None)
+        opened = engine.VllmEngine(llm, arguments["model"], "float", None)
         limits = Limits(persona=2000, history=4000, utterance=settings.user_utt_max_tokens, reply=settings.chat_max_out)
-        yield Raw(llm, await ChatPrompts.open(engine, settings.chat_prompt_format, limits), sampling)
+        yield Raw(llm, await ChatPrompts.open(opened, settings.chat_prompt_format, limits), sampling)
     finally:
         llm.shutdown(timeout=5)
 
@@ -230,10 +231,10 @@ def milliseconds(said: list[Turn]) -> dict[str, list[float]]:
 
 async def run(given: argparse.Namespace) -> dict[str, Any]:
     settings = Settings.load(DEPLOY_MODELS="chat")
-    os.environ.update(vllm._environment(settings))
-    folder = demo.folder(settings.state) if weights.wants_demo(settings) else None
-    checkpoint = weights.choose(settings, "chat", folder)
-    arguments = vllm._arguments(settings, checkpoint, "chat", alone=True)
+    os.environ.update(engine._environment(settings))
+    folder = demo.folder(settings.state) if checkpoints.wants_demo(settings) else None
+    checkpoint = checkpoints.choose(settings, "chat", folder)
+    arguments = engine._arguments(settings, checkpoint, "chat", alone=True)
     sampling = Sampling(given.max_tokens)
     prompts = Prompts(
         1,

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from yaptext.tools.bench.figures import summary
-from yaptext.tools.bench.text import number
+from yaptext.bench.figures import summary
+from yaptext.bench.text import number
 
 _SIZES = (1, 8, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 

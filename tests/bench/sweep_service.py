@@ -143,13 +143,13 @@ _turn: contextvars.ContextVar[Any] = contextvars.ContextVar("turn")
 
 
 def _prepare() -> None:
-    from yaptext.dialogue import stage, turn
-    from yaptext.engine import opening, request, vllm
+    from yaptext.dialogue import runtime, turn
+    from yaptext.engine.vllm import engine, request, startup
 
     held = _Held(request.params_of)
     if os.environ.get(DUMMY):
         request.params_of = held  # type: ignore[assignment]
-    arguments = vllm._arguments
+    arguments = engine._arguments
     more = json.loads(os.environ.get(ARGUMENTS, "{}"))
     dummy = {"load_format": "dummy"} if os.environ.get(DUMMY) else {}
 
@@ -157,8 +157,8 @@ def _prepare() -> None:
         own = arguments(settings, checkpoint, role, *args, **named)
         return own | dummy | more.get("both", {}) | more.get(role, {})
 
-    vllm._arguments = with_more
-    environment = vllm._environment
+    engine._arguments = with_more
+    environment = engine._environment
 
     def with_log(settings: Any) -> dict[str, str]:
         """vLLM tells which kernels it chose, and what a start takes."""
@@ -169,13 +169,13 @@ def _prepare() -> None:
         path.write_text(json.dumps(config))
         return own | {"VLLM_LOGGING_CONFIG_PATH": str(path)}
 
-    vllm._environment = with_log
+    engine._environment = with_log
     if sizes := json.loads(os.environ.get(BLOCKS, "{}")):
-        opening.Sizes.recall = lambda self: sizes  # type: ignore[method-assign,assignment]
+        startup.Sizes.recall = lambda self: sizes  # type: ignore[method-assign,assignment]
     notes: dict[str, list[Any]] = {"aborts": [], "turns": []}
     _note_aborts(notes["aborts"])
-    _note_turns(turn.Turn, vllm.VllmEngine, notes["turns"])
-    open_stage = stage.Stage.open.__func__  # type: ignore[attr-defined]
+    _note_turns(turn.Turn, engine.VllmEngine, notes["turns"])
+    open_stage = runtime.Stage.open.__func__  # type: ignore[attr-defined]
 
     async def opened(cls: Any, settings: Any, *args: Any, **named: Any) -> Any:
         found = await open_stage(cls, settings, *args, **named)
@@ -192,7 +192,7 @@ def _prepare() -> None:
         _follow("front", apply, notes)
         return found
 
-    stage.Stage.open = classmethod(opened)
+    runtime.Stage.open = classmethod(opened)
 
 
 class _Held:
@@ -273,6 +273,6 @@ def _note_turns(turns: Any, engine: Any, notes: list[Any]) -> None:
 
 if __name__ == "__main__":
     _prepare()
-    from yaptext.cli import run
+    from yaptext.commands.main import run
 
     sys.exit(run(sys.argv[1:]))

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from yaptext import cli
+from yaptext.commands import main
 from yaptext.commands.doctor import check as checks
 from yaptext.commands.doctor import command, env_file, report
 from yaptext.commands.doctor.check import Finding, Registered, run_all
 from yaptext.commands.doctor.deployment import Deployment
 from yaptext.commands.doctor.machine import Disk, Machine, Ran
-from yaptext.engine import shelf, weights
+from yaptext.engine import awq_results, checkpoints
 
 ROOT = Path(__file__).parents[2]
 VERSION = "0.1.0+g1234567"
@@ -734,7 +734,7 @@ def test_the_command_runs_without_torch_in_a_few_seconds(tmp_path: Path) -> None
 def test_the_command_line_reaches_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(command, "doctor", lambda **given: asked.append(given) or 0)  # type: ignore[func-returns-value]
-    assert cli.run(["doctor"]) == cli.run(["doctor", "--json", "--offline", "--shell"]) == 0
+    assert main.run(["doctor"]) == main.run(["doctor", "--json", "--offline", "--shell"]) == 0
     assert asked == [
         {"as_json": False, "offline": False, "shell": False},
         {"as_json": True, "offline": True, "shell": True},
@@ -972,10 +972,10 @@ def test_why_there_are_no_awq_weights_is_told(box: Box) -> None:
     """As the quantizer wrote it down."""
     box.environ |= {"CHAT_QUANTIZATION": "awq"}
     source = box.environ["CHAT_MODEL"]
-    told = {"wanted": {"source": {"content": shelf.content(Path(source))}}, "reason": "rounding is as good"}
+    told = {"wanted": {"source": {"content": awq_results.content(Path(source))}}, "reason": "rounding is as good"}
     told |= {"exit_status": 2, "failed_at": "2026-11-01T00:00:00Z"}
-    row = shelf.row(box.root / "srv/state", source)
-    box.write(str((row / weights.FAILED).relative_to(box.root)), json.dumps(told))
+    row = awq_results.row(box.root / "srv/state", source)
+    box.write(str((row / checkpoints.FAILED).relative_to(box.root)), json.dumps(told))
     assert "rounding is as good" in box.found("models.quantization.chat").found
 
 

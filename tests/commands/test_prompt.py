@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from made import TEMPLATES, with_template
 
-from yaptext import cli
+from yaptext.commands import main
 
 
 def model(folder: Path, template: str | None, name: str = "model") -> str:
@@ -22,7 +22,7 @@ def model(folder: Path, template: str | None, name: str = "model") -> str:
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> list[dict[str, Any]]:
-    assert cli.run(["prompt", *arguments, "--json"]) == status
+    assert main.run(["prompt", *arguments, "--json"]) == status
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -82,7 +82,7 @@ def test_several_models_and_one_that_cannot_be_used(tmp_path: Path, capsys: pyte
 
 def test_for_people_it_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A line of facts, and the prompt as it is."""
-    assert cli.run(["prompt", model(tmp_path, "chatml")]) == 0
+    assert main.run(["prompt", model(tmp_path, "chatml")]) == 0
     head, *text = capsys.readouterr().out.splitlines()
     assert head.startswith("== ") and "format segments, exact True, prefix_stable True" in head
     assert text[0] == "<|im_start|>system"
@@ -100,7 +100,7 @@ def test_a_wrong_option_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     """Before any model is read."""
-    assert cli.run(["prompt", "/no/such", *arguments]) != 0
+    assert main.run(["prompt", "/no/such", *arguments]) != 0
     assert message in capsys.readouterr().err
 
 

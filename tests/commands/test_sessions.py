@@ -15,7 +15,7 @@ import pytest
 from dialogue.test_sessionfile import CHILD, SECRET, WORDS, Clocks, Life, Log, bodies, on_disk, rewrite, said
 from privileged import require
 
-from yaptext import cli
+from yaptext.commands import main
 from yaptext.dialogue import sessionfile
 
 CHOWN = 0
@@ -50,7 +50,7 @@ def kept(path: Path, clocks: Clocks, *names: str, secret: str | None = None) -> 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line of a command that ends with an error."""
-    assert cli.run(["sessions", *map(str, arguments)]) != 0
+    assert main.run(["sessions", *map(str, arguments)]) != 0
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -73,7 +73,7 @@ def running(path: Path) -> Iterator[int]:
 def test_the_file_is_shown(path: Path, clocks: Clocks, capsys: pytest.CaptureFixture[str]) -> None:
     """With what is only in the log of writes, and without a word of it."""
     life = kept(path, clocks, "a", "b")
-    assert cli.run(["sessions"]) == 0
+    assert main.run(["sessions"]) == 0
     shown = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     assert (shown["file"], shown["sessions"]) == (str(path), "2")
     assert int(shown["bytes"]) == path.stat().st_size + path.with_name("sessions.db-wal").stat().st_size
@@ -87,10 +87,10 @@ def test_a_running_service_is_shown_and_backed_up(
 ) -> None:
     """It goes on writing; the copy is whole."""
     with running(path):
-        assert cli.run(["sessions"]) == 0
+        assert main.run(["sessions"]) == 0
         assert "sessions: 1\n" in capsys.readouterr().out
         for number in range(3):
-            assert cli.run(["sessions", "backup", str(tmp_path / f"copy{number}")]) == 0
+            assert main.run(["sessions", "backup", str(tmp_path / f"copy{number}")]) == 0
     for number in range(3):
         assert said(Life(tmp_path / f"copy{number}", clocks, ttl_s=3600), "a")
 
@@ -102,7 +102,7 @@ def test_a_backup_is_what_a_restore_puts_back(
     """Sealed rows stay sealed, and the commands need no key. The file before stays beside the new one."""
     copy = tmp_path / "copy"
     life = kept(path, clocks, "a", "b", secret=secret)
-    assert cli.run(["sessions", "backup", str(copy)]) == 0
+    assert main.run(["sessions", "backup", str(copy)]) == 0
     assert capsys.readouterr().out == f"copied 2 sessions into {copy}\n"
     assert (WORDS.encode() in on_disk(copy)) == (secret is None)
     assert list(tmp_path.glob("copy?*")) == [], "one file"
@@ -110,7 +110,7 @@ def test_a_backup_is_what_a_restore_puts_back(
     life.say("c")
     life.end()
     for times in (1, 2):
-        assert cli.run(["sessions", "restore", str(copy)]) == 0
+        assert main.run(["sessions", "restore", str(copy)]) == 0
         line = capsys.readouterr().out
         assert (
             line.startswith(f"restored 2 sessions into {path}; the file before is {path}.replaced-")
@@ -133,14 +133,14 @@ def test_a_restore_where_no_file_is(
     copy, other = tmp_path / "copy", tmp_path / "other.db"
     kept(other, clocks, "a").end()
     other.rename(copy)
-    assert cli.run(["sessions", "restore", str(copy)]) == 0
+    assert main.run(["sessions", "restore", str(copy)]) == 0
     assert capsys.readouterr().out == f"restored 1 session into {path}; there was no file before\n"
     assert said(Life(path, clocks, ttl_s=3600), "a")
     with running(other):
         pass
     path.unlink()
     other.with_name("other.db-wal").rename(path.with_name("sessions.db-wal"))
-    assert cli.run(["sessions", "restore", str(copy)]) == 0
+    assert main.run(["sessions", "restore", str(copy)]) == 0
     assert said(Life(path, clocks, ttl_s=3600), "a") == [WORDS, "a reply"]
 
 
@@ -150,12 +150,12 @@ def test_backup_and_restored_file_are_for_their_user_alone(path: Path, tmp_path:
     kept(path, clocks, "a").end()
     old = os.umask(0)
     try:
-        assert cli.run(["sessions", "backup", str(copy)]) == 0
+        assert main.run(["sessions", "backup", str(copy)]) == 0
         for file in path.parent.iterdir():
             file.unlink()
         path.parent.rmdir()
         for _ in range(2):
-            assert cli.run(["sessions", "restore", str(copy)]) == 0
+            assert main.run(["sessions", "restore", str(copy)]) == 0
     finally:
         os.umask(old)
     assert path.parent.stat().st_mode & 0o777 == 0o700
@@ -167,12 +167,12 @@ def test_what_root_restores_belongs_to_the_service(path: Path, tmp_path: Path, c
     require(CHOWN)
     copy = tmp_path / "copy"
     kept(path, clocks, "a").end()
-    assert cli.run(["sessions", "backup", str(copy)]) == 0
+    assert main.run(["sessions", "backup", str(copy)]) == 0
     for file in path.parent.iterdir():
         file.unlink()
     os.chown(path.parent, 4711, 4712)
     for _ in range(2):
-        assert cli.run(["sessions", "restore", str(copy)]) == 0
+        assert main.run(["sessions", "restore", str(copy)]) == 0
     assert {(file.stat().st_uid, file.stat().st_gid) for file in path.parent.iterdir()} == {(4711, 4712)}
 
 
@@ -181,9 +181,9 @@ def test_rows_of_another_version_are_copied_as_they_are(path: Path, tmp_path: Pa
     copy, life = tmp_path / "copy", kept(path, clocks, "a", secret=SECRET)
     rewrite(life, "a", version=2, mood="glad")
     theirs = bodies(path)
-    assert cli.run(["sessions", "backup", str(copy)]) == 0
+    assert main.run(["sessions", "backup", str(copy)]) == 0
     life.end()
-    assert cli.run(["sessions", "restore", str(copy)]) == 0
+    assert main.run(["sessions", "restore", str(copy)]) == 0
     assert bodies(copy) == bodies(path) == theirs
 
 
@@ -197,8 +197,8 @@ def test_a_restore_says_what_a_start_will_delete(
     clocks.now += 3500
     life.say("b")
     life.end()
-    assert cli.run(["sessions", "backup", str(copy)]) == 0
-    assert cli.run(["sessions", "restore", str(copy)]) == 0
+    assert main.run(["sessions", "backup", str(copy)]) == 0
+    assert main.run(["sessions", "restore", str(copy)]) == 0
     assert "restored 2 sessions into" in (line := capsys.readouterr().out.splitlines()[-1])
     assert "1 of them unused for longer than SESSION_TTL_S=3600: a start deletes them; the file before is" in line
 
@@ -246,7 +246,7 @@ def test_a_damaged_backup_is_not_restored(
     for number in range(30):
         life.say(f"session {number}", "many words " * 100)
     life.end()
-    assert cli.run(["sessions", "backup", str(copy)]) == 0
+    assert main.run(["sessions", "backup", str(copy)]) == 0
     whole = copy.read_bytes()
     copy.write_bytes(whole[:5000] + bytes(15_000) + whole[20_000:])
     assert refused(capsys, "restore", copy).startswith(f"yap-text: FILE={str(copy)!r} is damaged: ")

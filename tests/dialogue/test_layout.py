@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import CONTROL, KINDS, PLAIN, SPECIAL, TEMPLATES, with_template
 
-from yaptext.dialogue.history import Message
+from yaptext.dialogue.chat_prompt import Around, ChatPrompts, Limits, fit
 from yaptext.dialogue.layout import Called
-from yaptext.dialogue.prompt import Around, ChatPrompts, Limits, fit
-from yaptext.dialogue.toolprompt import ToolPrompts
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tool_prompt import ToolPrompts
+from yaptext.dialogue.tools import ToolSet
+from yaptext.dialogue.transcript import Message
 from yaptext.engine.codec import HubCodec
 
 NOW = "Sunday, 21:46"
@@ -108,7 +108,7 @@ def test_a_prompt_is_what_the_template_renders(
     labels = {"user": "User: ", "assistant": "Assistant: "}
     said = [(message.speaker, message.text) for message in history]
     if format == "segments":
-        from yaptext.dialogue.history import in_lines
+        from yaptext.dialogue.transcript import in_lines
 
         lines = [labels[role] + in_lines(text) for role, text in said]
         system = "\n".join([f"<|persona|>\n{persona}", *(["<|history|>"] if lines else []), *lines, f"Now: {NOW}."])

@@ -13,7 +13,7 @@ from msgspec import UNSET
 from yaptext.dialogue.persona import Persona, style, styles, use_folder
 from yaptext.errors import BadMessage, SettingsError, UnknownPersona
 from yaptext.settings import Settings
-from yaptext.wire.messages import Gender, Identity, PersonaFields
+from yaptext.wire.frames import Gender, Identity, PersonaFields
 
 FULL = Persona(style="savage", gender="woman", identity="man", text="own words")
 GENDERS: list[Any] = [None, *get_args(Gender)]

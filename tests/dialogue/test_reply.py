@@ -11,8 +11,8 @@ from fakes import Script, ScriptedEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yaptext.dialogue.history import in_lines, parse
 from yaptext.dialogue.reply import Lines, reasoning_of
+from yaptext.dialogue.transcript import in_lines, parse
 from yaptext.engine.base import Reasoning, Thinking
 
 often = settings(max_examples=400, deadline=None)

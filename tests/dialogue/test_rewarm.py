@@ -1,4 +1,4 @@
-"""dialogue/stage.py: what is computed again after a restart, in which order, and when not."""
+"""dialogue/runtime.py: what is computed again after a restart, in which order, and when not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from conftest import talking
 from fakes import Gate, Script, ScriptedEngine
 
-from yaptext.dialogue.stage import Stage
+from yaptext.dialogue.runtime import Stage
 from yaptext.errors import EngineFailed
 from yaptext.server.lifecycle import Lifecycle
 

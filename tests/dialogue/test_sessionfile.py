@@ -23,7 +23,7 @@ from yaptext.dialogue import sessionfile
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.session import Bounds, Session, SessionStore
 from yaptext.dialogue.sessionfile import SessionFile
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tools import ToolSet
 from yaptext.errors import SettingsError, StartError
 
 SECRET = "a long secret of the test"

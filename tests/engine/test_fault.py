@@ -1,4 +1,4 @@
-"""engine/fault.py: the reason of an engine that does not open."""
+"""engine/vllm/fault.py: the reason of an engine that does not open."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, model_validator
 
-from yaptext.engine import fault
+from yaptext.engine.vllm import fault
 
 
 class Strict(BaseModel):
@@ -76,7 +76,7 @@ def test_a_real_engine_that_fails_in_its_process_gives_the_reason(state_folder: 
     import shutil
 
     from yaptext.engine import demo
-    from yaptext.engine.vllm import open_engines
+    from yaptext.engine.vllm.engine import open_engines
     from yaptext.errors import StartError
     from yaptext.settings import Settings
 

@@ -1,4 +1,4 @@
-"""engine/grammar.py: schemas that take too long to compile are found out in a process that can be killed."""
+"""engine/vllm/grammar.py: schemas that take too long to compile are found out in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from made import with_template
 
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import whose
-from yaptext.engine.grammar import GrammarCheck
+from yaptext.engine.vllm.grammar import GrammarCheck
 from yaptext.errors import BadMessage, RateLimited
 
 SLOW = json.dumps({"type": "string", "minLength": 3000, "maxLength": 4000})

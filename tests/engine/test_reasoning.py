@@ -1,4 +1,4 @@
-"""engine/reasoning.py: vLLM's parsers over the tokens of a reply."""
+"""engine/vllm/reasoning.py: vLLM's parsers over the tokens of a reply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKS = {"start": "<think>", "end": "</think>"}
 
 def said(text: str, reasoning: Reasoning, step: int = 1) -> tuple[str, int, int]:
     """What is spoken of a reply that comes in so many tokens at once, the tokens that are thinking, and all of them."""
-    from yaptext.engine.reasoning import Thoughts
+    from yaptext.engine.vllm.reasoning import Thoughts
 
     thoughts = Thoughts(reasoning, TOKENIZER)
     ids = TOKENIZER.encode(text, add_special_tokens=False)
@@ -36,7 +36,7 @@ def test_thinking_that_the_prompt_opened_ends_at_its_mark(step: int) -> None:
 
 def test_half_a_character_of_the_speech_is_no_thinking() -> None:
     """Its first token gives no text yet."""
-    from yaptext.engine.reasoning import Thoughts
+    from yaptext.engine.vllm.reasoning import Thoughts
 
     thoughts = Thoughts(Reasoning(opened=True, **MARKS), TOKENIZER)
     end, word, *emoji = (TOKENIZER.encode(text, add_special_tokens=False) for text in ("</think>", "Hi", "\U0001f600"))
@@ -74,7 +74,7 @@ def test_a_parser_by_its_name() -> None:
 )
 def test_what_cannot_be_parsed_is_found_at_the_start(reasoning: Reasoning, message: str) -> None:
     """Not at the first reply."""
-    from yaptext.engine.reasoning import check
+    from yaptext.engine.vllm.reasoning import check
 
     with pytest.raises(StartError, match=message):
         check(reasoning, TOKENIZER)

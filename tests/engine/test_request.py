@@ -12,8 +12,9 @@ import pytest
 import tokenizers
 from vllm.sampling_params import SamplingParams
 
-from yaptext.engine import demo, request
+from yaptext.engine import demo
 from yaptext.engine.base import Sampling
+from yaptext.engine.vllm import request
 
 _SCHEMA = '{"type":"integer"}'
 

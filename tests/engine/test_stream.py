@@ -14,8 +14,8 @@ from made import with_template
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from yaptext.engine.base import Delta, Reasoning, Sampling
-from yaptext.engine.reasoning import Thoughts
-from yaptext.engine.vllm import VllmEngine
+from yaptext.engine.vllm.engine import VllmEngine
+from yaptext.engine.vllm.reasoning import Thoughts
 from yaptext.errors import EngineDead, EngineFailed
 
 WORDS = "words of a request"

@@ -148,7 +148,7 @@ def _main() -> None:
 
     engine = Obedient(chat=Script(os.environ.get("REPLY", "Hello there.").split()))
     sinks._FILE_PAUSE_S = 0.5
-    vllm: Any = ModuleType("yaptext.engine.vllm")
+    vllm: Any = ModuleType("yaptext.engine.vllm.engine")
 
     def open_engines(_: Any) -> Engines:
         if "OPENING" in os.environ:
@@ -159,7 +159,7 @@ def _main() -> None:
         return Engines(engine, engine)
 
     vllm.open_engines = open_engines
-    sys.modules["yaptext.engine.vllm"] = vllm
+    sys.modules["yaptext.engine.vllm.engine"] = vllm
     sys.argv[1:] = ["serve"]
     main()
 

@@ -138,7 +138,7 @@ def test_a_state_folder_that_takes_no_model_is_one_line(mount: Mount, options: s
 
 def test_a_cache_that_cannot_be_written_is_replaced(monkeypatch: pytest.MonkeyPatch, mount: Mount) -> None:
     """By a folder that can, with a line; one that can be is kept, and is made where it is missing."""
-    from yaptext.engine.vllm import _leave_fixed_caches
+    from yaptext.engine.vllm.engine import _leave_fixed_caches
 
     fixed, free = mount("fixed", "ro"), mount("free", "size=64k")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(fixed / "vllm"))

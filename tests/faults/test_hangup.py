@@ -13,7 +13,7 @@ import httpx
 import pytest
 from faults.process import serving
 
-from yaptext import keyfile
+from yaptext.server.access import keyfile
 
 pytestmark = pytest.mark.subprocess
 ENGINE = (str(Path(__file__).with_name("process.py")),)
@@ -72,7 +72,7 @@ def test_without_keys_or_a_supervisor_the_terminal_has_gone(tmp_path: Path) -> N
 def test_serve_holds_it_back_before_anything_else(command: str, status: int) -> None:
     """Before the imports of the command line, which take half a second; the other commands do not."""
     code = (
-        "import os, signal, sys, types; sys.modules['yaptext.cli'] = types.SimpleNamespace("
+        "import os, signal, sys, types; sys.modules['yaptext.commands.main'] = types.SimpleNamespace("
         "run=lambda _: os.kill(os.getpid(), signal.SIGHUP) or 0);"
         f"sys.argv[1:] = [{command!r}]; from yaptext.__main__ import main; main()"
     )

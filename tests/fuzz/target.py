@@ -20,7 +20,7 @@ from typing import Any
 import journal
 import msgspec
 
-from yaptext.wire.messages import Error, ServerMessage
+from yaptext.wire.frames import Error, ServerMessage
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 _ANSWERS = msgspec.json.Decoder(ServerMessage)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import structlog
 
-from yaptext.observe import discretion, expected, logs
+from yaptext.observe import expected, logs, redact
 
 SECRET = "hunter2"
 NOISY = ("uvicorn", "uvicorn.error", "uvicorn.access", "httpx", "asyncio", "vllm")
@@ -57,9 +57,9 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stderr]:
     loggers = [logging.getLogger(), vllm, *map(logging.getLogger, NOISY)]
     before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     vllm.handlers[:], vllm.propagate = [], True  # an import of vLLM in this process sets these
-    for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY", discretion.WORDS, expected.LEVEL):
+    for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY", redact.WORDS, expected.LEVEL):
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(discretion, "_serving", False)
+    monkeypatch.setattr(redact, "_serving", False)
     yield Stderr()
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from yaptext.observe.metrics import CONTENT_TYPE, Metrics
-from yaptext.wire.messages import Timings, Usage
+from yaptext.wire.frames import Timings, Usage
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from yaptext.engine import shelf
+from yaptext.engine import awq_results
 
 CHILD = """
 import json, os, sys, traceback, warnings
@@ -26,7 +26,7 @@ import matplotlib.backends.backend_agg
 from yaptext.quantize import awq, calibration, card, hub, job, progress, verify
 awq.bring_autoawq()
 awq._quantizer(print)
-from yaptext.cli import run
+from yaptext.commands.main import run
 
 for line in sys.stdin:
     asked = json.loads(line)
@@ -147,7 +147,7 @@ class Bench:
 
     @property
     def row(self) -> Path:
-        return shelf.row(self.state, str(self.model))
+        return awq_results.row(self.state, str(self.model))
 
     def start(self, *arguments: str, before: str = "", **environment: str) -> Job:
         return self.forge.start(list(arguments), self.environment | environment, before)
@@ -157,8 +157,8 @@ class Bench:
         job = self.start(*arguments, before=before, **environment)
         return job.end(), job.events
 
-    def finished(self) -> shelf.Finished:
-        found = shelf.finished(self.state, str(self.model))
+    def finished(self) -> awq_results.Finished:
+        found = awq_results.finished(self.state, str(self.model))
         assert found is not None
         return found
 
@@ -171,7 +171,7 @@ class Bench:
 
             found = self.finished()
             inside = [path.relative_to(found.folder) for path in found.folder.rglob("*") if path.is_file()]
-            files = {path.as_posix() for path in inside} - {shelf.MANIFEST}
+            files = {path.as_posix() for path in inside} - {awq_results.MANIFEST}
             assert files == set(found.manifest["files"])
             for name, entry in found.manifest["files"].items():
                 assert _sha256(found.folder / name) == entry["sha256"], name

@@ -16,8 +16,8 @@ import pytest
 from quantize.forge import Bench, Forge, only
 from quantize.hub_server import HubServer
 
-from yaptext.engine import shelf
-from yaptext.engine.weights import FAILED, failed_attempt
+from yaptext.engine import awq_results
+from yaptext.engine.checkpoints import FAILED, failed_attempt
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.timeout(600)]
 WORSE = "from yaptext.quantize import verify; verify.Report.worthwhile = False"
@@ -54,7 +54,11 @@ def test_a_result_that_is_too_bad_is_remembered(fresh: Bench) -> None:
     assert events[-1] == f"quantize.failed {note['reason']}" and note["exit_status"] == 2
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", note["failed_at"])
     wanted = note["wanted"]
-    assert wanted["source"] == {"name": "Tiny-Llama", "revision": None, "content": shelf.content(Path(fresh.model))}
+    assert wanted["source"] == {
+        "name": "Tiny-Llama",
+        "revision": None,
+        "content": awq_results.content(Path(fresh.model)),
+    }
     assert wanted["recipe"]["samples"] == 4 and wanted["allow_worse"] is False
     assert set(wanted["made_by"]) == {"yaptext", "code", "autoawq", "torch", "transformers", "llmcompressor", "device"}
 
@@ -88,7 +92,7 @@ def test_the_unit_is_not_sent_to_another_state_folder(failed: Bench) -> None:
 def test_a_remembered_failure_loads_nothing_heavy(failed: Bench) -> None:
     """It costs a start of the service half a second."""
     driver = (
-        "import sys; from yaptext.cli import run; status = run(['quantize', '--when-wanted']);"
+        "import sys; from yaptext.commands.main import run; status = run(['quantize', '--when-wanted']);"
         "print(status, *({'torch', 'transformers', 'awq', 'datasets', 'vllm'} & set(sys.modules)))"
     )
     environment = failed.environment | {"QUANTIZATION": "awq"}

@@ -15,10 +15,10 @@ import pytest
 from quantize.tiny import tiny_tokenizer
 from transformers import ByT5Tokenizer
 
-from yaptext.dialogue.history import Message
+from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
 from yaptext.dialogue.persona import Persona, styles
-from yaptext.dialogue.prompt import ChatPrompts, Limits
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tools import ToolSet
+from yaptext.dialogue.transcript import Message
 from yaptext.engine.base import Role
 from yaptext.engine.codec import HubCodec
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError, StartError

@@ -17,7 +17,7 @@ from quantize.forge import Bench, Forge, only
 from quantize.hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from yaptext.engine.weights import FAILED
+from yaptext.engine.checkpoints import FAILED
 from yaptext.quantize import kept
 from yaptext.quantize.recipes import RECIPES
 

@@ -16,7 +16,7 @@ from quantize.forge import Bench, Forge
 from quantize.tiny import blocks, compressed, make_model
 from safetensors.torch import load_file
 
-from yaptext.engine import weights
+from yaptext.engine import checkpoints
 from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused
 from yaptext.quantize import compressor, compressor_child, recipes, verify
 from yaptext.quantize.plan import LAYER
@@ -46,7 +46,7 @@ def test_the_result_is_what_vllm_reads(made: tuple[Path, Path, Any, float]) -> N
     source, result, _, _ = made
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (result, source))
     how = config.pop("quantization_config")
-    assert weights.kind_of(str(result), {"quantization_config": how}) == "awq"
+    assert checkpoints.kind_of(str(result), {"quantization_config": how}) == "awq"
     assert how["ignore"] == recipes.RECIPES[before["model_type"]].ignored
     assert config.pop("dtype") == "bfloat16" and config.keys() == before.keys() - {"dtype"}
     stored = load_file(result / "model.safetensors")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from yaptext.dialogue.prompt import ChatPrompts, Limits
-from yaptext.engine import demo, shelf
+from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
+from yaptext.engine import awq_results, demo
 from yaptext.engine.base import Sampling
-from yaptext.engine.vllm import open_engines
+from yaptext.engine.vllm.engine import open_engines
 from yaptext.settings import Settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
@@ -37,7 +37,7 @@ async def test_the_demo_is_quantized_and_served(source: Path, tmp_path: Path, mo
     """Nearer to float than rounding, well under half its size, and vLLM answers from the result."""
     for name, value in os.environ.items():
         monkeypatch.setenv(name, value)  # so that what vLLM is told does not outlive it
-    found = shelf.finished(tmp_path, str(source))
+    found = awq_results.finished(tmp_path, str(source))
     assert found is not None
     figures = found.manifest["verification"]
     assert figures["awq"]["kl"] < 0.75 * figures["rounding"]["kl"]

@@ -16,7 +16,7 @@ import pytest
 from quantize.forge import Bench, Forge, only
 from quantize.hub_server import HubServer
 
-from yaptext import cli
+from yaptext.commands import main
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.timeout(600)]
 LINE = "stopped by Ctrl-C (SIGINT); nothing half-made is kept, what was finished before is"
@@ -34,7 +34,7 @@ MOMENTS = {
     "settings": "from yaptext.settings import Settings\ninterrupted(Settings, 'load')",
     "calibration": "from yaptext.quantize import calibration\ninterrupted(calibration, 'read')",
     "plan": "from yaptext.quantize import plan\ninterrupted(plan, 'plan')",
-    "samples": "from yaptext.dialogue.prompt import ChatPrompts\ninterrupted(ChatPrompts, 'turn')",
+    "samples": "from yaptext.dialogue.chat_prompt import ChatPrompts\ninterrupted(ChatPrompts, 'turn')",
     "load": "from transformers import PreTrainedModel\ninterrupted(PreTrainedModel, '_load_pretrained_model')",
     "loaded": "from yaptext.quantize import verify\ninterrupted(verify, 'check_finite')",
     "measuring": "import torch\ninterrupted(torch, 'log_softmax')",
@@ -121,7 +121,7 @@ runpy.run_module("yaptext", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("module", ["yaptext.cli", "pydantic", "yaptext.quantize.job", "torch._dynamo"])
+@pytest.mark.parametrize("module", ["yaptext.commands.main", "pydantic", "yaptext.quantize.job", "torch._dynamo"])
 @pytest.mark.parametrize("code", ["os.kill(os.getpid(), signal.SIGINT)", "exec('os.kill(os.getpid(), signal.SIGINT)')"])
 def test_ctrl_c_is_one_line_during_an_import(fresh: Bench, module: str, code: str) -> None:
     """Of our own modules and of torch; also within code that a library makes up, after which Python would end by the
@@ -177,7 +177,7 @@ def test_the_help_says_what_counts_if_nothing_is_said(
     """The defaults of the settings, how many samples there are, and where the result lies."""
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
-        cli.run(["quantize", "--help"])
+        main.run(["quantize", "--help"])
     told = capsys.readouterr().out
     for words in (
         "AWQ_CALIBRATION: builtin, a .txt or .jsonl file, a folder of them, or hub:NAME (default: builtin)",

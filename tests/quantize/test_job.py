@@ -18,7 +18,7 @@ from privileged import tmpfs
 from quantize.forge import Bench, Forge, only
 from quantize.hub_server import TOKEN, HubServer
 
-from yaptext.engine import shelf, weights
+from yaptext.engine import awq_results, checkpoints
 from yaptext.errors import StartError
 from yaptext.settings import Settings
 
@@ -53,7 +53,7 @@ def test_a_result_is_whole_and_tells_what_it_is(made: Bench) -> None:
     """Manifest, card with the source's licence, plot; no path of this machine in what may be pushed."""
     made.check_clean()
     found = made.finished()
-    source = {"name": "Tiny-Llama", "revision": None, "content": shelf.content(Path(made.model))}
+    source = {"name": "Tiny-Llama", "revision": None, "content": awq_results.content(Path(made.model))}
     assert found.manifest["source"] == source
     figures = found.manifest["verification"]
     assert figures["awq"]["kl"] < figures["rounding"]["kl"] / 5
@@ -87,7 +87,7 @@ def test_the_journal_has_our_lines_and_no_others(made: Bench) -> None:
 def test_finished_work_is_not_done_again(made: Bench) -> None:
     """The second run says where the result is, and loads none of what is heavy."""
     driver = (
-        "import sys; from yaptext.cli import run; status = run(['quantize']);"
+        "import sys; from yaptext.commands.main import run; status = run(['quantize']);"
         "print(status, *({'torch', 'transformers', 'awq', 'datasets', 'vllm'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -119,13 +119,13 @@ def test_the_server_finds_the_result(bench: Bench, tmp_path: Path) -> None:
     """Under auto and awq, with the reason; `none` serves the float model; without a result awq is refused."""
     given = {"CHAT_MODEL": str(bench.model), "YAP_TEXT_DEVICE": "cpu", "YAP_TEXT_STATE_DIR": bench.state}
     for wanted in ("auto", "awq"):
-        chosen = weights.choose(Settings.load(QUANTIZATION=wanted, **given), "chat")
+        chosen = checkpoints.choose(Settings.load(QUANTIZATION=wanted, **given), "chat")
         assert (chosen.source, chosen.kind) == (str(bench.finished().folder), "awq")
         assert "a finished AWQ folder for Tiny-Llama" in chosen.reason
-    plain = weights.choose(Settings.load(QUANTIZATION="none", **given), "chat")
+    plain = checkpoints.choose(Settings.load(QUANTIZATION="none", **given), "chat")
     assert (plain.source, plain.kind) == (str(bench.model), "float")
     with pytest.raises(StartError, match=r"no finished AWQ folder lies in .*\. Run `yap-text quantize`"):
-        weights.choose(Settings.load(QUANTIZATION="awq", **(given | {"YAP_TEXT_STATE_DIR": tmp_path})), "chat")
+        checkpoints.choose(Settings.load(QUANTIZATION="awq", **(given | {"YAP_TEXT_STATE_DIR": tmp_path})), "chat")
 
 
 def test_another_recipe_or_force_makes_it_anew(bench: Bench) -> None:
@@ -162,7 +162,7 @@ def test_every_choice_is_part_of_the_recipe(bench: Bench, tmp_path: Path) -> Non
 
 def test_what_an_earlier_version_did_not_note_is_no_change(bench: Bench) -> None:
     """An update of the service does not cost an hour."""
-    file = bench.finished().folder / shelf.MANIFEST
+    file = bench.finished().folder / awq_results.MANIFEST
     manifest = json.loads(file.read_text())
     del manifest["recipe"]["prompts"]
     file.write_text(json.dumps(manifest))
@@ -176,7 +176,7 @@ def test_other_weights_in_the_same_folder_are_another_model(bench: Bench, tmp_pa
     assert bench.run()[0] == 0
     file = bench.model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4000] + bytes(byte ^ 1 for byte in file.read_bytes()[-4000:]))
-    assert shelf.finished(bench.state, str(bench.model)) is None
+    assert awq_results.finished(bench.state, str(bench.model)) is None
     status, events = bench.run("--when-wanted", QUANTIZATION="awq")
     assert (status, only(events, "quantize.begun")) == (0, ["quantize.begun no finished result"])
     bench.check_clean()
@@ -186,7 +186,7 @@ def test_a_damaged_result_counts_as_none(bench: Bench) -> None:
     """A file that lost its end is not served; the next run makes it anew."""
     weights_file = bench.finished().folder / "model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:-1])
-    assert shelf.finished(bench.state, str(bench.model)) is None
+    assert awq_results.finished(bench.state, str(bench.model)) is None
     status, events = bench.run()
     assert (status, only(events, "quantize.begun")) == (0, ["quantize.begun no finished result"])
     bench.check_clean()

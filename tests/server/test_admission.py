@@ -10,7 +10,7 @@ import pytest
 from yaptext.engine.base import Load
 from yaptext.errors import ServerAtCapacity
 from yaptext.server.admission import Admission
-from yaptext.wire.messages import Capacity
+from yaptext.wire.frames import Capacity
 
 
 def connection() -> Any:

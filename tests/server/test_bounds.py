@@ -10,7 +10,7 @@ import pytest
 from conftest import talking
 from fakes import Gate, Script, ScriptedEngine
 
-from yaptext.keyfile import Limits
+from yaptext.server.access.keyfile import Limits
 
 LONG = "word " * 180_000
 

@@ -22,8 +22,8 @@ from yaptext import __version__
 from yaptext.engine.base import Engines
 from yaptext.errors import SettingsError
 from yaptext.observe import logs
+from yaptext.server.access.throttle import Shown, Sparing
 from yaptext.server.lifecycle import Lifecycle, Server
-from yaptext.server.throttle import Shown, Sparing
 from yaptext.settings import Settings, moved_names
 from yaptext.wire import asyncapi
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import Running, service
 from fakes import ScriptedEngine
 
-from yaptext import keyfile
 from yaptext.dialogue import persona
 from yaptext.engine.base import Engines
+from yaptext.server.access import keyfile
 from yaptext.server.lifecycle import Lifecycle
 
 

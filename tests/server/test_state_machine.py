@@ -28,17 +28,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from yaptext.dialogue.stage import Stage
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.runtime import Stage
+from yaptext.dialogue.tools import ToolSet
 from yaptext.dialogue.turn import Turn
 from yaptext.engine.base import CHAT, Delta, Engines, Sampling
 from yaptext.errors import EngineFailed
-from yaptext.keyfile import NO_LIMITS, Key
-from yaptext.server.connection import Connection
-from yaptext.server.keys import Account
+from yaptext.server.access.accounts import Account
+from yaptext.server.access.keyfile import NO_LIMITS, Key
 from yaptext.server.lifecycle import Lifecycle
+from yaptext.server.ws.connection import Connection
 from yaptext.settings import Settings
-from yaptext.wire.messages import encode
+from yaptext.wire.frames import encode
 
 STEPS = int(os.environ.get("MACHINE_STEPS", "6000"))
 A_RUN = 50

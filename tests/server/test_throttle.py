@@ -1,4 +1,4 @@
-"""server/throttle.py: rates, on a clock of the test's own."""
+"""server/access/throttle.py: rates, on a clock of the test's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from yaptext.server.throttle import Bucket, Shown, Sparing, Throttle, network, shown
+from yaptext.server.access.throttle import Bucket, Shown, Sparing, Throttle, network, shown
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""server/tickets.py: each opens one door, once and soon."""
+"""server/access/tickets.py: each opens one door, once and soon."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yaptext.errors import RateLimited
-from yaptext.keyfile import NO_LIMITS, Key
-from yaptext.server.keys import Account
-from yaptext.server.tickets import PER_MINUTE, TTL_S, Tickets
+from yaptext.server.access.accounts import Account
+from yaptext.server.access.keyfile import NO_LIMITS, Key
+from yaptext.server.access.tickets import PER_MINUTE, TTL_S, Tickets
 
 KEY = b"k" * 32
 

@@ -34,13 +34,13 @@ sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "be
 from front_end import ServerProcess
 from soak.flat import judge
 
-from yaptext.tools.bench.conversation import Conversation, Full
-from yaptext.tools.bench.http import Getter
-from yaptext.tools.bench.plan import Sampling
-from yaptext.tools.bench.prompts import UTTERANCES, Prompts
-from yaptext.tools.bench.service import Service
-from yaptext.tools.bench.text import number, table
-from yaptext.tools.client import Refused
+from yaptext.bench.conversation import Conversation, Full
+from yaptext.bench.http import Getter
+from yaptext.bench.plan import Sampling
+from yaptext.bench.prompts import UTTERANCES, Prompts
+from yaptext.bench.service import Service
+from yaptext.bench.text import number, table
+from yaptext.client.client import Refused
 
 Sample = dict[str, float]
 MB = 2**20

@@ -11,19 +11,7 @@ import pytest
 
 from yaptext import __version__
 from yaptext.wire.asyncapi import document
-from yaptext.wire.messages import (
-    Ack,
-    Done,
-    Models,
-    Pong,
-    ServerMessage,
-    Timings,
-    Token,
-    ToolCall,
-    Usage,
-    Warmed,
-    encode,
-)
+from yaptext.wire.frames import Ack, Done, Models, Pong, ServerMessage, Timings, Token, ToolCall, Usage, Warmed, encode
 
 SENT = {
     "start", "tool_result", "cancel", "warm_persona", "warm_history", "set_persona", "get_session", "forget", "ping",

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yaptext.dialogue import history
+from yaptext.dialogue import transcript
+from yaptext.dialogue.chat_prompt import ChatPrompts, Format, Limits
 from yaptext.dialogue.layout import Conversation, Layout
 from yaptext.dialogue.persona import Persona, style
-from yaptext.dialogue.prompt import ChatPrompts, Format, Limits
 from yaptext.dialogue.reply import reasoning_of
-from yaptext.dialogue.toolprompt import ToolPrompts, shows
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tool_prompt import ToolPrompts, shows
+from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import Role
+from yaptext.engine.checkpoints import open_codec
 from yaptext.engine.codec import HubCodec
-from yaptext.engine.weights import open_codec
 from yaptext.errors import SettingsError, YapError
 from yaptext.settings import Settings
 
@@ -64,14 +64,14 @@ def prompt(settings: Settings, models: Sequence[str], options: Options) -> int:
 
 async def _describe(settings: Settings, model: str, options: Options, tools: ToolSet, told: str) -> dict[str, Any]:
     codec = open_codec(settings, model)
-    messages = history.parse(told)
+    messages = transcript.parse(told)
     if options.role == "tool":
         return {"model": model, "role": "tool"} | await _tool(settings, codec, options, tools, messages)
     return {"model": model, "role": "chat"} | await _chat(settings, codec, options, messages)
 
 
 async def _chat(
-    settings: Settings, codec: HubCodec, options: Options, messages: list[history.Message]
+    settings: Settings, codec: HubCodec, options: Options, messages: list[transcript.Message]
 ) -> dict[str, Any]:
     format = options.format or settings.chat_prompt_format
     prompts = await ChatPrompts.open(codec, format, Limits.of(settings), thinking=settings.chat_thinking)
@@ -86,7 +86,7 @@ async def _chat(
 
 
 async def _tool(
-    settings: Settings, codec: HubCodec, options: Options, tools: ToolSet, messages: list[history.Message]
+    settings: Settings, codec: HubCodec, options: Options, tools: ToolSet, messages: list[transcript.Message]
 ) -> dict[str, Any]:
     prompts = ToolPrompts(codec, settings.tool_history_tokens)
     head = await prompts.head(tools)

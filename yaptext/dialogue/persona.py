@@ -13,7 +13,7 @@ from msgspec import UnsetType
 
 from yaptext.errors import SettingsError, UnknownPersona
 from yaptext.files import read_file
-from yaptext.wire.messages import Gender, Identity, PersonaFields, gender, identity
+from yaptext.wire.frames import Gender, Identity, PersonaFields, gender, identity
 
 
 @dataclass(frozen=True, slots=True)

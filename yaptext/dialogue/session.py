@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import TYPE_CHECKING, Any
 
-from yaptext.dialogue.history import Transcript
 from yaptext.dialogue.layout import Rounds
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.sessionfile import Kept, SessionFile
+from yaptext.dialogue.transcript import Transcript
 from yaptext.settings import Settings
-from yaptext.wire.messages import IdentifiedCall
+from yaptext.wire.frames import IdentifiedCall
 
 if TYPE_CHECKING:
-    from yaptext.dialogue.toolset import ToolSet
+    from yaptext.dialogue.tools import ToolSet
     from yaptext.dialogue.turn import Turn
 
 SessionKey = tuple[str, str]

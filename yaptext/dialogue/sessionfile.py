@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import structlog
 
-from yaptext.dialogue.history import Message, Speaker
 from yaptext.dialogue.persona import Persona, styles
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tools import ToolSet
+from yaptext.dialogue.transcript import Message, Speaker
 from yaptext.errors import BadMessage, SettingsError, StartError, YapError
 
 if TYPE_CHECKING:

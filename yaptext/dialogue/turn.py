@@ -14,20 +14,19 @@ import msgspec
 import structlog
 from msgspec import UNSET, UnsetType
 
-from yaptext.dialogue import history
+from yaptext.dialogue.chat_prompt import Around
+from yaptext.dialogue.decision import Decision
 from yaptext.dialogue.heard import Spoken, heard_part
-from yaptext.dialogue.history import cut_short
 from yaptext.dialogue.layout import Called, Rounds
-from yaptext.dialogue.prompt import Around
 from yaptext.dialogue.reply import Lines, Sentences
+from yaptext.dialogue.runtime import Stage
 from yaptext.dialogue.session import Asked, Session
 from yaptext.dialogue.speakable import Speakable
-from yaptext.dialogue.stage import Stage
-from yaptext.dialogue.toolcall import Decision
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tools import ToolSet
+from yaptext.dialogue.transcript import REMEMBERED_CHARS, cut_short
 from yaptext.engine.base import Delta, Sampling
 from yaptext.errors import BadMessage, EngineFailed, Internal, TextTooLong, WireError
-from yaptext.wire.messages import (
+from yaptext.wire.frames import (
     Done,
     Final,
     IdentifiedCall,
@@ -250,7 +249,7 @@ class Turn:
             told = self._stage.told(start)
             if told is not None:
                 warmed = self._stage.take_warmed(session.key_name, told)
-                transcript.replace(told.messages, warmed, remember=told.size <= history.REMEMBERED_CHARS)
+                transcript.replace(told.messages, warmed, remember=told.size <= REMEMBERED_CHARS)
             if (heard := Heard.of(start)) is not None:
                 transcript.cut_reply(heard.chars, heard.text, self._stage.settings.interrupted_mark)
         elif self._utterance is not None and transcript.messages:

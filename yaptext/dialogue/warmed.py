@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from yaptext.dialogue.history import Message
+from yaptext.dialogue.transcript import Message
 
 _MOST, _MOST_CHARS = 64, 1_000_000
 """Transcripts and characters of one key."""

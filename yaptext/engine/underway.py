@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from yaptext.observe.notify import notify
+from yaptext.observe.systemd import notify
 
 if TYPE_CHECKING:
     from yaptext.engine.download import File, Plan

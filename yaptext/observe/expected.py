@@ -10,7 +10,7 @@ LEVEL = "YAPTEXT_LOG_LEVEL"
 """Set in the environment of this process and its engines: the least level that is logged."""
 EXPECTED = {
     "vllm.config.vllm": (
-        # The service asks for this on CPU (engine/vllm.py), on CUDA the operator does (ENFORCE_EAGER).
+        # The service asks for this on CPU (engine/vllm/engine.py), on CUDA the operator does (ENFORCE_EAGER).
         "Enforce eager set,",
         "TORCH_COMPILE_DISABLE is set,",
         "Inductor compilation was disabled by user settings",
@@ -18,9 +18,9 @@ EXPECTED = {
         "Model Runner V2 requires Triton",
     ),
     "vllm.engine.arg_utils": (
-        # VLLM_ENABLE_V1_MULTIPROCESSING=0 (engine/vllm.py). The service draws no random number that must be secret.
+        # VLLM_ENABLE_V1_MULTIPROCESSING=0 (engine/vllm/engine.py). No random number of the service must be secret.
         "The global random seed is set to",
-        # On CPU a prompt is computed whole (engine/vllm.py).
+        # On CPU a prompt is computed whole (engine/vllm/engine.py).
         "This model does not officially support disabling chunked prefill",
     ),
     "vllm.platforms.cpu": (
@@ -29,11 +29,11 @@ EXPECTED = {
         "Reset SSM cache type to float32",
     ),
     "vllm.v1.engine.input_processor": (
-        # Prompts come as token ids (engine/request.py). A new vLLM is tested before the lock takes it.
+        # Prompts come as token ids (engine/vllm/request.py). A new vLLM is tested before the lock takes it.
         "Passing raw prompts to InputProcessor is deprecated",
     ),
     "vllm.v1.utils": (
-        # An engine process has 5 s to end (engine/vllm.py), a busy machine needs more. It holds nothing to lose.
+        # An engine process has 5 s to end (engine/vllm/engine.py), a busy machine needs more. It holds nothing to lose.
         "[shutdown] Process manager: force killing remaining process",
     ),
     "vllm.v1.worker.cpu_worker": (

@@ -13,7 +13,7 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor
 
-from yaptext.observe import discretion, expected
+from yaptext.observe import expected, redact
 from yaptext.observe.attention import Attention
 from yaptext.observe.sinks import ToFile, ToStderr
 
@@ -25,7 +25,7 @@ _NOISY = ["asyncio", "httpcore", "httpcore2", "httpx", "httpx2", "matplotlib"]
 _NOISY += ["uvicorn", "uvicorn.access", "uvicorn.error"]
 
 
-def redact(_: Any, __: str, line: str) -> str:
+def without_keys(_: Any, __: str, line: str) -> str:
     """No key or ticket that stood in an address reaches the journal, whoever wrote the line and wherever in it."""
     return _KEY_IN_URL.sub(r"\1***", line)
 
@@ -61,8 +61,8 @@ def formatter() -> logging.Formatter:
     """The formatter every handler uses; engine processes find it through `vllm_logging.json`."""
     inner = _formatter(os.environ.get(_FORMAT, "json"))
     chosen = _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
-    if discretion.is_engine():
-        discretion.catch_crashes()
+    if redact.is_engine():
+        redact.catch_crashes()
         # Whatever warns there besides vLLM would be printed as it is, words and all. Not by that JSON: vLLM also reads
         # it in the service's process, whose root has handlers of its own.
         if not logging.root.handlers:
@@ -77,14 +77,14 @@ def _to_stderr(formatter: logging.Formatter) -> logging.Handler:
 
 
 def _formatter(format: str) -> logging.Formatter:
-    chain: list[Any] = [discretion.hold_back, structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    chain: list[Any] = [redact.hold_back, structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if format == "console":
         plain = structlog.dev.plain_traceback
-        chain += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain), redact]
+        chain += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain), without_keys]
     else:
         # Without locals: they hold what users say.
         tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
-        chain += [tracebacks, _name_first, structlog.processors.JSONRenderer(), redact]
+        chain += [tracebacks, _name_first, structlog.processors.JSONRenderer(), without_keys]
     return structlog.stdlib.ProcessorFormatter(processors=chain, foreign_pre_chain=_SHARED)
 
 
@@ -109,7 +109,7 @@ def configure(*, level: str, format: str, journald: bool, file: Path | None = No
         format = "console" if sys.stderr.isatty() else "json"
     os.environ[_FORMAT] = format
     os.environ[_PRIORITY] = "1" if journald else ""
-    os.environ[discretion.WORDS] = "1" if text else ""
+    os.environ[redact.WORDS] = "1" if text else ""
     os.environ[expected.LEVEL] = level
     structlog.configure(
         processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

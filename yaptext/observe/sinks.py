@@ -13,8 +13,8 @@ from typing import Any
 
 import structlog
 
-from yaptext.observe.discretion import is_wanted
 from yaptext.observe.expected import lower
+from yaptext.observe.redact import is_wanted
 
 _log = structlog.get_logger(__name__)
 _FILE_PAUSE_S = 10.0

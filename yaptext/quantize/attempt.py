@@ -20,8 +20,8 @@ from typing import Any
 import structlog
 
 import yaptext
-from yaptext.engine import shelf
-from yaptext.engine.weights import FAILED, FailedAttempt, is_unit
+from yaptext.engine import awq_results
+from yaptext.engine.checkpoints import FAILED, FailedAttempt, is_unit
 from yaptext.errors import QuantizeError, QuantizeRefused
 from yaptext.quantize import compressor
 from yaptext.quantize.kept import TEMPLATES
@@ -71,7 +71,7 @@ def repeated(settings: Settings, source: str, name: str, failed: FailedAttempt) 
     """The error of a job that would only repeat `failed`, with its exit status. `name` is the model's for people."""
     again = "yap-text quantize --again"
     if is_unit(settings):  # by hand it would look into the state folder of another user
-        again = f"rm {shelf.row(settings.state, source) / FAILED} && systemctl restart yap-text"
+        again = f"rm {awq_results.row(settings.state, source) / FAILED} && systemctl restart yap-text"
     kind = QuantizeRefused if failed.exit_status == QuantizeRefused.exit_status else QuantizeError
     return kind(
         f"quantizing {name} failed at {failed.failed_at}, and no setting, model file or code has changed since: "
@@ -101,7 +101,7 @@ def _code() -> str:
 def files(source: str) -> str | None:
     """The files of a folder in a word, 16 hex digits: a tokenizer may have been mended while the weights stayed. None
     for a model of the hub, whose revision says as much."""
-    if not shelf.is_folder(source):
+    if not awq_results.is_folder(source):
         return None
     digest = hashlib.sha256()
     for file in [*sorted(Path(source).iterdir()), *sorted((Path(source) / TEMPLATES).glob("*"))]:

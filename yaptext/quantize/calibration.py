@@ -19,18 +19,18 @@ from typing import Any, Literal
 
 import msgspec
 
-from yaptext.dialogue.history import Message
+from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
 from yaptext.dialogue.persona import Persona, style
-from yaptext.dialogue.prompt import ChatPrompts, Limits
-from yaptext.dialogue.toolprompt import ToolPrompts, dumps
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tool_prompt import ToolPrompts, dumps
+from yaptext.dialogue.tools import ToolSet
+from yaptext.dialogue.transcript import Message
 from yaptext.engine.base import Codec, Role
+from yaptext.engine.checkpoints import stays
 from yaptext.engine.hub import hub_token
-from yaptext.engine.weights import stays
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError, YapError
 from yaptext.files import read_file
 from yaptext.settings import Settings
-from yaptext.wire.messages import Call, Identity, gender
+from yaptext.wire.frames import Call, Identity, gender
 
 HELD_OUT_BLOCKS = 4
 """Blocks that are set aside, to measure on what was not calibrated with."""

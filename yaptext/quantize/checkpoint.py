@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from yaptext.engine import header, shelf
+from yaptext.engine import awq_results, header
 from yaptext.errors import QuantizeRefused
 from yaptext.quantize.kept import KEPT_FILES, code
 
@@ -22,7 +22,7 @@ def check(folder: Path, source: str) -> None:
     its setting names it, a hub id or a folder. Reads headers and indexes, a few MB of any model."""
 
     def broken(file: Path, error: header.BrokenFile) -> QuantizeRefused:
-        pulled = isinstance(error, header.LfsPointer) and shelf.is_folder(source)
+        pulled = isinstance(error, header.LfsPointer) and awq_results.is_folder(source)
         remedy = "run `git lfs pull` in that folder" if pulled else _again(source)
         return QuantizeRefused(f"{file.name} of {source} {error}: {remedy}")
 
@@ -61,7 +61,9 @@ def lacking(source: str, shard: str, *, beside_whole: bool = False) -> QuantizeR
 
 
 def _again(source: str) -> str:
-    return "copy or download it again" if shelf.is_folder(source) else "the hub has it so; name another repository"
+    return (
+        "copy or download it again" if awq_results.is_folder(source) else "the hub has it so; name another repository"
+    )
 
 
 def check_tokens(folder: Path, source: str, blocks: Iterable[Sequence[int]], tokenizer: Any) -> None:

@@ -25,11 +25,11 @@ from typing import Any, ParamSpec
 
 import structlog
 
-from yaptext.engine import demo, shelf, weights
+from yaptext.engine import awq_results, checkpoints, demo
 from yaptext.engine import hub as hubs
 from yaptext.engine.base import Role
 from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused, SettingsError, YapError
-from yaptext.observe.notify import notify
+from yaptext.observe.systemd import notify
 from yaptext.quantize import attempt, fault
 from yaptext.settings import Settings
 
@@ -88,7 +88,7 @@ def run(settings: Settings, options: Options) -> None:
         return
     if not (options.force or options.again):
         for task in todo:
-            failed = weights.failed_attempt(settings.state, task.source)
+            failed = checkpoints.failed_attempt(settings.state, task.source)
             if failed is not None and attempt.is_same(failed, _wanted(settings, task, options)):
                 _clear_if_free(settings, wanted)
                 raise attempt.repeated(settings, task.source, task.name, failed)
@@ -114,7 +114,7 @@ def tasks(settings: Settings) -> list[Task]:
     """The float models of the deployed roles, each once. A role with an AWQ checkpoint of its own is left out.
     Raises `SettingsError` where a deployed role has no model."""
     found: dict[Path, tuple[str, list[Role]]] = {}  # by row: a folder may be written in several ways
-    is_demo = weights.wants_demo(settings)
+    is_demo = checkpoints.wants_demo(settings)
     deployed: dict[Role, bool] = {"chat": settings.chat_deployed, "tool": settings.tool_deployed}
     for role in [role for role in deployed if deployed[role]]:
         given = settings.awq_chat_model if role == "chat" else settings.awq_tool_model
@@ -128,14 +128,14 @@ def tasks(settings: Settings) -> list[Task]:
             raise SettingsError(
                 f"{role.upper()}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it to quantize"
             )
-        found.setdefault(shelf.row(settings.state, model), (model, []))[1].append(role)
+        found.setdefault(awq_results.row(settings.state, model), (model, []))[1].append(role)
     return [
         Task(source, tuple(roles), demo.NAME if is_demo else _name(source), is_demo) for source, roles in found.values()
     ]
 
 
 def _name(source: str) -> str:
-    return Path(source).resolve().name if shelf.is_folder(source) else source
+    return Path(source).resolve().name if awq_results.is_folder(source) else source
 
 
 # --- what is there already
@@ -144,13 +144,13 @@ def _name(source: str) -> str:
 def _wanted(settings: Settings, task: Task, options: Options) -> dict[str, Any]:
     """What a job would make, of which source and by which code: what its result's manifest says, and by what a failed
     attempt is recognised."""
-    is_folder = shelf.is_folder(task.source)
+    is_folder = awq_results.is_folder(task.source)
     revision = None
     if not is_folder and not task.demo:
         from yaptext.quantize import hub
 
         revision = hub.cached_revision(task.source, settings)
-    content = shelf.content(Path(task.source)) if is_folder else None
+    content = awq_results.content(Path(task.source)) if is_folder else None
     return {
         "source": {"name": task.name, "revision": revision, "content": content},
         "files": attempt.files(task.source),
@@ -162,7 +162,7 @@ def _wanted(settings: Settings, task: Task, options: Options) -> dict[str, Any]:
 
 def _recipe(settings: Settings, task: Task) -> dict[str, Any]:
     """What a result depends on besides its source: compared with its manifest's."""
-    from yaptext.dialogue.toolset import ToolSet
+    from yaptext.dialogue.tools import ToolSet
     from yaptext.quantize import calibration
 
     tools = hashlib.sha256(ToolSet.from_file(settings.tools_file).key).hexdigest()[:16]
@@ -192,7 +192,7 @@ def _reason(settings: Settings, task: Task, options: Options) -> str | None:
     changed = [name for name in now if name in then and then[name] != now[name]]
     if changed:
         return ", ".join(f"{name} was {then[name]}, is {now[name]}" for name in changed)
-    if not shelf.is_folder(task.source):
+    if not awq_results.is_folder(task.source):
         from yaptext.quantize import hub
 
         revision = hub.cached_revision(task.source, settings)
@@ -201,8 +201,8 @@ def _reason(settings: Settings, task: Task, options: Options) -> str | None:
     return None
 
 
-def _finished(settings: Settings, task: Task) -> shelf.Finished | None:
-    return shelf.finished(settings.state, task.source)
+def _finished(settings: Settings, task: Task) -> awq_results.Finished | None:
+    return awq_results.finished(settings.state, task.source)
 
 
 def _is_awq(settings: Settings, task: Task) -> bool:
@@ -211,7 +211,7 @@ def _is_awq(settings: Settings, task: Task) -> bool:
 
     if task.demo:
         return False
-    if weights.kind_of(task.source, hub.peek_config(task.source, settings), hubs.cache(settings)) != "awq":
+    if checkpoints.kind_of(task.source, hub.peek_config(task.source, settings), hubs.cache(settings)) != "awq":
         return False
     _log.info("quantize.given", model=task.name, reason="it has AWQ weights already")
     return True
@@ -244,7 +244,7 @@ def _leftovers(settings: Settings, tasks: list[Task]) -> list[Path]:
 def _make(settings: Settings, task: Task, options: Options, check_signals: Callable[[], None]) -> None:
     """Quantizes one model and puts the result on the shelf. Raises `YapError`; nothing half-made is left, and a failure
     that would come again is remembered."""
-    row = shelf.row(settings.state, task.source)
+    row = awq_results.row(settings.state, task.source)
     wanted = _wanted(settings, task, options)  # as it is now: files may change in the hours until the end
     attempt.forget(row)
     partial = row / f".partial-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
@@ -253,7 +253,7 @@ def _make(settings: Settings, task: Task, options: Options, check_signals: Calla
         _fill(settings, task, options, partial, wanted, check_signals)
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
-        result = partial.rename(shelf.next_result(row))
+        result = partial.rename(awq_results.next_result(row))
         _sync(row)
         _sync(row.parent)
     except Exception as error:  # autoawq, torch and the writers raise what they like
@@ -283,8 +283,8 @@ def _fill(
 ) -> None:
     """Makes the result in `partial`. The source of `wanted` is completed as soon as it is known."""
     os.environ.update(_environment(settings))
-    from yaptext.dialogue.toolset import ToolSet
-    from yaptext.quantize import backends, calibration, card, checkpoint, hub, kept, plan, verify
+    from yaptext.dialogue.tools import ToolSet
+    from yaptext.quantize import backends, calibration, checkpoint, hub, kept, model_card, plan, verify
     from yaptext.quantize.progress import Progress
 
     begun = time.monotonic()
@@ -296,9 +296,9 @@ def _fill(
         backend = backends.choose(settings, hub.peek_config(str(folder), settings))
     else:
         config = hub.peek_config(task.source, settings)
-        if not shelf.is_folder(task.source):
+        if not awq_results.is_folder(task.source):
             wanted["source"]["revision"] = hub.cached_revision(task.source, settings)
-        kind = weights.kind_of(task.source, config, hubs.cache(settings))
+        kind = checkpoints.kind_of(task.source, config, hubs.cache(settings))
         if kind != "float":
             made = "quantized" if kind == "other" else kind
             raise QuantizeRefused(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
@@ -308,7 +308,7 @@ def _fill(
         with _named(task):
             backend = backends.choose(settings, config)
         folder, revision = hub.download(task.source, settings, progress=lambda done, total: check_signals())
-    wanted["source"] |= {"revision": revision, "content": None if revision else shelf.content(folder)}
+    wanted["source"] |= {"revision": revision, "content": None if revision else awq_results.content(folder)}
     wanted["files"] = attempt.files(task.source)
     if not task.demo:
         checkpoint.check(folder, task.source)
@@ -377,7 +377,7 @@ def _fill(
         "backend": backend.name,
         "verification": report.as_data(),
     }
-    card.write(partial, folder, manifest, report)
+    model_card.write(partial, folder, manifest, report)
     manifest["seconds"] = round(time.monotonic() - begun, 1)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest["files"] = {
@@ -385,9 +385,9 @@ def _fill(
     }
     for path in partial.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for its user alone
-    (partial / shelf.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (partial / awq_results.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     if options.terminal:
-        print(f"\n{card.table(report)}\n")
+        print(f"\n{model_card.table(report)}\n")
 
 
 async def _samples(settings: Settings, task: Task, folder: Path, corpus: Any, tools: Any) -> Any:
@@ -453,7 +453,7 @@ def _sync(path: Path) -> None:
 
 def _receipt(settings: Settings, task: Task, role: Role) -> Path:
     """Where it is written down that the newest result has been pushed for a role."""
-    return shelf.row(settings.state, task.source) / f"pushed-{role}.json"
+    return awq_results.row(settings.state, task.source) / f"pushed-{role}.json"
 
 
 def _target(settings: Settings, role: Role) -> dict[str, str | None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from yaptext.observe.notify import notify
+from yaptext.observe.systemd import notify
 from yaptext.quantize.plan import Layer
 
 _log = structlog.get_logger(__name__)

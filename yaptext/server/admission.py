@@ -13,10 +13,10 @@ from msgspec import UNSET
 
 from yaptext.engine.base import Load
 from yaptext.errors import ServerAtCapacity
-from yaptext.wire.messages import Capacity
+from yaptext.wire.frames import Capacity
 
 if TYPE_CHECKING:
-    from yaptext.server.connection import Connection
+    from yaptext.server.ws.connection import Connection
 
 _RETRY_AFTER_MS, _FEW = 2000, 8
 """While too few connections have ended to tell how often that happens."""

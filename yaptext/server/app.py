@@ -24,9 +24,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from yaptext.build import build
 from yaptext.dialogue import persona
+from yaptext.dialogue.runtime import Stage
 from yaptext.dialogue.session import SessionStore
-from yaptext.dialogue.stage import Stage
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import Engines
 from yaptext.errors import (
     AuthenticationFailed,
@@ -39,20 +39,20 @@ from yaptext.errors import (
     StartError,
     WireError,
 )
-from yaptext.keyfile import Limits
 from yaptext.observe import logs
 from yaptext.observe.metrics import CONTENT_TYPE
+from yaptext.server.access.accounts import Account, Keys
+from yaptext.server.access.keyfile import Limits
+from yaptext.server.access.throttle import Sparing
+from yaptext.server.access.tickets import TTL_S
 from yaptext.server.admission import Admission
-from yaptext.server.connection import Connection
-from yaptext.server.door import check_host, check_origin
-from yaptext.server.keys import Account, Keys
 from yaptext.server.lifecycle import Lifecycle
-from yaptext.server.lobby import Lobby, fitting
-from yaptext.server.throttle import Sparing
-from yaptext.server.tickets import TTL_S
+from yaptext.server.pending import Lobby, fitting
+from yaptext.server.ws.connection import Connection
+from yaptext.server.ws.door import check_host, check_origin
 from yaptext.settings import DEFAULT_API_KEY, LOOPBACK, Settings
 from yaptext.wire import asyncapi
-from yaptext.wire.messages import encode, error_frame
+from yaptext.wire.frames import encode, error_frame
 
 _log = structlog.get_logger(__name__)
 OpenEngines = Callable[[Settings], Engines]
@@ -116,7 +116,7 @@ class Service:
 
 
 def open_vllm(settings: Settings) -> Engines:
-    from yaptext.engine.vllm import open_engines  # seconds of imports, only where it serves
+    from yaptext.engine.vllm.engine import open_engines  # seconds of imports, only where it serves
 
     return open_engines(settings)
 

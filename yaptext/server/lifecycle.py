@@ -27,17 +27,17 @@ import uvicorn
 from yaptext.build import build
 from yaptext.engine.base import Engines
 from yaptext.errors import EngineDead, GoingAway, StartError, StartRefused, YapError
-from yaptext.observe import discretion, logs
-from yaptext.observe.notify import notify
+from yaptext.observe import logs, redact
+from yaptext.observe.systemd import notify
 from yaptext.server.admission import Admission
 from yaptext.server.opening import Opening
-from yaptext.server.protocol import HttpProtocol, WebSocketProtocol
 from yaptext.server.pulse import Pulse
 from yaptext.server.record import Record
+from yaptext.server.transport import HttpProtocol, WebSocketProtocol
 from yaptext.settings import FIRST_PASSED_FD, Settings
 
 if TYPE_CHECKING:
-    from yaptext.server.connection import Connection
+    from yaptext.server.ws.connection import Connection
 
 _log = structlog.get_logger(__name__)
 _WATCH_S = 0.5
@@ -347,7 +347,7 @@ class Server(uvicorn.Server):
         self._record.keep(self.lifecycle.start_s)
         warnings = logs.attention()
         self.lifecycle.start_told = _of_start(self._record, warnings)
-        discretion.serving()
+        redact.serving()
         self.lifecycle.tell("READY=1")
         if self._stop_signal is not None:  # it came during an import that swallows every exception
             self.begin_drain()

@@ -8,7 +8,7 @@ import msgspec
 
 from yaptext import __version__
 from yaptext.errors import wire_codes
-from yaptext.wire.messages import ClientMessage, ServerMessage
+from yaptext.wire.frames import ClientMessage, ServerMessage
 
 
 def document() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from yaptext.commands.doctor.check import Finding, check, fail, ok, skip, warn
 from yaptext.commands.doctor.deployment import ENV_FILE, Deployment
 from yaptext.dialogue import persona
-from yaptext.dialogue.toolset import ToolSet
+from yaptext.dialogue.tools import ToolSet
 from yaptext.errors import SettingsError
 from yaptext.settings import HIDDEN, Settings, changes, moved_names, unknown_names
 

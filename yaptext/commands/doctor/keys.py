@@ -6,10 +6,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from yaptext import keyfile
 from yaptext.commands.doctor.check import Finding, check, fail, ok, skip, warn
 from yaptext.commands.doctor.deployment import ENV_FILE, Deployment
 from yaptext.errors import SettingsError
+from yaptext.server.access import keyfile
 from yaptext.settings import DEFAULT_API_KEY, LOOPBACK, SECRETS
 
 _FEW_CHARACTERS = 16

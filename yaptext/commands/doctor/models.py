@@ -17,7 +17,7 @@ from yaptext.commands.doctor import web
 from yaptext.commands.doctor.check import Finding, check, check_each, fail, ok, skip, warn
 from yaptext.commands.doctor.deployment import Deployment, Unknown
 from yaptext.commands.doctor.host import gib
-from yaptext.engine import demo, download, shelf, weights
+from yaptext.engine import awq_results, checkpoints, demo, download
 from yaptext.engine.base import Role
 from yaptext.engine.hub import cache, hub_token
 from yaptext.engine.underway import size
@@ -62,7 +62,7 @@ def model(seen: Deployment, role: Role) -> Model:
 
 def _find(seen: Deployment, role: Role) -> Model:
     settings = seen.settings
-    if weights.wants_demo(settings):
+    if checkpoints.wants_demo(settings):
         folder = seen.machine.path(demo.place(settings.state))
         found = folder if os.path.exists(folder / "config.json") else None
         return Model(role, "CHAT_MODEL", demo.NAME, "demo", found, _config(found), _size(found) or _DEMO_BYTES)
@@ -72,7 +72,7 @@ def _find(seen: Deployment, role: Role) -> Model:
     if source is None:
         raise Unknown(f"{role.upper()}_MODEL is not set, and DEPLOY_MODELS={settings.deploy_models} needs it")
     if not awq and settings.quantization_of(role) in ("auto", "awq"):
-        made = shelf.finished(seen.state, source)
+        made = awq_results.finished(seen.state, source)
         if made is not None:
             return Model(role, variable, source, "shelf", made.folder, _config(made.folder), _size(made.folder))
     if source.startswith((".", "/", "~")) or os.path.isdir(source):
@@ -418,21 +418,23 @@ _SERVED = (
 )
 
 
-def checkpoint(seen: Deployment, role: Role) -> weights.Checkpoint:
+def checkpoint(seen: Deployment, role: Role) -> checkpoints.Checkpoint:
     """What the service itself would choose. Raises `StartError` with its reason, and `Unknown`."""
     return seen.once(("checkpoint", role), lambda: _checkpoint(seen, role))
 
 
-def _checkpoint(seen: Deployment, role: Role) -> weights.Checkpoint:
+def _checkpoint(seen: Deployment, role: Role) -> checkpoints.Checkpoint:
     one, folder = _folder(seen, role)
     settings = seen.settings
     if one.place == "demo":
-        return weights.choose(settings, role, folder)
-    if weights.kind_of(one.source, one.known_config, cache(settings)) != weights.kind_of(str(folder), one.known_config):
+        return checkpoints.choose(settings, role, folder)
+    if checkpoints.kind_of(one.source, one.known_config, cache(settings)) != checkpoints.kind_of(
+        str(folder), one.known_config
+    ):
         raise Unknown("its config names no quantization, and its name does")
     field = one.variable.lower()
     try:
-        return weights.choose(_named(settings, field, str(folder)), role)
+        return checkpoints.choose(_named(settings, field, str(folder)), role)
     except StartError as error:
         raise type(error)(str(error).replace(str(folder), one.source)) from None
 
@@ -448,9 +450,9 @@ def quantization(seen: Deployment, role: Role) -> Finding:
     try:
         chosen = checkpoint(seen, role)
     except StartError as error:
-        failed = weights.failed_attempt(seen.state, one.source)
+        failed = checkpoints.failed_attempt(seen.state, one.source)
         if failed is not None and failed.reason not in str(error):
-            again = weights.QUANTIZE_LOG if seen.installed else "yap-text quantize --again"
+            again = checkpoints.QUANTIZE_LOG if seen.installed else "yap-text quantize --again"
             return fail(f"{error}. Quantizing it failed at {failed.failed_at}: {failed.reason}", again)
         wanted = f"{role.upper()}_QUANTIZATION" if getattr(seen.settings, f"{role}_quantization") else "QUANTIZATION"
         return fail(str(error), f"set {wanted}=auto, or name a checkpoint of that kind in {one.variable}")
@@ -464,7 +466,7 @@ def quantization(seen: Deployment, role: Role) -> Finding:
 @check_each("models.context", needs=_HERE)
 def context(seen: Deployment, role: Role) -> Finding:
     one = model(seen, role)
-    own = weights.context_of(one.known_config)
+    own = checkpoints.context_of(one.known_config)
     wanted = seen.settings.chat_max_model_len if role == "chat" else seen.settings.tool_max_model_len
     name = f"{role.upper()}_MAX_MODEL_LEN"
     used = min(wanted or (8192 if role == "chat" else 4096), own)

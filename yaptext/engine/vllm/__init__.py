@@ -1,0 +1,1 @@
+"""vLLM in this process: the only room that imports it."""

@@ -1,0 +1,1 @@
+"""Who may come in: keys, tickets, and those that come too often."""
