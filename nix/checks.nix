@@ -66,7 +66,7 @@ let
 
   serve-cpu = {
     units = pkgs.runCommand "yap-text-units-are-rendered" { } ''
-      diff --recursive ${../systemd} ${units { }}
+      diff --recursive --exclude='*.md' ${../systemd} ${units { }}
       touch "$out"
     '';
 
@@ -78,7 +78,7 @@ let
     imports = pkgs.runCommand "yap-text-imports" { LD_LIBRARY_PATH = libraries; } ''
       ${projects.serve-cpu}/bin/python -c 'import yaptext.server.app, awq' > "$out"
       ${projects.client}/bin/python \
-        -c 'import yaptext.commands.main, yaptext.commands.chat, yaptext.commands.warmup, yaptext.bench.command' >> "$out"
+        -c 'import yaptext.commands.main, yaptext.commands.terminal, yaptext.commands.warmup, yaptext.bench.command' >> "$out"
     '';
 
     # One of each layer.

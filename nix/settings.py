@@ -16,7 +16,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_settings import NoDecode
 
-from yaptext import settings
+from yaptext.settings import Settings
+from yaptext.settings.old_names import RENAMED
 
 OF_THE_SOCKET = ("HOST", "PORT")
 """systemd holds the port: `services.yap-text.host` and `port`."""
@@ -33,7 +34,7 @@ def _kind(annotation: Any) -> tuple[str, list[str]]:
     return _KINDS[str if typing.get_origin(annotation) is dict else annotation], []
 
 
-def _option(field: FieldInfo) -> dict[str, Any]:
+def option(field: FieldInfo) -> dict[str, Any]:
     kind, choices = _kind(field.annotation)
     option: dict[str, Any] = {"type": kind, "meaning": field.description}
     if choices:
@@ -56,17 +57,16 @@ def _option(field: FieldInfo) -> dict[str, Any]:
 
 def described() -> dict[str, Any]:
     """`settings` by name, and the names that the module refuses there, by reason."""
-    fields = {str(field.validation_alias): field for field in settings.Settings.model_fields.values()}
+    fields = {str(field.validation_alias): field for field in Settings.model_fields.values()}
     secrets = [name for name, field in fields.items() if "SecretStr" in str(field.annotation)]
     systemd = [name for name, field in fields.items() if (field.description or "").startswith("Set by systemd")]
     apart = {*secrets, *systemd, *OF_THE_SOCKET}
-    old = settings._RENAMED
     return {
-        "settings": {name: _option(field) for name, field in fields.items() if name not in apart},
-        "secrets": secrets + [name for name in old if old[name] in secrets],
+        "settings": {name: option(field) for name, field in fields.items() if name not in apart},
+        "secrets": secrets + [name for name in RENAMED if RENAMED[name] in secrets],
         "systemd": systemd,
         "socket": list(OF_THE_SOCKET),
-        "renamed": {name: new for name, new in old.items() if new not in secrets},
+        "renamed": {name: new for name, new in RENAMED.items() if new not in secrets},
     }
 
 

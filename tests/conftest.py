@@ -17,7 +17,7 @@ import pytest_asyncio
 import websockets
 from fakes import ScriptedEngine
 
-from yaptext.dialogue.runtime import Stage
+from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import Engines
 from yaptext.observe import systemd
@@ -107,16 +107,16 @@ class MemorySocket:
 
 
 class Talk:
-    """A stage with scripted engines, and sockets that talk on it."""
+    """A runtime with scripted engines, and sockets that talk on it."""
 
-    def __init__(self, stage: Stage, group: asyncio.TaskGroup) -> None:
-        self.stage, self._group = stage, group
+    def __init__(self, runtime: Runtime, group: asyncio.TaskGroup) -> None:
+        self.runtime, self._group = runtime, group
         self.open: list[tuple[MemorySocket, asyncio.Task[Any]]] = []
 
     def socket(self, key_name: str = "default", limits: Limits = NO_LIMITS) -> MemorySocket:
         socket = MemorySocket()
         account = Account(Key(key_name, b"", limits))
-        connection = Connection(socket, self.stage, account)  # type: ignore[arg-type]
+        connection = Connection(socket, self.runtime, account)  # type: ignore[arg-type]
         self.open.append((socket, self._group.create_task(connection.serve())))
         return socket
 
@@ -137,9 +137,9 @@ async def talking(
         chat=chat if settings.chat_deployed else None,
         tool=(tool or chat) if settings.tool_deployed else None,
     )
-    stage = await Stage.open(settings, deployed, ToolSet.from_file(settings.tools_file))
+    runtime = await Runtime.open(settings, deployed, ToolSet.from_file(settings.tools_file))
     async with asyncio.TaskGroup() as group:
-        talk = Talk(stage, group)
+        talk = Talk(runtime, group)
         yield talk
         for socket, _ in talk.open:
             socket.reading.set()
@@ -218,7 +218,7 @@ async def service(engines: Engines, **variables: Any) -> AsyncIterator[Running]:
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Settings come from the test, not from the machine that it runs on."""
-    from yaptext.settings import variables
+    from yaptext.settings.table import variables
 
     for variable in variables():
         monkeypatch.delenv(variable.name, raising=False)
@@ -236,7 +236,7 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def vllm_engine(state_folder: Path) -> AsyncIterator[Any]:
     """The embedded model on real vLLM, opened once a test run (in the loop of the session)."""
-    from yaptext.engine.vllm.engine import open_engines
+    from yaptext.engine.vllm.startup import open_engines
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in os.environ.items():

@@ -34,7 +34,8 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 def _made(kind: str) -> Tokenizer:
     root = Path(__file__).parents[1]
-    corpus = [(root / name).read_text(encoding="utf-8") for name in ("README.md", "yaptext/dialogue/persona.py")]
+    pages = [root / "README.md", *sorted((root / "yaptext").rglob("*.md")), root / "yaptext/dialogue/persona.py"]
+    corpus = [page.read_text(encoding="utf-8") for page in pages]
     corpus += [
         "User: Hi!\nAssistant: Hello... Now: Sunday, 21:46.\n<|history|>\n" * 20,
         "\u4f60\u597d\u3002 \U0001f642 caf\u00e9" * 20,

@@ -71,7 +71,7 @@ async def test_eight_turns_are_each_warm_by_themselves(
             done = await ended(socket, turn)
             left.append(done["usage"]["prompt_tokens"] - done["usage"]["cached_tokens"])
             first.append(done["timings"]["ttft_ms"])
-            session = talk.stage.sessions.open(("default", "s"))
+            session = talk.runtime.sessions.open(("default", "s"))
             await until(lambda: session.warming is not None and session.warming.done())  # noqa: B023  # awaited here
             session.warming = None
         with capsys.disabled():

@@ -83,14 +83,14 @@ def parses_thinking(module: Any) -> bool:
 
 
 def takes_every_argument(module: Any) -> bool:
-    from yaptext.engine.vllm.engine import _arguments
+    from yaptext.engine.vllm.arguments import engine_arguments
     from yaptext.settings import Settings
 
     known = {field.name for field in fields(module.AsyncEngineArgs)}
     settings = Settings.load(YAP_TEXT_DEVICE="cuda", VLLM_ATTENTION_BACKEND="FLASH_ATTN")
     checkpoint: Any = SimpleNamespace(source="a", context=4096, online_fp8=True, kind="float")
-    given = [_arguments(settings, checkpoint, role, alone=True, blocks=9) for role in ("chat", "tool")]
-    given.append(_arguments(Settings.load(YAP_TEXT_DEVICE="cpu"), checkpoint, "chat", alone=True))
+    given = [engine_arguments(settings, checkpoint, role, alone=True, blocks=9) for role in ("chat", "tool")]
+    given.append(engine_arguments(Settings.load(YAP_TEXT_DEVICE="cpu"), checkpoint, "chat", alone=True))
     return set().union(*given) <= known
 
 
@@ -116,13 +116,13 @@ USES = [
     Use("vllm.v1.engine.exceptions", "EngineDeadError", "engine/vllm/engine.py", _PINNED, lambda module: issubclass(module.EngineDeadError, Exception)),
     Use("vllm.v1.engine.async_llm", "AsyncLLM", "engine/vllm/engine.py", _PINNED, each(takes("AsyncLLM.generate", "prompt", "sampling_params", "request_id", "priority"), takes("AsyncLLM.from_engine_args", "stat_loggers"), takes("AsyncLLM.shutdown", "timeout"), has("AsyncLLM.abort", "AsyncLLM.errored", "AsyncLLM.get_tokenizer"), says("self.model_config =", "self.vllm_config ="))),
     Use("vllm.engine.arg_utils", "AsyncEngineArgs", "engine/vllm/engine.py", _PINNED, takes_every_argument),
-    Use("vllm.v1.metrics.loggers", "PrometheusStatLogger", "engine/vllm/engine.py", _PINNED, each(takes("PrometheusStatLogger.__init__", "vllm_config", "engine_indexes"), takes("PrometheusStatLogger.record", "scheduler_stats"), has("PrometheusStatLogger.log_engine_initialized"))),
-    Use("vllm.v1.metrics.stats", "SchedulerStats", "engine/vllm/engine.py", _PINNED, lambda module: {"kv_cache_usage", "num_waiting_reqs", "num_skipped_waiting_reqs", "num_running_reqs"} <= {field.name for field in fields(module.SchedulerStats)}),
+    Use("vllm.v1.metrics.loggers", "PrometheusStatLogger", "engine/vllm/gauge.py", _PINNED, each(takes("PrometheusStatLogger.__init__", "vllm_config", "engine_indexes"), takes("PrometheusStatLogger.record", "scheduler_stats"), has("PrometheusStatLogger.log_engine_initialized"))),
+    Use("vllm.v1.metrics.stats", "SchedulerStats", "engine/vllm/gauge.py", _PINNED, lambda module: {"kv_cache_usage", "num_waiting_reqs", "num_skipped_waiting_reqs", "num_running_reqs"} <= {field.name for field in fields(module.SchedulerStats)}),
     Use("vllm.sampling_params", "SamplingParams._validate_structured_outputs, StructuredOutputsParams._backend", "engine/vllm/request.py", _PINNED, each(lambda module: list(inspect.signature(module.SamplingParams._validate_structured_outputs).parameters)[1:] == ["model_config", "structured_outputs_config", "tokenizer"], lambda module: module.StructuredOutputsParams(json="{}")._backend is None, takes("SamplingParams", "skip_clone", "output_kind", "structured_outputs"))),
     Use("vllm.inputs", "tokens_input", "engine/vllm/request.py", _PINNED, lambda module: module.tokens_input([1], cache_salt="s")["type"] == "token"),
     Use("vllm.v1.engine.detokenizer", "looks tokenizers.decoders.DecodeStream up at each request", "engine/vllm/request.py", _PINNED, says("tokenizers.decoders.DecodeStream(")),
     Use("vllm.v1.engine.core", "its logger, and the words `failed to start`", "engine/vllm/fault.py", _PINNED, says("failed to start")),
-    Use("vllm.platforms", "current_platform, PlatformEnum", "engine/vllm/engine.py, engine/vllm/cpu_awq.py", _PINNED, has("current_platform.is_cpu", "current_platform.get_device_name", "current_platform.get_device_total_memory", "PlatformEnum.CPU")),
+    Use("vllm.platforms", "current_platform, PlatformEnum", "engine/vllm/startup.py, engine/vllm/cpu_awq.py", _PINNED, has("current_platform.is_cpu", "current_platform.get_device_name", "current_platform.get_device_total_memory", "PlatformEnum.CPU")),
     Use("vllm.reasoning", "ReasoningParser, ReasoningParserManager", "engine/vllm/reasoning.py", _PINNED, each(parses_thinking, has("ReasoningParserManager.get_reasoning_parser"))),
     Use("vllm.reasoning.basic_parsers", "BaseThinkingReasoningParser.start_token", "engine/vllm/reasoning.py", _PINNED, has("BaseThinkingReasoningParser.start_token", "BaseThinkingReasoningParser.end_token")),
     Use("vllm.reasoning.deepseek_r1_reasoning_parser", "DeepSeekR1ReasoningParser", "engine/vllm/reasoning.py", _PINNED, has("DeepSeekR1ReasoningParser.extract_reasoning_streaming")),
@@ -135,8 +135,8 @@ USES = [
     Use("transformers.core_model_loading", "_materialize_copy, WeightRenaming", "quantize/verify.py, quantize/compressor_child.py", "none known", each(has("WeightRenaming"), says("    tensor = tensor[...]\n    if dtype is not None or device is not None:\n        tensor = tensor.to("))),
     Use("transformers.utils", "cached_file, logging", "engine/template.py, engine/demo.py", "none known", has("cached_file", "logging.disable_progress_bar")),
     Use("huggingface_hub.utils.tqdm", "disable_progress_bars", "engine/hub.py", "none known", has("disable_progress_bars")),
-    Use("huggingface_hub.utils", "WeakFileLock, build_hf_headers, hf_raise_for_status, filter_repo_objects", "engine/download.py, quantize/hub.py", "none known", each(has("hf_raise_for_status"), takes("WeakFileLock", "timeout"), takes("build_hf_headers", "token"), takes("filter_repo_objects", "allow_patterns", "ignore_patterns"))),
-    Use("huggingface_hub.file_download", "blobs/ETAG and .locks/REPO/ETAG.lock in the cache", "engine/download.py", "none known", says('os.path.join(storage_folder, "blobs", etag)', 'f"{etag}.lock"')),
+    Use("huggingface_hub.utils", "WeakFileLock, build_hf_headers, hf_raise_for_status, filter_repo_objects", "engine/transfer.py, engine/download.py, quantize/hub.py", "none known", each(has("hf_raise_for_status"), takes("WeakFileLock", "timeout"), takes("build_hf_headers", "token"), takes("filter_repo_objects", "allow_patterns", "ignore_patterns"))),
+    Use("huggingface_hub.file_download", "blobs/ETAG and .locks/REPO/ETAG.lock in the cache", "engine/download_plan.py", "none known", says('os.path.join(storage_folder, "blobs", etag)', 'f"{etag}.lock"')),
     Use("vllm.v1.engine.utils", "CoreEngineProcManager.processes", "engine/vllm/engine.py", _PINNED, says("self.processes: list[BaseProcess]")),
     Use("vllm.v1.engine.core_client", "resources.engine_manager", "engine/vllm/engine.py", _PINNED, says("self.resources.engine_manager = ")),
 ]  # fmt: skip

@@ -56,7 +56,7 @@ def folder(state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 async def engine(folder: Path) -> AsyncIterator[Any]:
     import os
 
-    from yaptext.engine.vllm.engine import open_engines
+    from yaptext.engine.vllm.startup import open_engines
     from yaptext.settings import Settings
 
     with pytest.MonkeyPatch.context() as environment:
@@ -98,7 +98,7 @@ async def test_a_reply_ends_with_its_template_whatever_the_config_calls_its_end(
         done = await turn(talk.socket(), FRANCE)
         assert "Paris" in done["text"] and done["finish_reason"] == "stop"
         assert "user" not in done["text"] and "<|" not in done["text"]
-        assert talk.stage.prompt_facts["chat"] == {
+        assert talk.runtime.prompt_facts["chat"] == {
             "format": "segments", "exact": True, "prefix_stable": True, "thinking": "none",
         }  # fmt: skip
 
@@ -112,7 +112,7 @@ async def test_a_warmed_prefix_is_found_under_any_template(
     variables = {"DEPLOY_MODELS": "chat", "CHAT_TEMPERATURE": "0", "CHAT_MAX_OUT": "12", "CHAT_PROMPT_FORMAT": format}
     history = "User: Hello, I am Bob.\nAssistant: Hello Bob! How are you today?\n" * 4
     async with talking(dressed(engine, folder, template), **variables) as talk:
-        assert talk.stage.prompts is not None and talk.stage.prompts.format == format
+        assert talk.runtime.prompts is not None and talk.runtime.prompts.format == format
         socket = talk.socket()
         socket.say("warm_history", history_text=f"{history}User: {template}\nAssistant: {format}", **PERSONA)
         warmed = await socket.until("warmed")
@@ -139,7 +139,7 @@ async def test_tools_are_described_wherever_the_template_puts_them(engine: Any, 
         decision = await socket.until("toolcall")
         assert "reason" not in decision
         assert '"name": "set_timer"' in asked[-1] and '"name": "search_web"' in asked[-1]
-        assert talk.stage.prompt_facts["tool"]["format"] == "template"
+        assert talk.runtime.prompt_facts["tool"]["format"] == "template"
 
 
 async def test_thinking_is_silent_and_counted(engine: Any, folder: Path) -> None:
@@ -151,7 +151,7 @@ async def test_thinking_is_silent_and_counted(engine: Any, folder: Path) -> None
         assert (done["text"], socket.of("token")) == ("", [])
         assert done["usage"]["reasoning_tokens"] == done["usage"]["completion_tokens"] > 0
         assert done["timings"]["ttft_ms"] is None
-        assert talk.stage.prompt_facts["chat"]["thinking"] == "always"
+        assert talk.runtime.prompt_facts["chat"]["thinking"] == "always"
 
 
 async def test_a_switch_leaves_no_thinking(engine: Any, folder: Path) -> None:
@@ -161,8 +161,8 @@ async def test_a_switch_leaves_no_thinking(engine: Any, folder: Path) -> None:
     async with talking(dressed(engine, folder, "thinking with a switch"), **variables) as talk:
         done = await turn(talk.socket(), FRANCE)
         assert (done["usage"]["reasoning_tokens"], done["finish_reason"]) == (0, "stop")
-        assert talk.stage.reasoning is None and done["usage"]["completion_tokens"] > 0
-        assert talk.stage.prompt_facts["chat"]["thinking"] == "off"
+        assert talk.runtime.reasoning is None and done["usage"]["completion_tokens"] > 0
+        assert talk.runtime.prompt_facts["chat"]["thinking"] == "off"
 
 
 async def test_thinking_that_cannot_be_parsed_ends_the_start(engine: Any, folder: Path) -> None:
@@ -185,7 +185,7 @@ async def test_weights_of_llm_compressor_answer(state_folder: Path, tmp_path: Pa
     from compressed import compress
 
     from yaptext.engine import demo
-    from yaptext.engine.vllm.engine import open_engines
+    from yaptext.engine.vllm.startup import open_engines
     from yaptext.settings import Settings
 
     packed = compress(demo.folder(state_folder), tmp_path / "packed")

@@ -218,7 +218,7 @@ async def test_what_binds_refuses_new_sockets() -> None:
     async with AsyncExitStack() as stack:
         running = await stack.enter_async_context(service(Engines(engine, engine), **variables))
         first = await stack.enter_async_context(running.connect())
-        size = running.server.lifespan.state["service"].stage.metrics
+        size = running.server.lifespan.state["service"].runtime.metrics
         await turn(first, "hi")
         assert 100 < size.session_tokens < 2000
         admitted = 1
@@ -435,10 +435,11 @@ async def test_one_model_alone(engines: Engines, deployed: str, kinds: list[str]
 async def test_two_engines_for_one_checkpoint(state_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SHARE_ENGINE=0: decision and chat on engines of their own, which open at once; where one cannot, nothing of
     either is left."""
-    from yaptext.engine.vllm import engine
+    from yaptext.engine.vllm.environment import engine_environment
+    from yaptext.engine.vllm.startup import open_engines
     from yaptext.settings import Settings
 
-    for name in engine._environment(Settings.load(YAP_TEXT_DEVICE="cpu")):
+    for name in engine_environment(Settings.load(YAP_TEXT_DEVICE="cpu")):
         monkeypatch.setenv(name, "")
     variables = {
         "YAP_TEXT_STATE_DIR": state_folder,
@@ -448,11 +449,11 @@ async def test_two_engines_for_one_checkpoint(state_folder: Path, monkeypatch: p
     }
     before = set(multiprocessing.active_children())
     with pytest.raises(StartError, match="the chat engine cannot open"):
-        engine.open_engines(Settings.load(**variables | {"CPU_KV_CACHE_MB": 128, "TOOL_MAX_MODEL_LEN": 1024}))
+        open_engines(Settings.load(**variables | {"CPU_KV_CACHE_MB": 128, "TOOL_MAX_MODEL_LEN": 1024}))
     for process in set(multiprocessing.active_children()) - before:
         process.join(60)  # one that was killed, a moment ago
         assert process.exitcode is not None
-    two = engine.open_engines(Settings.load(**variables))
+    two = open_engines(Settings.load(**variables))
     assert len(two.distinct) == 2
     async with service(two, CONCURRENT_MODEL_CALL=1) as running:
         async with running.connect() as socket:

@@ -1,4 +1,4 @@
-"""settings.py: names, defaults and bounds, what is said of a bad value, and what became of old names."""
+"""settings/: names, defaults and bounds, what is said of a bad value, and what became of old names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import pytest
 
 from yaptext.dialogue.tools import ToolSet
 from yaptext.errors import SettingsError
-from yaptext.settings import LOOPBACK, Changes, Settings, changes, hidden_paths, moved_names, variables
+from yaptext.settings import LOOPBACK, Settings
+from yaptext.settings.changes import Changes, changes
+from yaptext.settings.hidden import hidden_paths
+from yaptext.settings.old_names import moved_names
+from yaptext.settings.table import variables
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+TABLE = Path(__file__).resolve().parents[1] / "yaptext" / "SETTINGS.md"
 
 # What the guide says is the default of each of its variables; None where it depends on the deployment or is unset.
 GUIDE: dict[str, Any] = {
@@ -124,9 +128,9 @@ def test_every_shown_default_can_be_set(env: pytest.MonkeyPatch, row: Any) -> No
     assert load(env, **{row.name: row.default}) == before
 
 
-def test_readme_lists_every_variable() -> None:
-    """README's table is the class: the same names in the same order, defaults and meanings."""
-    rows = re.findall(r"^\| `([A-Z0-9_]+)` \| *(?:`([^`]*)`)? *\| (.*?) \|$", README.read_text(encoding="utf-8"), re.M)
+def test_settings_md_lists_every_variable() -> None:
+    """SETTINGS.md's table is the class: the same names in the same order, defaults and meanings."""
+    rows = re.findall(r"^\| `([A-Z0-9_]+)` \| *(?:`([^`]*)`)? *\| (.*?) \|$", TABLE.read_text(encoding="utf-8"), re.M)
     assert rows == [tuple(row) for row in variables()]
 
 
@@ -522,7 +526,7 @@ def test_secrets_can_be_forgotten() -> None:
     names = ("YAP_TEXT_API_KEY", "HF_TOKEN", "SESSION_STORE_KEY", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
     code = """if True:
         import os, subprocess, sys
-        from yaptext.settings import forget_secrets
+        from yaptext.secrets import forget_secrets
         forget_secrets()
         if os.fork() == 0:
             sys.stdout.buffer.write(open("/proc/self/environ", "rb").read())

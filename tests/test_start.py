@@ -16,7 +16,7 @@ import pytest
 from faults.process import serving
 from huggingface_hub import errors as hub
 
-from yaptext.engine import checkpoints
+from yaptext.engine.model_config import start_error_of
 from yaptext.errors import SettingsError, StartError, StartRefused, YapError
 
 SERVE = ("-m", "yaptext", "serve")
@@ -27,7 +27,7 @@ from yaptext import errors
 from yaptext.__main__ import main
 def open_engines(_):
     raise {error}
-sys.modules["yaptext.engine.vllm.engine"] = vllm = types.ModuleType("yaptext.engine.vllm.engine")
+sys.modules["yaptext.engine.vllm.startup"] = vllm = types.ModuleType("yaptext.engine.vllm.startup")
 vllm.open_engines = open_engines
 sys.argv[1:] = ["serve"]
 main()
@@ -218,7 +218,7 @@ def of_hub(kind: type[hub.HfHubHTTPError], status: int) -> Exception:
 )
 def test_a_config_that_cannot_be_read_is_there_later_or_never(error: Exception, kind: type[StartError]) -> None:
     """What the hub, the network or the disk cannot do now is tried again; what is not there is not."""
-    assert checkpoints._unread(error) is kind
+    assert start_error_of(error) is kind
 
 
 def test_each_kind_of_error_has_its_exit_status() -> None:

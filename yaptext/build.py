@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 RELEASE = "0.1.0"
-_GIT_WITHIN_S = 2.0
+GIT_WITHIN_S = 2.0
 _COMMIT = re.compile(r"([0-9a-f]{40,64})(-dirty)?")
 """What `git describe` prints, and what a flake calls its `rev` or `dirtyRev`."""
 _SHORT = 7
@@ -64,7 +64,7 @@ def _checked_out(root: Path) -> str:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=_GIT_WITHIN_S,
+            timeout=GIT_WITHIN_S,
             check=False,
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
         )

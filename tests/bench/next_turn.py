@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest.py
 from conftest import talking
 
 from yaptext.bench.text import number, table
-from yaptext.engine.vllm.engine import open_engines
+from yaptext.dialogue import warming
+from yaptext.engine.vllm.startup import open_engines
 from yaptext.observe import logs
 from yaptext.settings import Settings
 
@@ -37,7 +38,7 @@ async def turns(engine: Any, prompt_format: str, way: str) -> tuple[float, float
     computed: list[int] = []
     history: list[dict[str, str]] = []
     async with talking(engine, engine, **variables) as talk:
-        await talk.stage.prime()
+        await warming.prime(talk.runtime)
         socket = talk.socket()
         for turn in range(1, 9):
             told: dict[str, Any] = {}

@@ -160,7 +160,7 @@ def _own(*runs: str, name: str = "as it is", concurrent: bool = False) -> Step:
 
 
 def _set(name: str, *runs: str, **settings: Any) -> Step:
-    """With other settings of the service's process, by their names in `yaptext/settings.py`."""
+    """With other settings of the service's process, by their names in `yaptext/settings/table.py`."""
     return Step(name, runs, {"front": {"settings": settings}})
 
 
@@ -395,7 +395,7 @@ async def _bench(plan: Plan, nonce: str) -> dict[str, Any]:
     service = Service(f"ws://127.0.0.1:{PORT}/ws", "yap_token", plan.sampling)
     campaign = Campaign(plan, [service], _Silent())
     if plan.scenarios == ("warm",):
-        campaign._nonce = nonce
+        campaign.nonce = nonce
     try:
         async with asyncio.timeout(RUN_LIMIT_S):
             await campaign.measure()

@@ -43,9 +43,11 @@ from yaptext.bench.turn import Turn
 from yaptext.client.client import Refused
 from yaptext.dialogue import transcript
 from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
-from yaptext.dialogue.runtime import Stage
+from yaptext.dialogue.runtime import Runtime
 from yaptext.engine import checkpoints, demo
-from yaptext.engine.vllm import engine
+from yaptext.engine.vllm.arguments import engine_arguments
+from yaptext.engine.vllm.engine import VllmEngine
+from yaptext.engine.vllm.environment import engine_environment
 from yaptext.observe.logs import configure
 from yaptext.settings import Settings
 
@@ -71,7 +73,7 @@ class Raw:
         return RawConversation(self)
 
     async def ids(self, story: Story, utterance: str) -> list[int]:
-        return await self._prompts.turn(story.persona, transcript.parse(story.history), utterance, Stage.now())
+        return await self._prompts.turn(story.persona, transcript.parse(story.history), utterance, Runtime.now())
 
     async def prefix(self, story: Story) -> list[int]:
         return await self._prompts.prefix(story.persona, transcript.parse(story.history))
@@ -138,7 +140,7 @@ async def raw_engine(arguments: dict[str, Any], settings: Settings, sampling: Sa
     configure(level="error", format="json", journald=False)  # what vLLM warns of stands in the logs of the other two
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     try:
-        opened = engine.VllmEngine(llm, arguments["model"], "float", None)
+        opened = VllmEngine(llm, arguments["model"], "float", None)
         limits = Limits(persona=2000, history=4000, utterance=settings.user_utt_max_tokens, reply=settings.chat_max_out)
         yield Raw(llm, await ChatPrompts.open(opened, settings.chat_prompt_format, limits), sampling)
     finally:
@@ -231,10 +233,10 @@ def milliseconds(said: list[Turn]) -> dict[str, list[float]]:
 
 async def run(given: argparse.Namespace) -> dict[str, Any]:
     settings = Settings.load(DEPLOY_MODELS="chat")
-    os.environ.update(engine._environment(settings))
+    os.environ.update(engine_environment(settings))
     folder = demo.folder(settings.state) if checkpoints.wants_demo(settings) else None
     checkpoint = checkpoints.choose(settings, "chat", folder)
-    arguments = engine._arguments(settings, checkpoint, "chat", alone=True)
+    arguments = engine_arguments(settings, checkpoint, "chat", alone=True)
     sampling = Sampling(given.max_tokens)
     prompts = Prompts(
         1,

@@ -144,47 +144,47 @@ _turn: contextvars.ContextVar[Any] = contextvars.ContextVar("turn")
 
 def _prepare() -> None:
     from yaptext.dialogue import runtime, turn
-    from yaptext.engine.vllm import engine, request, startup
+    from yaptext.engine.vllm import arguments, engine, environment, kv_blocks, request
 
     held = _Held(request.params_of)
     if os.environ.get(DUMMY):
         request.params_of = held  # type: ignore[assignment]
-    arguments = engine._arguments
+    own_arguments = arguments.engine_arguments
     more = json.loads(os.environ.get(ARGUMENTS, "{}"))
     dummy = {"load_format": "dummy"} if os.environ.get(DUMMY) else {}
 
     def with_more(settings: Any, checkpoint: Any, role: str, *args: Any, **named: Any) -> dict[str, Any]:
-        own = arguments(settings, checkpoint, role, *args, **named)
+        own = own_arguments(settings, checkpoint, role, *args, **named)
         return own | dummy | more.get("both", {}) | more.get(role, {})
 
-    engine._arguments = with_more
-    environment = engine._environment
+    arguments.engine_arguments = with_more
+    own_environment = environment.engine_environment
 
     def with_log(settings: Any) -> dict[str, str]:
         """vLLM tells which kernels it chose, and what a start takes."""
-        own = environment(settings)
+        own = own_environment(settings)
         config = json.loads(Path(own["VLLM_LOGGING_CONFIG_PATH"]).read_text())
         config["loggers"]["vllm"]["level"] = "INFO"
         path = Path(os.environ[FOLDER], "vllm_logging.json")
         path.write_text(json.dumps(config))
         return own | {"VLLM_LOGGING_CONFIG_PATH": str(path)}
 
-    engine._environment = with_log
+    environment.engine_environment = with_log
     if sizes := json.loads(os.environ.get(BLOCKS, "{}")):
-        startup.Sizes.recall = lambda self: sizes  # type: ignore[method-assign,assignment]
+        kv_blocks.Sizes.recall = lambda self: sizes  # type: ignore[method-assign,assignment]
     notes: dict[str, list[Any]] = {"aborts": [], "turns": []}
     _note_aborts(notes["aborts"])
     _note_turns(turn.Turn, engine.VllmEngine, notes["turns"])
-    open_stage = runtime.Stage.open.__func__  # type: ignore[attr-defined]
+    open_stage = runtime.Runtime.open.__func__  # type: ignore[attr-defined]
 
     async def opened(cls: Any, settings: Any, *args: Any, **named: Any) -> Any:
         found = await open_stage(cls, settings, *args, **named)
-        own, prompts = dict(settings.__dict__), found.decider._prompts
+        own, prompts = dict(settings.__dict__), found.decider.prompts
 
         def apply(knobs: dict[str, Any]) -> None:
             settings.__dict__.update(own | knobs.get("settings", {}))
-            prompts._history_tokens = settings.tool_history_tokens
-            found.decider._threshold = settings.tool_yes_threshold
+            prompts.history_tokens = settings.tool_history_tokens
+            found.decider.threshold = settings.tool_yes_threshold
             held.tokens = knobs.get("no", 1)
             if knobs.get("thawed"):  # as if the service had not frozen what its start made
                 gc.unfreeze()
@@ -192,7 +192,7 @@ def _prepare() -> None:
         _follow("front", apply, notes)
         return found
 
-    runtime.Stage.open = classmethod(opened)
+    runtime.Runtime.open = classmethod(opened)
 
 
 class _Held:
@@ -231,7 +231,7 @@ def _note_turns(turns: Any, engine: Any, notes: list[Any]) -> None:
     engine's first text, and that passed on."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    answer, release, pass_on = turns._answer, turns._release, turns._pass_on
+    answer, release, pass_on = turns.answer, turns.release, turns.pass_on
     stream, generate = engine.stream, AsyncLLM.generate
 
     async def answered(self: Any) -> None:
@@ -267,7 +267,7 @@ def _note_turns(turns: Any, engine: Any, notes: list[Any]) -> None:
         finally:
             await deltas.aclose()
 
-    turns._answer, turns._release, turns._pass_on = answered, released, passed
+    turns.answer, turns.release, turns.pass_on = answered, released, passed
     engine.stream, AsyncLLM.generate = streamed, generated
 
 

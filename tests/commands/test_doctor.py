@@ -19,11 +19,11 @@ import pytest
 
 from yaptext.commands import main
 from yaptext.commands.doctor import check as checks
-from yaptext.commands.doctor import command, env_file, report
+from yaptext.commands.doctor import env_file, examination, report
 from yaptext.commands.doctor.check import Finding, Registered, run_all
 from yaptext.commands.doctor.deployment import Deployment
 from yaptext.commands.doctor.machine import Disk, Machine, Ran
-from yaptext.engine import awq_results, checkpoints
+from yaptext.engine import awq_results
 
 ROOT = Path(__file__).parents[2]
 VERSION = "0.1.0+g1234567"
@@ -627,12 +627,12 @@ def test_a_check_that_crashes_has_failed_with_the_type_of_its_error(
     known = {name: Registered(name, needs, run) for name, needs, run in (
         ("host.a", (), crash), ("host.b", ("host.a",), fine), ("host.c", (), fine)
     )}  # fmt: skip
-    monkeypatch.setattr(checks, "_registry", known)
+    monkeypatch.setattr(checks, "registry", known)
     found = box.examine()
     assert [finding.status for finding in found.values()] == ["fail", "skip", "ok"]
     assert "ZeroDivisionError" in found["host.a"].found
     assert found["host.b"].found == "host.a failed"
-    assert command.doctor(machine=box.machine) == 1
+    assert examination.doctor(machine=box.machine) == 1
     told = capsys.readouterr()
     assert "Traceback" not in told.out + told.err and KEY not in told.out
 
@@ -648,7 +648,7 @@ def test_a_check_that_hangs_does_not_hold_the_others(box: Box, monkeypatch: pyte
         return checks.ok("fine")
 
     known = {"host.a": Registered("host.a", (), hang), "host.b": Registered("host.b", (), fine)}
-    monkeypatch.setattr(checks, "_registry", known)
+    monkeypatch.setattr(checks, "registry", known)
     results = dict(run_all(Deployment(box.machine), within_s=0.05))
     released.set()
     assert (results["host.a"].status, results["host.b"].status) == ("fail", "ok")
@@ -664,17 +664,17 @@ def test_every_check_needs_checks_that_exist() -> None:
 def test_the_exit_status_is_one_only_if_a_check_failed(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
     box.environ["PORT"] = str(unused_port())
     box.environ["CHAT_MAX_OUTS"] = "9"
-    assert command.doctor(machine=box.machine, offline=True) == 0
+    assert examination.doctor(machine=box.machine, offline=True) == 0
     assert "1 warnings" in capsys.readouterr().out
     box.facts["libc"] = ("glibc", "2.31")
-    assert command.doctor(machine=box.machine, offline=True) == 1
+    assert examination.doctor(machine=box.machine, offline=True) == 1
     assert "1 failed" in capsys.readouterr().out
 
 
 def test_json_has_every_check_once(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
     """Its fields are those that `report.as_json` names; a remedy is there for warnings and failures alone."""
     box.facts["libc"] = ("glibc", "2.31")
-    assert command.doctor(machine=box.machine, offline=True, as_json=True) == 1
+    assert examination.doctor(machine=box.machine, offline=True, as_json=True) == 1
     told = json.loads(capsys.readouterr().out)
     assert told.keys() == {"schema", "version", "settings", "device", "offline", "seconds", "counts", "checks"}
     assert (told["schema"], told["version"], told["settings"]) == (report.SCHEMA, VERSION, "shell")
@@ -699,11 +699,11 @@ def test_nothing_secret_is_printed(box: Box, capsys: pytest.CaptureFixture[str])
     }
     for shell in (True, False):
         for as_json in (True, False):
-            command.doctor(machine=box.machine, as_json=as_json, shell=shell)
+            examination.doctor(machine=box.machine, as_json=as_json, shell=shell)
     box.has_units(f"YAP_TEXT_API_KEY={KEY} two words\nHF_TOKEN={TOKEN}\n")
-    command.doctor(machine=box.machine, offline=True)
+    examination.doctor(machine=box.machine, offline=True)
     box.environ |= {"YAP_TEXT_API_KEY": KEY, "SESSION_STORE_KEY": "a-session-key-of-the-test"}
-    command.doctor(machine=box.machine, offline=True, shell=True)
+    examination.doctor(machine=box.machine, offline=True, shell=True)
     told = capsys.readouterr()
     for word in (secret, TOKEN, KEY, "short-key", "a-session-key-of-the-test"):
         assert word not in told.out + told.err
@@ -712,7 +712,7 @@ def test_nothing_secret_is_printed(box: Box, capsys: pytest.CaptureFixture[str])
 
 def test_a_terminal_is_not_steered(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
     box.write("/etc/os-release", 'PRETTY_NAME="A \x1b[2J Linux"\n')
-    command.doctor(machine=box.machine, offline=True)
+    examination.doctor(machine=box.machine, offline=True)
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -720,7 +720,7 @@ def test_a_terminal_is_not_steered(box: Box, capsys: pytest.CaptureFixture[str])
 def test_the_command_runs_without_torch_in_a_few_seconds(tmp_path: Path) -> None:
     """On this machine as it is, with a card's checks asked for as well."""
     code = (
-        "import sys; from yaptext import cli; status = cli.run(['doctor', '--json', '--offline']); "
+        "import sys; from yaptext.commands.main import run; status = run(['doctor', '--json', '--offline']); "
         "assert not {'torch', 'vllm', 'transformers'} & sys.modules.keys(); sys.exit(status)"
     )
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -733,7 +733,7 @@ def test_the_command_runs_without_torch_in_a_few_seconds(tmp_path: Path) -> None
 
 def test_the_command_line_reaches_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(command, "doctor", lambda **given: asked.append(given) or 0)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(examination, "doctor", lambda **given: asked.append(given) or 0)  # type: ignore[func-returns-value]
     assert main.run(["doctor"]) == main.run(["doctor", "--json", "--offline", "--shell"]) == 0
     assert asked == [
         {"as_json": False, "offline": False, "shell": False},
@@ -975,7 +975,7 @@ def test_why_there_are_no_awq_weights_is_told(box: Box) -> None:
     told = {"wanted": {"source": {"content": awq_results.content(Path(source))}}, "reason": "rounding is as good"}
     told |= {"exit_status": 2, "failed_at": "2026-11-01T00:00:00Z"}
     row = awq_results.row(box.root / "srv/state", source)
-    box.write(str((row / checkpoints.FAILED).relative_to(box.root)), json.dumps(told))
+    box.write(str((row / awq_results.FAILED).relative_to(box.root)), json.dumps(told))
     assert "rounding is as good" in box.found("models.quantization.chat").found
 
 

@@ -1,4 +1,4 @@
-"""commands/install.py: what lies where after it, and what it leaves alone. `tests/systemd` boots what it installs."""
+"""commands/install/: what lies where after it, and what it leaves alone. `tests/systemd` boots what it installs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from yaptext.commands import install as module
-from yaptext.commands.install import InstallError, install, rollback, uninstall
+from yaptext.commands.install import host, unit_command
+from yaptext.commands.install import templates as rendered
+from yaptext.commands.install.files import InstallError
+from yaptext.commands.install.installation import install, rollback, uninstall
 from yaptext.server.access import keyfile
-from yaptext.settings import variables
+from yaptext.settings.table import variables
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = Path("/opt/yap-text/bin/yap-text")
@@ -71,7 +73,7 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A copy of systemd/ that a test may change, as another version would."""
     folder = tmp_path / "templates"
     shutil.copytree(REPOSITORY / "systemd", folder)
-    monkeypatch.setattr(module, "_folder", lambda: folder)
+    monkeypatch.setattr(rendered, "folder", lambda: folder)
     yield folder
 
 
@@ -217,8 +219,8 @@ def test_the_command_of_this_environment_is_the_default(stage: Stage, monkeypatc
     monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
     for name in ("prefix", "base_prefix"):
         monkeypatch.setattr(sys, name, "/opt/venv")
-    monkeypatch.setattr(module, "__file__", "/opt/venv/lib/install.py")
-    monkeypatch.setattr(module, "_folder", lambda: REPOSITORY / "systemd")
+    monkeypatch.setattr(unit_command, "__file__", "/opt/venv/lib/unit_command.py")
+    monkeypatch.setattr(rendered, "folder", lambda: REPOSITORY / "systemd")
     install(stage.root)
     assert "ExecStart=/opt/venv/bin/yap-text serve\n" in (stage.units / "yap-text.service").read_text()
     monkeypatch.setattr(sys, "base_prefix", "/home/me/.pyenv")
@@ -230,7 +232,7 @@ class Versioned:
     """What `make install` leaves below its PREFIX, in the root of a stage: an environment a version."""
 
     def __init__(self, stage: Stage, prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._stage, self.prefix, self._monkeypatch = stage, prefix, monkeypatch
+        self._runtime, self.prefix, self._monkeypatch = stage, prefix, monkeypatch
         self.folder = stage.root / prefix.relative_to("/")
         self.link = stage.root / "usr/local/bin/yap-text"
 
@@ -248,8 +250,9 @@ class Versioned:
         self._monkeypatch.setattr(sys, "prefix", str(self.prefix / name))
         self._monkeypatch.setattr(sys, "executable", str(self.prefix / name / "bin/python"))
         self._monkeypatch.setattr(sys, "base_prefix", "/usr")
-        self._monkeypatch.setattr(module, "__file__", str(self.prefix / name / "lib/yaptext/commands/install.py"))
-        return self._stage.install(None)
+        file = self.prefix / name / "lib/yaptext/commands/install/unit_command.py"
+        self._monkeypatch.setattr(unit_command, "__file__", str(file))
+        return self._runtime.install(None)
 
     @property
     def links(self) -> dict[str, str]:
@@ -307,7 +310,7 @@ def test_a_version_that_cannot_be_removed_is_no_failure(
     def refuse(*_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(module.shutil, "rmtree", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
     assert versions.install("c")["a"] == "kept" and "Read-only file system" in stage.printed
     assert versions.links == {"current": "c", "previous": "b"}
 
@@ -419,6 +422,11 @@ case "$1 $2" in
         given="$*" # ... --python VENV ...
         given=${{given#*--python }}
         venv=${{given%% *}}
+        if [[ $* == *--target* ]]; then # llm-compressor's folder
+            given=${{given#*--target }}
+            mkdir -p "${{given%% *}}"
+            exit 0
+        fi
         if [[ $* == *require-hashes* ]]; then
             echo wheel > "$venv/lib/wheel"
             printf '#!%s/bin/python\\n' "$venv" > "$venv/bin/tool"
@@ -567,7 +575,7 @@ def test_make_rollback_runs_the_previous_version(tmp_path: Path) -> None:
 
 def test_a_machine_without_systemd_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to do instead."""
-    monkeypatch.setattr(module, "_has_systemd", lambda: False)
+    monkeypatch.setattr(host, "has_systemd", lambda: False)
     for verb in (install, uninstall, rollback):
         with pytest.raises(InstallError, match="yap-text serve"):
             verb()
@@ -575,7 +583,7 @@ def test_a_machine_without_systemd_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_another_user_than_root_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a file is touched."""
-    monkeypatch.setattr(module, "_has_systemd", lambda: True)
+    monkeypatch.setattr(host, "has_systemd", lambda: True)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     for verb in (install, uninstall, rollback):
         with pytest.raises(InstallError, match="sudo"):
@@ -597,7 +605,7 @@ def test_a_place_that_is_closed_to_the_service_is_named(tmp_path: Path) -> None:
     command = closed / "yap-text"
     command.touch(mode=0o755)
     with pytest.raises(InstallError, match="chmod o\\+rx"):
-        module._check_open(command)
+        unit_command.check_open(command)
 
 
 def test_the_template_names_variables_that_exist_by_their_defaults() -> None:

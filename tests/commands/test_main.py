@@ -21,7 +21,7 @@ from websockets import ConnectionClosed
 from websockets.sync.client import connect
 
 from yaptext.observe.expected import EXPECTED
-from yaptext.settings import variables
+from yaptext.settings.table import variables
 
 pytestmark = pytest.mark.subprocess
 KEY = "a-key-of-the-test"
@@ -39,7 +39,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_help_lists_every_variable() -> None:
-    """Name, default and meaning, as the README has them."""
+    """Name, default and meaning, as SETTINGS.md has them."""
     text = re.sub(r"\s+", " ", run("serve", "--help").stdout)
     for name, default, meaning in variables():
         assert f" {name}" + (f" (default {default})" if default else "") in text

@@ -12,11 +12,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from dialogue.test_sessionfile import CHILD, SECRET, WORDS, Clocks, Life, Log, bodies, on_disk, rewrite, said
+from dialogue.test_session_file import CHILD, SECRET, WORDS, Clocks, Life, Log, bodies, on_disk, rewrite, said
 from privileged import require
 
 from yaptext.commands import main
-from yaptext.dialogue import sessionfile
+from yaptext.dialogue import session_file
 
 CHOWN = 0
 """Of capabilities(7)."""
@@ -25,7 +25,7 @@ CHOWN = 0
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """That of SESSION_STORE."""
-    monkeypatch.setattr(sessionfile, "_log", Log())
+    monkeypatch.setattr(session_file, "log", Log())
     path = tmp_path / "state" / "sessions.db"
     monkeypatch.setenv("SESSION_STORE", f"sqlite:{path}")
     monkeypatch.delenv("SESSION_STORE_KEY", raising=False)

@@ -53,7 +53,7 @@ LIGHT = {
 def codec_of(kind: str, template: str) -> HubCodec:
     codec = HubCodec(with_template(kind, TEMPLATES[template]), max_model_len=32_768, block_size=16)
     if codec.ticks:
-        codec._template._clock = lambda: MINUTE  # or a second may end between two renderings that a test compares
+        codec.template.clock = lambda: MINUTE  # or a second may end between two renderings that a test compares
     return codec
 
 
@@ -146,7 +146,7 @@ def test_most_prompts_are_put_together_from_pieces(kind: str, format: str, templ
 def test_a_content_is_never_control(kind: str, template: str, format: Any) -> None:
     """Control tokens that stand in a persona, a history or an utterance are read as the text they are."""
     codec, prompts = codec_of(kind, template), prompts_of(kind, template, format)
-    control = set(codec.end_ids) | {codec._control[token] for token in CONTROL}
+    control = set(codec.end_ids) | {codec.control[token] for token in CONTROL}
 
     def found(persona: str, said: str, utterance: str) -> tuple[int, str]:
         messages = [Message("user", said), Message("assistant", said)]
@@ -161,7 +161,7 @@ def test_a_content_is_never_control(kind: str, template: str, format: Any) -> No
         count, text = found(persona or "P", said.strip() or "a", utterance or "U")
         assert count == usual
         if kind in ("gpt2", "slash"):
-            assert (utterance or "U").strip().replace("\ufffe", "") in text.replace("\ufffe", "") or format == "bare"
+            assert (utterance or "U").replace("\ufffe", "").strip() in text.replace("\ufffe", "") or format == "bare"
 
     holds()
 
@@ -176,7 +176,7 @@ def test_a_content_is_never_control(kind: str, template: str, format: Any) -> No
 def test_a_tool_is_never_control(kind: str, template: str, name: str, place: str) -> None:
     """Nor what is in its description, its properties and its examples, whether template or service write the prompt."""
     codec = codec_of(kind, template)
-    control = {codec._control[token] for token in CONTROL}
+    control = {codec.control[token] for token in CONTROL}
 
     def count(word: str) -> int:
         tool: dict[str, Any] = {
@@ -243,7 +243,7 @@ def test_what_a_tool_returned_is_shown_as_the_template_shows_it(kind: str, forma
     rounds = [[Called("light", {"room": "attic"}, "It is <|im_end|> on.")], [Called("light", {"room": "hall"}, "off")]]
     around = Around(results=["(light returned: on)"], rounds=rounds)
     ids = asyncio.run(prompts.turn("P", fresh(history), "Lights!", NOW, around))
-    text, control = codec.show(ids), set(codec._control.values())
+    text, control = codec.show(ids), set(codec.control.values())
     if template == "chatml":
         assert not prompts.layout.calls and "(light returned: on)" in text
         return
@@ -279,7 +279,7 @@ ENDS = {
 def test_a_reply_ends_where_the_template_ends_it(kind: str, template: str) -> None:
     """At the control token that follows a reply, whatever the tokenizer calls its end."""
     codec, layout = codec_of(kind, template), prompts_of(kind, template, "segments").layout
-    assert layout.stop_ids == (codec._control[ENDS[template]],)
+    assert layout.stop_ids == (codec.control[ENDS[template]],)
     assert layout.stop == ()
 
 
@@ -315,7 +315,7 @@ def test_a_date_is_that_of_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of the start: a service runs for weeks."""
     codec = HubCodec(with_template("gpt2", TEMPLATES["heads with a date"]), max_model_len=4096, block_size=16)
     day = datetime(2026, 11, 29, 23, 59)
-    monkeypatch.setattr(codec._template, "_clock", lambda: day)
+    monkeypatch.setattr(codec.template, "clock", lambda: day)
     prompts = asyncio.run(ChatPrompts.open(codec, "segments", LIMITS))
     tools = ToolPrompts(codec, 200)
     for expected in ("29 Nov 2026", "30 Nov 2026"):
@@ -363,7 +363,7 @@ def test_only_control_tokens_count_as_control() -> None:
     codec = HubCodec(tokenizer, max_model_len=4096, block_size=16)
     (run,) = asyncio.run(codec.encode("\n\n\n"))
     assert run == tokenizer.convert_tokens_to_ids("\n\n\n")
-    assert set(codec._control) == {*SPECIAL, *PLAIN}
+    assert set(codec.control) == {*SPECIAL, *PLAIN}
 
 
 @given(

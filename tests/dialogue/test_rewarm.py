@@ -1,4 +1,4 @@
-"""dialogue/runtime.py: what is computed again after a restart, in which order, and when not."""
+"""dialogue/warming.py: what is computed again after a restart, in which order, and when not."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pytest
 from conftest import talking
 from fakes import Gate, Script, ScriptedEngine
 
-from yaptext.dialogue.runtime import Stage
+from yaptext.dialogue import warming
+from yaptext.dialogue.runtime import Runtime
 from yaptext.errors import EngineFailed
 from yaptext.server.lifecycle import Lifecycle
 
 
-def remember(stage: Stage, *names: str) -> None:
+def remember(runtime: Runtime, *names: str) -> None:
     """As the file does at a start."""
     for name in names:
-        stage.sessions.open(("k", name)).transcript.add_turn(f"I am {name}. " + "word " * 40, "Hello.")
+        runtime.sessions.open(("k", name)).transcript.add_turn(f"I am {name}. " + "word " * 40, "Hello.")
 
 
 def warmed(engine: ScriptedEngine) -> list[str]:
@@ -35,8 +36,8 @@ async def test_the_last_ones_come_first_and_no_more_than_have_a_place() -> None:
     """One by one, as many as could come back at once."""
     engine = ScriptedEngine()
     async with talking(engine) as talk:
-        remember(talk.stage, "a", "b", "c", "d")
-        await all_of(talk.stage.rewarm(3))
+        remember(talk.runtime, "a", "b", "c", "d")
+        await all_of(warming.rewarm(talk.runtime, 3))
         assert warmed(engine) == ["d", "c", "b"]
 
 
@@ -44,8 +45,8 @@ async def test_each_is_computed_where_its_key_will_look() -> None:
     """CACHE_PER_KEY: other keys do not find it."""
     engine = ScriptedEngine()
     async with talking(engine, CACHE_PER_KEY=1) as talk:
-        remember(talk.stage, "a")
-        await all_of(talk.stage.rewarm(1))
+        remember(talk.runtime, "a")
+        await all_of(warming.rewarm(talk.runtime, 1))
         socket = talk.socket("k")
         socket.start("and on", "a")
         assert (await socket.until("done"))["usage"]["cached_tokens"] > 16
@@ -55,8 +56,8 @@ async def test_half_of_the_cache_is_left_to_others() -> None:
     """Over that, the first ones would be overwritten again."""
     engine = ScriptedEngine(cache_tokens=500)
     async with talking(engine) as talk:
-        remember(talk.stage, *"abcdefgh")
-        await all_of(talk.stage.rewarm(8))
+        remember(talk.runtime, *"abcdefgh")
+        await all_of(warming.rewarm(talk.runtime, 8))
         sizes = [len(prompt) for prompt, _, priority in engine.requests if priority == 2]
         assert 0 < sum(sizes) <= 250 < sum(sizes) + min(sizes)
 
@@ -65,11 +66,11 @@ async def test_who_was_away_for_long_is_not_waited_for(monkeypatch: pytest.Monke
     """Only who spoke shortly before."""
     engine = ScriptedEngine()
     async with talking(engine) as talk:
-        remember(talk.stage, "a", "b")
-        session = talk.stage.sessions.find(("k", "a"))
+        remember(talk.runtime, "a", "b")
+        session = talk.runtime.sessions.find(("k", "a"))
         assert session is not None
         session.used_at -= 601
-        await all_of(talk.stage.rewarm(8))
+        await all_of(warming.rewarm(talk.runtime, 8))
         assert warmed(engine) == ["b"]
 
 
@@ -77,19 +78,19 @@ async def test_it_waits_while_anybody_is_served() -> None:
     """And leaves out who has come back meanwhile."""
     gate, engine = Gate(), ScriptedEngine()
     async with talking(engine) as talk:
-        remember(talk.stage, "a", "b")
+        remember(talk.runtime, "a", "b")
         engine.chat = Script(["x"], pace=gate)
         socket = talk.socket("k")
         socket.start("hi", "b", tools=[])
         await socket.until("toolcall")
-        steps = talk.stage.rewarm(8)
+        steps = warming.rewarm(talk.runtime, 8)
         for _ in range(5):
             await anext(steps)
         assert warmed(engine) == []
         gate.step()
         await socket.until("done")
         engine.chat = Script()
-        remember(talk.stage, "b")
+        remember(talk.runtime, "b")
         await all_of(steps)
         assert warmed(engine) == ["a"]
 
@@ -98,14 +99,14 @@ async def test_a_session_that_cannot_be_computed_keeps_no_other_from_it() -> Non
     """A persona over a limit that was lowered, a failing engine: its next turn tells its user."""
     engine = ScriptedEngine()
     async with talking(engine, PERSONA_MAX_TOKENS=200) as talk:
-        remember(talk.stage, "a", "b", "c")
-        session = talk.stage.sessions.find(("k", "b"))
+        remember(talk.runtime, "a", "b", "c")
+        session = talk.runtime.sessions.find(("k", "b"))
         assert session is not None
         session.persona = type(session.persona)(text="long " * 300)
-        await all_of(talk.stage.rewarm(8))
+        await all_of(warming.rewarm(talk.runtime, 8))
         assert warmed(engine) == ["c", "a"]
         engine.chat = Script(error=EngineFailed("no"))
-        await all_of(talk.stage.rewarm(8))
+        await all_of(warming.rewarm(talk.runtime, 8))
 
 
 async def test_it_begins_at_ready_and_ends_with_a_drain() -> None:

@@ -9,7 +9,8 @@ import pytest
 import structlog
 from fakes import Script, ScriptedEngine
 
-from yaptext.dialogue.runtime import Stage
+from yaptext.dialogue import warming
+from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import Engines
 from yaptext.settings import Settings
@@ -34,8 +35,8 @@ async def test_priming_meets_every_kernel_on_cuda(device: str, most: int) -> Non
     chat, tool = Counting(), Counting()
     chat.chat, tool.decision = Script(pace=chat.clock), Script(("[]",), pace=tool.clock)
     settings = Settings.load(YAP_TEXT_DEVICE=device)
-    stage = await Stage.open(settings, Engines(chat, tool), ToolSet.from_file(None))
-    await stage.prime()
+    runtime = await Runtime.open(settings, Engines(chat, tool), ToolSet.from_file(None))
+    await warming.prime(runtime)
     assert max(chat.together) == max(tool.together) == most
     sampled = [sampling for _, sampling, _ in chat.requests]
     assert all(sampling.seed is not None for sampling in sampled), "as in every turn"
@@ -54,7 +55,7 @@ async def test_priming_meets_every_kernel_on_cuda(device: str, most: int) -> Non
 async def test_what_prompts_are_made_of_is_one_line_for_each_role(capsys: pytest.CaptureFixture[str]) -> None:
     """With a warning where it is not what was asked for, or where the parts do not fit together into the context."""
     with structlog.testing.capture_logs() as lines:
-        await Stage.open(
+        await Runtime.open(
             Settings.load(), Engines(chat=ScriptedEngine(), tool=ScriptedEngine()), ToolSet.from_file(None)
         )
     facts = {"exact": True, "prefix_stable": True, "thinking": "none", "event": "prompt.taken", "log_level": "info"}
@@ -64,7 +65,9 @@ async def test_what_prompts_are_made_of_is_one_line_for_each_role(capsys: pytest
     ]
     with structlog.testing.capture_logs() as lines:
         narrow = ScriptedEngine(template="none", max_model_len=1200)
-        await Stage.open(Settings.load(DEPLOY_MODELS="chat"), Engines(chat=narrow, tool=None), ToolSet.from_file(None))
+        await Runtime.open(
+            Settings.load(DEPLOY_MODELS="chat"), Engines(chat=narrow, tool=None), ToolSet.from_file(None)
+        )
     warnings = {line["event"]: line for line in lines if line["log_level"] == "warning"}
     assert set(warnings) == {"prompt.fallback", "prompt.narrow"}
     assert warnings["prompt.fallback"]["reason"] == "the model has no chat template"

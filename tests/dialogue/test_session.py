@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.session import Bounds, Session, SessionStore
-from yaptext.dialogue.sessionfile import Kept
+from yaptext.dialogue.session import Session
+from yaptext.dialogue.session_record import SessionRecord
+from yaptext.dialogue.session_store import Bounds, SessionStore
 
 RUNNING = cast(Any, object())
 """Stands for a turn: a store only looks whether there is one."""
@@ -162,12 +163,12 @@ class LateFile:
     """A session file that has sessions only after the start."""
 
     def __init__(self, **used_at: float) -> None:
-        self.late = {key(name): (at, Kept.of(Session(key(name)))) for name, at in used_at.items()}
+        self.late = {key(name): (at, SessionRecord.of(Session(key(name)))) for name, at in used_at.items()}
 
-    def load(self) -> list[tuple[float, Kept]]:
+    def load(self) -> list[tuple[float, SessionRecord]]:
         return []
 
-    def take(self, of: tuple[str, str]) -> tuple[float, Kept] | None:
+    def take(self, of: tuple[str, str]) -> tuple[float, SessionRecord] | None:
         return self.late.pop(of, None)
 
     def forget(self, of: tuple[str, str]) -> Future[None]:
@@ -248,7 +249,7 @@ def test_what_sessions_take_is_counted_to_the_end() -> None:
         assert store.held.bytes == sum(each.bytes for each in store.recent(10_000))
     for session in store.recent(10_000):
         store.forget(session.key)
-    assert (store.held.bytes, len(store), store._by_key) == (0, 0, {})
+    assert (store.held.bytes, len(store), store.by_key) == (0, 0, {})
 
 
 def test_the_weight_of_a_session_is_no_less_than_what_it_takes() -> None:

@@ -106,11 +106,11 @@ def test_a_clock_that_was_set_back_costs_no_result(
             json.dumps({"files": {"model.safetensors": {"size": 9}}, "made": "now"})
         )
 
-    monkeypatch.setattr(job, "_fill", fill)
+    monkeypatch.setattr(job, "fill", fill)
     settings, task = Settings.load(YAP_TEXT_STATE_DIR=tmp_path), job.Task(str(source), ("chat",), "model")
     for _ in range(2):
-        job._make(settings, task, job.Options(), lambda: None)
-        job._clear(settings, [task])
+        job.make(settings, task, job.Options(), lambda: None)
+        job.clear(settings, [task])
         made = awq_results.finished(tmp_path, str(source))
         assert made is not None and made.manifest["made"] == "now"
         assert [folder.name for folder in made.folder.parent.iterdir()] == [made.folder.name] != [older.name]

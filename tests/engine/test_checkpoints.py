@@ -1,4 +1,4 @@
-"""engine/checkpoints.py: which checkpoint serves, what kind of weights it holds, and what is refused."""
+"""engine/checkpoints.py, weight_kind.py, model_config.py: which checkpoint serves, its weights, what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import huggingface_hub
 import pytest
 
 from yaptext.engine import awq_results
-from yaptext.engine.checkpoints import FAILED, Checkpoint, choose, context_of, kind_of, wants_demo
+from yaptext.engine.awq_results import FAILED
+from yaptext.engine.checkpoints import Checkpoint, choose, wants_demo
+from yaptext.engine.model_config import context_of
+from yaptext.engine.weight_kind import kind_of
 from yaptext.errors import SettingsError, StartError, StartRefused
 from yaptext.settings import Settings
 

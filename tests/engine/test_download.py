@@ -23,8 +23,8 @@ import pytest
 from quantize.hub_server import TOKEN, Account, Fault, HubServer, Stored
 
 from yaptext.engine import demo
-from yaptext.engine.download import engine_files
 from yaptext.engine.underway import duration, size
+from yaptext.engine.weight_files import engine_files
 
 pytestmark = pytest.mark.subprocess
 SHARDS = {f"model-0000{n}-of-00002.safetensors": bytes([n]) * 3_000_000 for n in (1, 2)}
@@ -42,11 +42,11 @@ BALLAST = {"README.md": b"# A model", "pytorch_model.bin": b"pickle", "a-Q4.gguf
 
 SERVE = """
 import sys
-from yaptext.engine import vllm, weights
+from yaptext.engine.vllm.engine import VllmEngine
 from yaptext.errors import StartError
 def open(settings, checkpoint, role, **_):
     raise StartError(f"opened {checkpoint.source}")
-vllm.VllmEngine.open = open
+VllmEngine.open = open
 BEFORE
 sys.argv[1:] = ["serve"]
 from yaptext.__main__ import main

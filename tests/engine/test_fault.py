@@ -76,7 +76,7 @@ def test_a_real_engine_that_fails_in_its_process_gives_the_reason(state_folder: 
     import shutil
 
     from yaptext.engine import demo
-    from yaptext.engine.vllm.engine import open_engines
+    from yaptext.engine.vllm.startup import open_engines
     from yaptext.errors import StartError
     from yaptext.settings import Settings
 

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import pytest
 from fakes import ScriptedEngine
 
-from yaptext.engine.vllm import engine
+from yaptext.engine.vllm import startup
+from yaptext.engine.vllm.arguments import engine_arguments
+from yaptext.engine.vllm.environment import engine_environment
 from yaptext.errors import StartError
 from yaptext.settings import Settings
 
@@ -43,8 +45,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Opened]:
         engines.append(engine)
         return engine
 
-    monkeypatch.setattr(engine.VllmEngine, "open", open)
-    for name in ("CUDA_MPS_CLIENT_PRIORITY", *engine._environment(Settings.load(YAP_TEXT_DEVICE="cpu"))):
+    monkeypatch.setattr(startup.VllmEngine, "open", open)
+    for name in ("CUDA_MPS_CLIENT_PRIORITY", *engine_environment(Settings.load(YAP_TEXT_DEVICE="cpu"))):
         monkeypatch.setenv(name, "")
     return engines
 
@@ -58,7 +60,7 @@ def model(folder: Path, name: str) -> str:
 def test_one_checkpoint_is_one_engine(tmp_path: Path, opened: list[Opened]) -> None:
     """Chat and tool share it, and it may have the whole card."""
     one = model(tmp_path, "one")
-    engines = engine.open_engines(Settings.load(CHAT_MODEL=one, TOOL_MODEL=one, YAP_TEXT_DEVICE="cpu"))
+    engines = startup.open_engines(Settings.load(CHAT_MODEL=one, TOOL_MODEL=one, YAP_TEXT_DEVICE="cpu"))
     assert engines.chat is engines.tool is opened[0]
     assert [(engine.role, engine.alone) for engine in opened] == [("chat", True)]
     assert list(engines.distinct) == ["chat+tool"]
@@ -68,7 +70,7 @@ def test_share_engine_0_opens_two(tmp_path: Path, opened: list[Opened]) -> None:
     """Tool and chat, each with its share."""
     one = model(tmp_path, "one")
     settings = Settings.load(CHAT_MODEL=one, TOOL_MODEL=one, SHARE_ENGINE=0, YAP_TEXT_DEVICE="cpu")
-    engines = engine.open_engines(settings)
+    engines = startup.open_engines(settings)
     assert engines.chat is not engines.tool
     assert [(engine.role, engine.alone) for engine in opened] == [("tool", False), ("chat", False)]
     assert list(engines.distinct) == ["chat", "tool"]
@@ -78,7 +80,7 @@ def test_share_engine_0_opens_two(tmp_path: Path, opened: list[Opened]) -> None:
 def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A CUDA card by name; another name is another card."""
     name = ["H200"]
-    monkeypatch.setattr(engine, "_card", lambda: name)
+    monkeypatch.setattr(startup, "gpu_identity", lambda: name)
     return name
 
 
@@ -94,43 +96,43 @@ def both(folder: Path, chat: str = "chat", tool: str = "tool", **variables: Any)
 def test_cuda_measures_once(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
     """The first start measures each engine's blocks; the next of the same deployment gives them back to it. Whatever
     decides them makes a start the first one again."""
-    engine.open_engines(both(tmp_path))
+    startup.open_engines(both(tmp_path))
     assert [(engine.role, engine.given) for engine in opened] == [("tool", None), ("chat", None)]
     for change in ({}, {"LOG_LEVEL": "error"}):
         opened.clear()
-        engine.open_engines(both(tmp_path, **change))
+        startup.open_engines(both(tmp_path, **change))
         assert {engine.role: engine.given for engine in opened} == {"chat": 5000, "tool": 900}
     for change in ({"CHAT_GPU_FRAC": 0.6}, {"MAX_NUM_SEQS": 64}, {"KV_DTYPE": "fp8"}, {"DEPLOY_MODELS": "chat"}):
         opened.clear()
-        engine.open_engines(both(tmp_path, **change))
+        startup.open_engines(both(tmp_path, **change))
         assert {engine.given for engine in opened} == {None}, change
-    engine.open_engines(both(tmp_path))
+    startup.open_engines(both(tmp_path))
     opened.clear()
     card[0] = "H100"
-    engine.open_engines(both(tmp_path))
+    startup.open_engines(both(tmp_path))
     assert {engine.given for engine in opened} == {None}
     (tmp_path / "chat/model.safetensors").write_bytes(b"new")
     opened.clear()
-    engine.open_engines(both(tmp_path))
+    startup.open_engines(both(tmp_path))
     assert {engine.given for engine in opened} == {None}
 
 
 @pytest.mark.parametrize("kept", ["", "[]", "{}", '{"blocks": 1}'])
 def test_a_damaged_note_of_sizes_is_none(tmp_path: Path, opened: list[Opened], card: list[str], kept: str) -> None:
     """What it would have told is measured again."""
-    engine.open_engines(both(tmp_path))
+    startup.open_engines(both(tmp_path))
     (note,) = (tmp_path / "state").glob("*.json")
     note.write_text(kept)
     opened.clear()
-    engine.open_engines(both(tmp_path))
+    startup.open_engines(both(tmp_path))
     assert {engine.given for engine in opened} == {None}
 
 
 def test_sizes_that_do_not_fit_are_forgotten(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
     """The start goes on one engine after the other, and measures again."""
-    engine.open_engines(both(tmp_path, chat="full"))
+    startup.open_engines(both(tmp_path, chat="full"))
     first = [*opened]
-    engine.open_engines(both(tmp_path, chat="full"))
+    startup.open_engines(both(tmp_path, chat="full"))
     assert [(engine.role, engine.given) for engine in opened[2:]] == [("tool", 900), ("tool", None), ("chat", None)]
     assert [engine.closed for engine in opened] == [False, False, True, False, False]
     assert len(first) == 2
@@ -142,15 +144,15 @@ def test_an_optional_tool_engine_may_be_lacking(tmp_path: Path, opened: list[Ope
     for device in ("cpu", "cuda"):
         for tool in ("broken", "empty"):
             given = {"TOOL_OPTIONAL": 1, "YAP_TEXT_DEVICE": device}
-            engines = engine.open_engines(both(tmp_path, tool=tool, **given))
+            engines = startup.open_engines(both(tmp_path, tool=tool, **given))
             assert engines.tool is None and engines.chat is opened[-1] and not opened[-1].closed
             assert engines.lacking and tool in engines.lacking + "broken"
             with pytest.raises(StartError):
-                engine.open_engines(both(tmp_path, tool=tool, YAP_TEXT_DEVICE=device))
+                startup.open_engines(both(tmp_path, tool=tool, YAP_TEXT_DEVICE=device))
             with pytest.raises(StartError):
-                engine.open_engines(both(tmp_path, tool=tool, DEPLOY_MODELS="tool", **given))
+                startup.open_engines(both(tmp_path, tool=tool, DEPLOY_MODELS="tool", **given))
     with pytest.raises(StartError):
-        engine.open_engines(both(tmp_path, chat="broken", TOOL_OPTIONAL=1))
+        startup.open_engines(both(tmp_path, chat="broken", TOOL_OPTIONAL=1))
     assert opened[-1].role == "tool" and opened[-1].closed
 
 
@@ -158,7 +160,7 @@ def test_an_optional_tool_engine_may_be_lacking(tmp_path: Path, opened: list[Ope
 def test_one_role_opens_one_engine(tmp_path: Path, opened: list[Opened], role: str) -> None:
     """The other role's model is not even looked at."""
     variables = {f"{role.upper()}_MODEL": model(tmp_path, "one"), "DEPLOY_MODELS": role}
-    engines = engine.open_engines(Settings.load(YAP_TEXT_DEVICE="cpu", **variables))
+    engines = startup.open_engines(Settings.load(YAP_TEXT_DEVICE="cpu", **variables))
     assert list(engines.distinct) == [role]
     assert [(engine.role, engine.alone) for engine in opened] == [(role, True)]
 
@@ -170,7 +172,7 @@ def test_the_arguments_follow_the_device(tmp_path: Path) -> None:
     one = model(tmp_path, "one")
     for device, chunked in (("cpu", False), ("cuda", True)):
         settings = Settings.load(CHAT_MODEL=one, YAP_TEXT_DEVICE=device, DEPLOY_MODELS="chat")
-        arguments = engine._arguments(settings, choose(settings, "chat"), "chat", alone=True)
+        arguments = engine_arguments(settings, choose(settings, "chat"), "chat", alone=True)
         assert arguments["max_model_len"] == 4096
         assert arguments["enable_chunked_prefill"] is chunked
         assert (arguments["max_num_batched_tokens"] >= 4096) is not chunked
@@ -184,7 +186,7 @@ def test_only_the_tool_engine_waits_for_a_token_before_the_next_step(tmp_path: P
 
     settings = both(tmp_path)
     ahead = {
-        role: engine._arguments(settings, choose(settings, role), role, alone=False).get("async_scheduling")
+        role: engine_arguments(settings, choose(settings, role), role, alone=False).get("async_scheduling")
         for role in ("chat", "tool")
     }
     assert ahead == {"chat": None, "tool": False}
@@ -193,10 +195,10 @@ def test_only_the_tool_engine_waits_for_a_token_before_the_next_step(tmp_path: P
 def test_under_mps_the_chat_engine_stands_back(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
     """Of two engines, one by one and at once; alone it has nobody to stand back for."""
     for _ in range(2):
-        engine.open_engines(both(tmp_path))
+        startup.open_engines(both(tmp_path))
         assert {engine.role: engine.mps_priority for engine in opened} == {"chat": "1", "tool": "0"}
         opened.clear()
-    engine.open_engines(both(tmp_path, DEPLOY_MODELS="chat"))
+    startup.open_engines(both(tmp_path, DEPLOY_MODELS="chat"))
     assert [engine.mps_priority for engine in opened] == ["0"]
 
 
@@ -206,7 +208,7 @@ def test_a_step_on_cuda_is_small_for_chat_and_one_graph(tmp_path: Path) -> None:
 
     def arguments(role: Literal["chat", "tool"], **variables: Any) -> dict[str, Any]:
         settings = both(tmp_path, **variables)
-        return engine._arguments(settings, choose(settings, role), role, alone=False)
+        return engine_arguments(settings, choose(settings, role), role, alone=False)
 
     def tokens(**variables: Any) -> tuple[int, int]:
         found = [arguments(role, **variables)["max_num_batched_tokens"] for role in ("chat", "tool")]
@@ -221,6 +223,12 @@ def test_a_step_on_cuda_is_small_for_chat_and_one_graph(tmp_path: Path) -> None:
         assert "compilation_config" not in arguments("chat", **other)
 
 
+def test_the_logging_configuration_that_engines_are_given_exists() -> None:
+    """vLLM does not start without the file that its variable names."""
+    path = engine_environment(Settings.load(YAP_TEXT_DEVICE="cpu"))["VLLM_LOGGING_CONFIG_PATH"]
+    assert Path(path).is_file()
+
+
 @pytest.mark.engine
 def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
     """Neither does the service ask vLLM for it, nor is it vLLM's default."""
@@ -229,7 +237,7 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
     from yaptext.engine.checkpoints import choose
 
     settings = Settings.load(CHAT_MODEL=model(tmp_path, "one"), YAP_TEXT_DEVICE="cpu", DEPLOY_MODELS="chat")
-    arguments = engine._arguments(settings, choose(settings, "chat"), "chat", alone=True)
+    arguments = engine_arguments(settings, choose(settings, "chat"), "chat", alone=True)
     assert AsyncEngineArgs(**arguments).trust_remote_code is False
 
 
@@ -241,4 +249,4 @@ def test_int8_kv_is_refused_on_cpu(tmp_path: Path) -> None:
         CHAT_MODEL=model(tmp_path, "one"), YAP_TEXT_DEVICE="cpu", DEPLOY_MODELS="chat", KV_DTYPE="int8_per_token_head"
     )
     with pytest.raises(StartError, match="KV_DTYPE=int8"):
-        engine._arguments(settings, choose(settings, "chat"), "chat", alone=True)
+        engine_arguments(settings, choose(settings, "chat"), "chat", alone=True)

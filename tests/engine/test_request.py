@@ -30,7 +30,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise ValueError("no grammar")
 
     monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", check)
-    monkeypatch.setattr(request, "_valid", OrderedDict())
+    monkeypatch.setattr(request, "valid_schemas", OrderedDict())
     return asked
 
 
@@ -56,7 +56,7 @@ def test_a_schema_that_was_refused_is_refused_again(checked: list[str]) -> None:
 
 def test_schemas_are_kept_as_long_as_they_are_used(checked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A service for many clients' tools does not grow with them."""
-    monkeypatch.setattr(request, "_KEPT_SCHEMAS", 2)
+    monkeypatch.setattr(request, "KEPT_SCHEMAS", 2)
     for schema in ("a", "b", "a", "c", "a", "b"):
         check(schema)
     assert checked == ["a", "b", "c", "b"]
@@ -74,9 +74,9 @@ def test_only_a_schema_that_is_new_goes_to_a_thread(checked: list[str]) -> None:
 
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(request, "_decoders", [])
+    monkeypatch.setattr(request, "decoders", [])
     whole = tokenizers.decoders.DecodeStream
-    tokenizers.decoders.DecodeStream = request._whole
+    tokenizers.decoders.DecodeStream = request.WHOLE
     yield
     tokenizers.decoders.DecodeStream = whole
 
@@ -94,7 +94,7 @@ def test_a_reply_reads_as_it_does_after_the_whole_prompt(state_folder: Path, end
 
     after_the_whole = told()
     request.decode_from_the_end(SimpleNamespace(backend_tokenizer=tokenizer))
-    assert tokenizers.decoders.DecodeStream is request._primed_with_the_end
+    assert tokenizers.decoders.DecodeStream is request.primed_with_the_end
     assert told() == after_the_whole
     assert "".join(filter(None, after_the_whole)) == reply
 

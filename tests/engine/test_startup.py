@@ -1,4 +1,4 @@
-"""engine/vllm/startup.py: engines that open at once, and what is left of them where one fails."""
+"""engine/vllm/launch.py: engines that open at once, and what is left of them where one fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 
-from yaptext.engine.vllm import startup
+from yaptext.engine.vllm import launch
 from yaptext.errors import StartError
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -52,7 +52,7 @@ def test_at_once_means_at_once() -> None:
         return second.open()
 
     try:
-        assert startup.at_once({"tool": first.open, "chat": open_second}) == {"tool": first, "chat": second}
+        assert launch.at_once({"tool": first.open, "chat": open_second}) == {"tool": first, "chat": second}
         assert not first.closed and not second.closed
     finally:
         first.close()
@@ -75,7 +75,7 @@ def test_a_failure_ends_the_others(open_first: bool) -> None:
 
     try:
         with pytest.raises(StartError, match="no memory"):
-            startup.at_once({"tool": first.open, "chat": fail})
+            launch.at_once({"tool": first.open, "chat": fail})
         assert first.process is not None and bystander.process is not None
         first.process.join(60)
         assert not first.process.is_alive() and first.closed is open_first
@@ -100,7 +100,7 @@ def test_a_signal_ends_the_wait() -> None:
     stopping.start()
     try:
         with pytest.raises(SystemExit):
-            startup.at_once({"tool": first.open, "chat": second.open})
+            launch.at_once({"tool": first.open, "chat": second.open})
         for fake in (first, second):
             assert fake.process is not None
             fake.process.join(60)
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_wait() -> None:
 
 def test_one_that_is_none_is_left_out() -> None:
     """At once as in turn."""
-    for way in (startup.at_once, startup.in_turn):
+    for way in (launch.at_once, launch.in_turn):
         fake = Fake()
         fake.opened.set()
         assert way({"tool": lambda: None, "chat": fake.open}) == {"chat": fake}
@@ -128,5 +128,5 @@ def test_in_turn_closes_what_was_open() -> None:
         raise StartError("no memory")
 
     with pytest.raises(StartError, match="no memory"):
-        startup.in_turn({"tool": first.open, "chat": fail})
+        launch.in_turn({"tool": first.open, "chat": fail})
     assert first.closed

@@ -147,8 +147,8 @@ def _main() -> None:
             raise ValueError(said)
 
     engine = Obedient(chat=Script(os.environ.get("REPLY", "Hello there.").split()))
-    sinks._FILE_PAUSE_S = 0.5
-    vllm: Any = ModuleType("yaptext.engine.vllm.engine")
+    sinks.FILE_PAUSE_S = 0.5
+    vllm: Any = ModuleType("yaptext.engine.vllm.startup")
 
     def open_engines(_: Any) -> Engines:
         if "OPENING" in os.environ:
@@ -159,7 +159,7 @@ def _main() -> None:
         return Engines(engine, engine)
 
     vllm.open_engines = open_engines
-    sys.modules["yaptext.engine.vllm.engine"] = vllm
+    sys.modules["yaptext.engine.vllm.startup"] = vllm
     sys.argv[1:] = ["serve"]
     main()
 

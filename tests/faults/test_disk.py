@@ -138,14 +138,14 @@ def test_a_state_folder_that_takes_no_model_is_one_line(mount: Mount, options: s
 
 def test_a_cache_that_cannot_be_written_is_replaced(monkeypatch: pytest.MonkeyPatch, mount: Mount) -> None:
     """By a folder that can, with a line; one that can be is kept, and is made where it is missing."""
-    from yaptext.engine.vllm.engine import _leave_fixed_caches
+    from yaptext.engine.vllm.environment import leave_fixed_caches
 
     fixed, free = mount("fixed", "ro"), mount("free", "size=64k")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(fixed / "vllm"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(fixed))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(free / "triton"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    _leave_fixed_caches()
+    leave_fixed_caches()
     for name in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
         assert fixed not in Path(os.environ[name]).parents and os.access(os.environ[name], os.W_OK)
         Path(os.environ[name]).rmdir()

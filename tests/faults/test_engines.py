@@ -49,10 +49,10 @@ async def test_when_one_engine_dies_every_turn_hears_it_and_the_process_ends(dyi
 async def test_a_hung_engine_is_told_by_every_route(monkeypatch: pytest.MonkeyPatch, watchdog: bool) -> None:
     """Nothing is raised by it. With a watchdog or without: the health checks, /status, the gauge and systemd's status
     name it after seconds, and say when it is back. The other engine goes on being heard."""
-    monkeypatch.setattr(pulse, "_SILENT_S", 0.2)
-    monkeypatch.setattr(pulse, "_LOOK_S", 0.05)
+    monkeypatch.setattr(pulse, "SILENT_S", 0.2)
+    monkeypatch.setattr(pulse, "LOOK_S", 0.05)
     if not watchdog:
-        monkeypatch.setattr(lifecycle, "_PROBE_EVERY_S", 0.05)
+        monkeypatch.setattr(lifecycle, "PROBE_EVERY_S", 0.05)
     statuses: list[str] = []
     monkeypatch.setattr(lifecycle, "notify", lambda *told: statuses.extend(s for s in told if s[:6] == "STATUS"))
     chat, tool, gate = ScriptedEngine(model="big"), ScriptedEngine(model="small"), Gate()

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from yaptext.engine import checkpoints
+from yaptext.engine import offline
+from yaptext.engine.model_config import read_config
 from yaptext.errors import StartError
 from yaptext.settings import Settings
 
@@ -50,7 +51,7 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A hub client that is on line, with a cache of its own."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(checkpoints, "_HUB_TIMEOUT_S", 60)
+    monkeypatch.setattr(offline, "HUB_TIMEOUT_S", 60)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
 
@@ -62,10 +63,10 @@ def test_a_hub_that_does_not_answer_is_left(
 ) -> None:
     """By this process and, through the environment, by the engines'; whatever it answers for itself it is asked."""
     if answer is None:
-        monkeypatch.setattr(checkpoints, "_HUB_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(offline, "HUB_TIMEOUT_S", 0.2)
     with hub(answer) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        checkpoints.leave_hub_if_down(Settings.load(**MODELS))
+        offline.leave_hub_if_down(Settings.load(**MODELS))
     assert constants.HF_HUB_OFFLINE is is_down
     assert os.environ["HF_HUB_OFFLINE"] == str(int(is_down))
 
@@ -75,7 +76,7 @@ def test_a_closed_port_and_a_name_that_is_not_known_are_down(monkeypatch: pytest
     for address in ("http://127.0.0.1:9", "http://hub.invalid"):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        checkpoints.leave_hub_if_down(Settings.load(**MODELS))
+        offline.leave_hub_if_down(Settings.load(**MODELS))
         assert constants.HF_HUB_OFFLINE, address
 
 
@@ -83,7 +84,7 @@ def test_a_closed_port_and_a_name_that_is_not_known_are_down(monkeypatch: pytest
 def test_without_a_hub_model_the_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch, models: dict[str, str]) -> None:
     """Folders and the demo model need no network."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    checkpoints.leave_hub_if_down(Settings.load(**models))
+    offline.leave_hub_if_down(Settings.load(**models))
     assert not constants.HF_HUB_OFFLINE
 
 
@@ -104,13 +105,13 @@ def test_what_is_cached_is_found_and_what_is_not_ends_the_start(
     """With one line, for which systemd tries again."""
     settings = Settings.load(**MODELS)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    checkpoints.leave_hub_if_down(settings)
+    offline.leave_hub_if_down(settings)
     with pytest.raises(StartError, match=r"config of acme/yap.*not in the cache, and the hub .* does not answer"):
-        checkpoints.read_config(settings, "acme/yap")
+        read_config(settings, "acme/yap")
     repository = tmp_path / "models--acme--yap"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps({"max_position_embeddings": 77}))
-    assert checkpoints.read_config(settings, "acme/yap") == {"max_position_embeddings": 77}
+    assert read_config(settings, "acme/yap") == {"max_position_embeddings": 77}

@@ -167,7 +167,7 @@ async def longest_hold(frame: str) -> float:
             socket.say_raw(frame)
             socket.say("ping")
             await socket.until("pong")
-            await until(lambda: all(session.current is None for session in talk.stage.sessions.recent(60)))
+            await until(lambda: all(session.current is None for session in talk.runtime.sessions.recent(60)))
         return max(found) * 1000
 
 

@@ -64,9 +64,9 @@ async def inside(request: Request) -> Response:
             "files": len(os.listdir("/proc/self/fd")),
             "rss_mb": _memory_mb("VmRSS:"),
             "peak_mb": _memory_mb("VmHWM:"),
-            "sessions": len(service.stage.sessions),
+            "sessions": len(service.runtime.sessions),
             "connections": len(service.admission.connections),
-            "running": service.stage.engines.chat.running,
+            "running": service.runtime.engines.chat.running,
         }
     )
 

@@ -1,5 +1,5 @@
-"""The frame that holds the event loop longest: searched for, with a generous bound (README, "What one key can cost
-another", has the figure)."""
+"""The frame that holds the event loop longest: searched for, with a generous bound (tests/bench/README.md, "What one
+key can cost another", has the figure)."""
 
 from __future__ import annotations
 

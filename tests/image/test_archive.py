@@ -101,10 +101,10 @@ def test_what_is_written_is_in_the_volume(env: str) -> None:
 @pytest.mark.parametrize("env", ENVIRONMENTS)
 def test_the_image_brings_no_key_and_no_address_without_one(env: str) -> None:
     """A container without a key ends its start: it listens on every address, and has none of its own."""
-    import yaptext.settings
+    import yaptext.secrets
 
     found = variables(env)
-    assert found.keys().isdisjoint(yaptext.settings.SECRETS)
+    assert found.keys().isdisjoint(yaptext.secrets.SECRETS)
     done = subprocess.run(
         [sys.executable, "-m", "yaptext", "serve"],
         cwd=ROOT,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 IMAGE = "localhost/yap-text:serve-cpu"
 KEY = "key-of-the-image-test"
 GRACE_S = 45
-"""What the README asks for: longer than DRAIN_TIMEOUT_S and the close of every engine."""
+"""What nix/README.md asks for: longer than DRAIN_TIMEOUT_S and the close of every engine."""
 
 pytestmark = [
     pytest.mark.skipif(

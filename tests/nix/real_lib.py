@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parents[1] / "README.md"
+README = HERE.parents[1] / "nix" / "README.md"
 COMMON = (
     """enable = true; package = packages.serve-cpu; settings = { CHAT_MODEL = "a/chat"; TOOL_MODEL = "a/tool"; };"""
 )
@@ -72,7 +72,7 @@ def rows(lib: Path) -> list[tuple[str, str, bool]]:
     machine = evaluate(lib, f"machine [ ({{ yap-text, ... }}: {{ {found[1]} }}) ]")
     shown = f"{len(machine['units'])} units; {line(machine, 'yap-text.socket', 'ListenStream')}; "
     shown += f"{line(machine, 'yap-text.service', 'ExecStart', 'MemoryMax')}; {outcome(machine)}"
-    made.append(("README's example", shown, outcome(machine) == "well"))
+    made.append(("the example of nix/README.md", shown, outcome(machine) == "well"))
 
     before = evaluate(lib, configured(""))
     limits = "systemd.services.yap-text.serviceConfig"

@@ -1,4 +1,4 @@
-"""The NixOS module's list of settings, README's example, and nix/vm-test.nix as far as no nixpkgs is needed.
+"""The NixOS module's list of settings, nix/README.md's example, and nix/vm-test.nix as far as no nixpkgs is needed.
 
 The module's units and assertions are the flake's check `module` (tests/nix/module.nix).
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from yaptext.settings.table import setting
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -48,9 +50,11 @@ def evaluate(expression: str) -> Any:
 
 
 def example() -> str:
-    """README's configuration, a module."""
+    """The configuration of nix/README.md, a module."""
     found = re.search(
-        r"```nix\n(imports = \[ yap-text\.nixosModules\.default \];\n.*?)```", (ROOT / "README.md").read_text(), re.S
+        r"```nix\n(imports = \[ yap-text\.nixosModules\.default \];\n.*?)```",
+        (ROOT / "nix" / "README.md").read_text(),
+        re.S,
     )
     assert found is not None
     return "{ yap-text, ... }: {\n" + found[1] + "}"
@@ -65,10 +69,10 @@ def test_a_pattern_that_nix_cannot_match_is_refused() -> None:
     """Not silently another one: POSIX has no `\\d`, and builtins.match takes the whole text."""
     made = generator()
     for pattern in (r"^\d+$", "[0-9]+"):
-        field = made.settings._env("X", "1", "A number.", pattern=pattern)
+        field = setting("X", "1", "A number.", pattern=pattern)
         field.annotation = str
         with pytest.raises(ValueError, match="Nix cannot match"):
-            made._option(field)
+            made.option(field)
 
 
 class TestInNix:

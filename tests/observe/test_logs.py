@@ -59,7 +59,7 @@ def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stderr]:
     vllm.handlers[:], vllm.propagate = [], True  # an import of vLLM in this process sets these
     for name in ("YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY", redact.WORDS, expected.LEVEL):
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(redact, "_serving", False)
+    monkeypatch.setattr(redact, "is_serving", False)
     yield Stderr()
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()

@@ -10,9 +10,9 @@ import pytest
 from yaptext.observe import systemd
 
 
-def test_a_path_of_any_bytes_can_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_of_any_bytes_can_be_told(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The name of a file need not be UTF-8, and a reason may quote it."""
-    monkeypatch.setattr(systemd, "_address", None)
+    request.addfinalizer(lambda: systemd.connect(None))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))
         systemd.connect(str(tmp_path / "notify"))

@@ -6,6 +6,7 @@ environment. Only what libraries read at import is the forge's, for all jobs: wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -23,9 +24,9 @@ import torch
 torch.set_num_threads(1)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 import matplotlib.backends.backend_agg
-from yaptext.quantize import awq, calibration, card, hub, job, progress, verify
+from yaptext.quantize import awq, calibration, hub, job, model_card, progress, verify
 awq.bring_autoawq()
-awq._quantizer(print)
+awq.quantizer_class(print)
 from yaptext.commands.main import run
 
 for line in sys.stdin:
@@ -167,14 +168,12 @@ class Bench:
         lying = [path.name for path in self.row.iterdir() if path.suffix != ".json"] if self.row.exists() else []
         assert len(lying) == results and not [name for name in lying if name.startswith(".")], lying
         if results:
-            from yaptext.quantize.job import _sha256
-
             found = self.finished()
             inside = [path.relative_to(found.folder) for path in found.folder.rglob("*") if path.is_file()]
             files = {path.as_posix() for path in inside} - {awq_results.MANIFEST}
             assert files == set(found.manifest["files"])
             for name, entry in found.manifest["files"].items():
-                assert _sha256(found.folder / name) == entry["sha256"], name
+                assert hashlib.sha256((found.folder / name).read_bytes()).hexdigest() == entry["sha256"], name
 
 
 def only(events: list[str], name: str) -> list[str]:

@@ -72,7 +72,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_local_experts": 0,
         "shared_intermediate_size": 256,
     },
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 256},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+        **{"conv_dim": 256, "conv_dim_out": 256, "block_dim": 256, "tie_word_embeddings": True},  # vLLM expects
+    },
     "qwen3_vl_text": {"head_dim": 64},
     "qwen2_5_vl_text": {"num_attention_heads": 2},
 }

@@ -28,7 +28,10 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 folder, ids = sys.argv[1], json.loads(sys.argv[2])
-engine = LLM(folder, max_model_len=512, enforce_eager=True, max_num_seqs=2, disable_log_stats=True)
+asked_of = {"max_model_len": 512, "enforce_eager": True, "max_num_seqs": 2, "disable_log_stats": True}
+if "vision_config" in json.load(open(folder + "/config.json")):
+    asked_of["language_model_only"] = True  # there is no processor of images in the folder
+engine = LLM(folder, **asked_of)
 asked = SamplingParams(max_tokens=1, prompt_logprobs=0)
 told = engine.generate({"prompt_token_ids": ids}, asked, use_tqdm=False)[0].prompt_logprobs
 print("TOLD", json.dumps([next(iter(token.values())).logprob for token in told[1:]]))
@@ -48,8 +51,9 @@ def served(source: Path, result: Path) -> str:
     told = next((line[5:] for line in run.stdout.splitlines() if line.startswith("TOLD ")), None)
     if told is None:
         lines = [line for line in (run.stdout + run.stderr).splitlines() if "Error: " in line]
-        lines = [line for line in lines if "Engine core init" not in line] or ["it ended without an answer"]
-        return "no: " + lines[-1].rpartition("Error: ")[2].strip()[:100]
+        known = [line for line in lines if "ModuleNotFoundError" in line or "NotImplementedError" in line]
+        reason = (known + lines or ["it ended without an answer"])[0].rpartition("Error: ")[2].strip()
+        return f"no: {reason.rstrip('.')[:100]}"
     model = load(source, on_cuda=False, stored=verify.decoded(result))
 
     def logprobs(model: Any) -> Any:

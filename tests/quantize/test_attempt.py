@@ -17,12 +17,12 @@ from quantize.forge import Bench, Forge, only
 from quantize.hub_server import HubServer
 
 from yaptext.engine import awq_results
-from yaptext.engine.checkpoints import FAILED, failed_attempt
+from yaptext.engine.awq_results import FAILED, failed_attempt
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.timeout(600)]
 WORSE = "from yaptext.quantize import verify; verify.Report.worthwhile = False"
 """Quantizes in earnest, and then finds the result too bad."""
-NO_WORK = "from yaptext.quantize import job; job._make = lambda *_: None"
+NO_WORK = "from yaptext.quantize import job; job.make = lambda *_: None"
 """What would be tried is all that is asked."""
 
 

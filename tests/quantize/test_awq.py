@@ -35,14 +35,14 @@ def test_awq_beats_plain_rounding(tmp_path: Path, architecture: str, outliers: b
 
 def test_without_its_own_backup_autoawq_ruins_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPU its backup of the weights is the weights: this is what the override is there for."""
-    make = awq._quantizer
+    make = awq.quantizer_class
 
     def unsafe(done: Callable[[Layer], None], dtype: Any) -> Any:
         quantizer: Any = make(done, dtype)
         del quantizer._compute_best_scale
         return quantizer
 
-    monkeypatch.setattr(awq, "_quantizer", unsafe)
+    monkeypatch.setattr(awq, "quantizer_class", unsafe)
     with pytest.raises(QuantizeRefused, match="scaling changes layer 0 by"):
         quantized(make_model(tmp_path / "float", "llama", outliers=True), tmp_path / "awq")
 
@@ -52,7 +52,7 @@ def test_clipping_is_autoawqs_own() -> None:
     from awq.quantize.quantizer import AwqQuantizer
 
     torch.manual_seed(1)
-    ours = awq._quantizer(lambda layer: None)
+    ours = awq.quantizer_class(lambda layer: None)
     quantizer: Any = object.__new__(ours)
     quantizer.group_size, quantizer.zero_point, quantizer.w_bit = 64, True, 4
     weight, inputs = torch.randn(128, 256) * torch.rand(128, 1), torch.randn(1, 200, 256)
@@ -70,7 +70,7 @@ def test_packing_is_autoawqs_own(bias: bool) -> None:
 
     torch.manual_seed(2)
     packed = []
-    for kind in (awq._quantizer(lambda layer: None), AwqQuantizer):
+    for kind in (awq.quantizer_class(lambda layer: None), AwqQuantizer):
         quantizer: Any = object.__new__(kind)
         quantizer.group_size, quantizer.zero_point, quantizer.w_bit, quantizer.version = 64, True, 4, "gemm"
         quantizer.begun, quantizer.modules = 0.0, []

@@ -60,7 +60,7 @@ def test_what_is_no_file_of_text_is_refused_at_once(tmp_path: Path, monkeypatch:
         path.symlink_to("/dev/zero")
     else:
         with path.open("wb") as file:
-            file.truncate(calibration._FILE_BYTES + 1)
+            file.truncate(calibration.MAX_FILE_BYTES + 1)
     with pytest.raises(SettingsError) as caught:
         read(wanted(path))
     line = str(caught.value)

@@ -17,7 +17,7 @@ from quantize.forge import Bench, Forge, only
 from quantize.hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from yaptext.engine.checkpoints import FAILED
+from yaptext.engine.awq_results import FAILED
 from yaptext.quantize import kept
 from yaptext.quantize.recipes import RECIPES
 
@@ -293,7 +293,7 @@ def test_what_is_beside_the_weights_is_kept_or_left_out_with_a_word(
     there = hub.repos["someone/own-awq"].at("main")
     assert there is not None and set(more) <= set(there.files)
     (found.folder / kept.TEMPLATES / "tool_use.jinja").write_text("")
-    _, events = bench.run(before="from yaptext.quantize import job; job._make = lambda *_: None", HF_AWQ_PUSH="0")
+    _, events = bench.run(before="from yaptext.quantize import job; job.make = lambda *_: None", HF_AWQ_PUSH="0")
     assert only(events, "quantize.begun") == ["quantize.begun no finished result"], "a damaged template counts, too"
 
 

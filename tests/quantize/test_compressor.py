@@ -16,7 +16,7 @@ from quantize.forge import Bench, Forge
 from quantize.tiny import blocks, compressed, make_model
 from safetensors.torch import load_file
 
-from yaptext.engine import checkpoints
+from yaptext.engine.weight_kind import kind_of
 from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused
 from yaptext.quantize import compressor, compressor_child, recipes, verify
 from yaptext.quantize.plan import LAYER
@@ -46,7 +46,7 @@ def test_the_result_is_what_vllm_reads(made: tuple[Path, Path, Any, float]) -> N
     source, result, _, _ = made
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (result, source))
     how = config.pop("quantization_config")
-    assert checkpoints.kind_of(str(result), {"quantization_config": how}) == "awq"
+    assert kind_of(str(result), {"quantization_config": how}) == "awq"
     assert how["ignore"] == recipes.RECIPES[before["model_type"]].ignored
     assert config.pop("dtype") == "bfloat16" and config.keys() == before.keys() - {"dtype"}
     stored = load_file(result / "model.safetensors")
@@ -164,7 +164,7 @@ def test_no_secret_reaches_the_child(routed: Path, tmp_path: Path, monkeypatch: 
 
 def test_the_layers_of_a_name_are_those_of_the_plan() -> None:
     """The child cannot import what it shares with us."""
-    assert compressor_child._LAYER + r"\." == LAYER
+    assert compressor_child.LAYER + r"\." == LAYER
 
 
 @pytest.mark.subprocess

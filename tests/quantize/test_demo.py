@@ -12,7 +12,7 @@ import pytest
 from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
 from yaptext.engine import awq_results, demo
 from yaptext.engine.base import Sampling
-from yaptext.engine.vllm.engine import open_engines
+from yaptext.engine.vllm.startup import open_engines
 from yaptext.settings import Settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]

@@ -38,12 +38,12 @@ MOMENTS = {
     "load": "from transformers import PreTrainedModel\ninterrupted(PreTrainedModel, '_load_pretrained_model')",
     "loaded": "from yaptext.quantize import verify\ninterrupted(verify, 'check_finite')",
     "measuring": "import torch\ninterrupted(torch, 'log_softmax')",
-    "layer": "from yaptext.quantize import awq\ninterrupted(awq, '_packed')",
-    "card": "from yaptext.quantize import card\ninterrupted(card, 'plot')",
-    "destructor": "import torch\nfrom yaptext.quantize import verify\nmeasure = verify.Reference._measure\n"
+    "layer": "from yaptext.quantize import awq\ninterrupted(awq, 'pack')",
+    "card": "from yaptext.quantize import model_card\ninterrupted(model_card, 'plot')",
+    "destructor": "import torch\nfrom yaptext.quantize import verify\nmeasure = verify.Reference.measure\n"
     "class Thing:\n    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
     "def first(*given, **named):\n    Thing()\n    return measure(*given, **named)\n"
-    "verify.Reference._measure = first",
+    "verify.Reference.measure = first",
     "swallowed": "from yaptext.quantize import verify\n"
     "def load(*_, **__):\n    try: os.kill(os.getpid(), signal.SIGINT)\n"
     "    except BaseException: raise ValueError('broken') from None\n"

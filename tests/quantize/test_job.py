@@ -144,7 +144,7 @@ def test_every_choice_is_part_of_the_recipe(bench: Bench, tmp_path: Path) -> Non
     """Whatever changes what the model is calibrated on; not what is of the other role."""
     (tmp_path / "text.txt").write_text("text")
     (tmp_path / "tools.json").write_text('[{"name": "one"}]')
-    forging = "from yaptext.quantize import job; job._make = lambda *_: None"  # what would be done is all that is asked
+    forging = "from yaptext.quantize import job; job.make = lambda *_: None"  # what would be done is all that is asked
     for name, value, told in [
         ("AWQ_CALIBRATION_TOKENS", "256", "tokens was 128, is 256"),
         ("AWQ_GROUP_SIZE", "32", "group_size was auto, is 32"),
@@ -419,7 +419,7 @@ def test_killed_at_any_moment_it_leaves_the_old_or_the_new(bench: Bench) -> None
 KILLED = """
 import os, shutil, signal
 from pathlib import Path
-from yaptext.quantize import card, job, kept, plan, verify
+from yaptext.quantize import job, kept, model_card, plan, verify
 def dying(place, name, late=False):
     do = getattr(place, name)
     def end(*given, **named):
@@ -434,8 +434,8 @@ def dying(place, name, late=False):
     [
         "dying(plan, 'plan')",
         "dying(kept.shutil, 'copyfile', late=True)",
-        "dying(card, 'plot', late=True)",
-        "dying(job, '_sync')",
+        "dying(model_card, 'plot', late=True)",
+        "dying(job, 'sync')",
         "dying(Path, 'rename')",
         "dying(Path, 'rename', late=True)",
         "job.shutil.rmtree = lambda folder, **_: folder.exists() and"
@@ -593,7 +593,7 @@ def test_a_model_comes_from_the_hub_and_is_made_anew_with_it(
         assert bench.run() == (0, ["quantize.finished_before"])
     (tmp_path / "hf" / "hub" / "models--maker--Tiny-Llama" / "snapshots" / "c0ffee").mkdir()
     (tmp_path / "hf" / "hub" / "models--maker--Tiny-Llama" / "refs" / "main").write_text("c0ffee")
-    status, events = bench.run(before="from yaptext.quantize import job; job._make = lambda *_: None")
+    status, events = bench.run(before="from yaptext.quantize import job; job.make = lambda *_: None")
     assert only(events, "quantize.begun") == [f"quantize.begun made of revision {first}, the newest seen is c0ffee"]
 
 

@@ -94,7 +94,7 @@ def test_what_was_packed_is_decoded(rows: int, groups: int, size: int, seed: int
     values = torch.randint(0, 16, (inputs, outputs), generator=generator)
     zeros = torch.randint(0, 16, (groups, outputs), generator=generator)
     scales = torch.rand(groups, outputs, generator=generator).half()
-    decoded = verify.dequantized(awq._packed(values), awq._packed(zeros), scales)
+    decoded = verify.dequantized(awq.pack(values), awq.pack(zeros), scales)
     assert decoded.shape == (outputs, inputs)
     for column in range(0, inputs, 17):
         group = column // size
@@ -157,7 +157,7 @@ def test_shards_are_one_checkpoint(model: Path, result: Path, tmp_path: Path) ->
     whole, sharded = decoded(model, result), decoded(model, tmp_path)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, sharded.get_parameter(name)), name
-    assert verify._weight_bytes(tmp_path) == sum((tmp_path / file).stat().st_size for file in parts)
+    assert verify.weight_bytes(tmp_path) == sum((tmp_path / file).stat().st_size for file in parts)
 
 
 # The figures

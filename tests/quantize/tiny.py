@@ -51,7 +51,7 @@ def make_model(folder: Path, architecture: str, *, outliers: bool, **changes: An
     if type(config) not in mappings or "vision_config" in shape(architecture):
         mappings = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     model = mappings[type(config)](config).float()
-    quiet = architecture.startswith(("gemma3", "gemma4"))  # or their tied heads are sure of every token
+    quiet = architecture.startswith(("gemma3", "gemma4", "lfm2"))  # or their tied heads are sure of every token
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "embed" in name and parameter.dim() == 2:

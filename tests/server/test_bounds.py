@@ -22,10 +22,10 @@ async def test_a_turn_that_never_ran_leaves_no_long_text() -> None:
         for _ in range(30):
             socket.start(LONG)
         await socket.until("done", 29)
-        limit = talk.stage.history_bytes
-        messages = talk.stage.sessions.recent(60)[0].transcript.messages
+        limit = talk.runtime.history_bytes
+        messages = talk.runtime.sessions.recent(60)[0].transcript.messages
         assert sum(len(message.text) for message in messages) <= limit
-        assert max(len(message.text) for message in messages) <= talk.stage.utterance_chars
+        assert max(len(message.text) for message in messages) <= talk.runtime.utterance_chars
 
 
 async def test_turns_that_are_cut_before_their_prompt_do_not_lengthen_the_transcript_for_ever() -> None:
@@ -37,8 +37,8 @@ async def test_turns_that_are_cut_before_their_prompt_do_not_lengthen_the_transc
         for number in range(200):
             socket.start(f"{number} " + "x" * 1000)
         await socket.until("done", 199)
-        messages = talk.stage.sessions.recent(60)[0].transcript.messages
-        assert sum(len(message.text) for message in messages) <= talk.stage.history_bytes
+        messages = talk.runtime.sessions.recent(60)[0].transcript.messages
+        assert sum(len(message.text) for message in messages) <= talk.runtime.history_bytes
         assert messages[-1].text.startswith("198 ")
 
 
@@ -54,9 +54,9 @@ async def test_what_waits_is_kept_as_far_as_it_is_looked_at(kind: str) -> None:
         for _ in range(20):
             socket.start("next", **{kind: told})
         await socket.until("ack", 20)
-        (session,) = talk.stage.sessions.recent(60)
+        (session,) = talk.runtime.sessions.recent(60)
         sizes = [len(message.text) for message in session.transcript.messages]
-        assert sum(sizes) <= talk.stage.history_bytes and session.weigh() < 3_000_000
+        assert sum(sizes) <= talk.runtime.history_bytes and session.weigh() < 3_000_000
 
 
 async def test_a_persona_or_note_that_is_too_long_is_refused_where_it_arrives() -> None:
@@ -85,7 +85,7 @@ async def test_a_session_of_a_frame_costs_the_key_a_turn() -> None:
         socket.say("ping")
         await socket.until("pong")
         assert [error["error_code"] for error in socket.of("error")] == ["rate_limited"] * 2
-        assert len(talk.stage.sessions) == 3 and len(socket.of("ack")) == 4
+        assert len(talk.runtime.sessions) == 3 and len(socket.of("ack")) == 4
 
 
 async def test_equal_lists_of_tools_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ async def test_equal_lists_of_tools_are_one(monkeypatch: pytest.MonkeyPatch) -> 
             socket = talk.socket()
             socket.start("Hi", session_id=f"s{number}", tools=tools)
             await socket.until("done")
-        sessions = talk.stage.sessions.recent(60)
+        sessions = talk.runtime.sessions.recent(60)
         assert len({id(session.tools) for session in sessions}) == 1 and len(checked) == 1
 
 

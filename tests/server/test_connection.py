@@ -171,7 +171,7 @@ async def test_rule_3_a_start_on_a_second_socket_ends_the_turn_of_the_first() ->
         assert ack["turn"] == 2
         gate.step(5)
         await second.until("done")
-        assert talk.stage.engines.chat.aborted == 1
+        assert talk.runtime.engines.chat.aborted == 1
 
 
 @pytest.mark.parametrize("sockets", [1, 2])
@@ -239,10 +239,10 @@ async def test_rule_4_a_cancel_with_nothing_running_changes_nothing() -> None:
         }
         socket.start()
         await socket.until(lambda f: f["type"] == "done" and f["turn"] == 1)
-        before = [m.text for m in talk.stage.sessions.open(("default", "s")).transcript.messages]
+        before = [m.text for m in talk.runtime.sessions.open(("default", "s")).transcript.messages]
         socket.say("cancel")
         await socket.until(lambda f: f["type"] == "done" and f["turn"] == 0, 2)
-        assert [m.text for m in talk.stage.sessions.open(("default", "s")).transcript.messages] == before
+        assert [m.text for m in talk.runtime.sessions.open(("default", "s")).transcript.messages] == before
         check_frames(socket.frames)
 
 
@@ -260,8 +260,8 @@ async def test_rule_5_a_cancel_is_acted_on_while_the_socket_is_stalled() -> None
             await settle()
         socket.say("cancel")
         await settle()
-        assert talk.stage.engines.chat.aborted == 1
-        assert talk.stage.engines.chat.running == 0
+        assert talk.runtime.engines.chat.aborted == 1
+        assert talk.runtime.engines.chat.running == 0
         assert not socket.of("done")
         socket.reading.set()
         await socket.until("done")
@@ -455,7 +455,7 @@ async def test_a_client_that_leaves_frees_the_engine() -> None:
         socket.leave()
         await talk.over(socket)
         assert (engine.running, engine.aborted) == (0, 1)
-        session = talk.stage.sessions.open(("default", "s"))
+        session = talk.runtime.sessions.open(("default", "s"))
         assert [m.text for m in session.transcript.messages] == ["hello", " a b"]
         assert session.current is None
 
@@ -566,7 +566,7 @@ async def test_heard_chars_cuts_the_interrupted_reply(heard: int, kept: list[str
             await socket.until("done")
             socket.start("next", **({"heard_chars": heard} if how == "start" else {}))
             await socket.until("ack", 2)
-            session = talk.stage.sessions.open(("default", "s"))
+            session = talk.runtime.sessions.open(("default", "s"))
             assert [m.text.rstrip() for m in session.transcript.messages[1:]] == [k.rstrip() for k in kept[:-1]], how
             gate.step(4)
             await socket.until(lambda f: f["type"] == "done" and f["turn"] == 2)
@@ -652,11 +652,11 @@ async def test_a_warmed_history_is_tokenized_once_and_its_text_is_not_kept() -> 
             "User: glacier\n",
             "Assistant: moraine\n",
         ]
-        assert not talk.stage.warmed.of("default")
+        assert not talk.runtime.warmed.of("default")
         for number in range(66):
             socket.say("warm_history", persona_style="savage", history_text=f"User: {number}")
             await socket.until("warmed", number + 2)
-        assert talk.stage.warmed.of("default") == [f"User: {number}" for number in range(2, 66)]
+        assert talk.runtime.warmed.of("default") == [f"User: {number}" for number in range(2, 66)]
 
 
 async def test_warming_needs_a_persona_and_is_bounded() -> None:
@@ -687,7 +687,7 @@ async def test_a_persona_over_its_limit_is_refused_where_it_arrives(type: str) -
         assert error["error_code"] == "text_too_long" and "turn" not in error
         assert "limit is 20 (PERSONA_MAX_TOKENS)" in error["message"] and error["session_id"] == "s"
         assert (len(socket.of("ack")), socket.of("warmed")) == (1, [])
-        assert talk.stage.sessions.open(("default", "s")).persona.text == "Short."
+        assert talk.runtime.sessions.open(("default", "s")).persona.text == "Short."
         socket.start()
         assert (await socket.until("done", 2))["turn"] == 2
 
@@ -700,7 +700,7 @@ async def test_a_long_utterance_keeps_its_beginning_for_both_models() -> None:
         socket.start("one two three four five six")
         await socket.until("done")
         assert all("six" not in engine.decode(ids) for ids, _, _ in engine.requests)
-        session = talk.stage.sessions.open(("default", "s"))
+        session = talk.runtime.sessions.open(("default", "s"))
         assert session.transcript.messages[0].text == "one two three four"
 
 
@@ -735,7 +735,7 @@ async def test_a_start_just_before_the_client_leaves_does_not_hold_the_session()
         await staying.until("toolcall")
         gate.step(3)
         await staying.until("done")
-        assert talk.stage.engines.chat.running == 0
+        assert talk.runtime.engines.chat.running == 0
 
 
 async def test_frames_after_end_are_not_acted_on() -> None:
@@ -768,7 +768,7 @@ async def test_a_turn_that_waited_and_went_leaves_its_place_to_the_one_it_waited
         abort.step()
         gate.step(3)
         await third.until("done")
-        session = talk.stage.sessions.open(("default", "s"))
+        session = talk.runtime.sessions.open(("default", "s"))
         assert [m.text for m in session.transcript.messages if m.speaker == "user"] == ["one", "three"]
 
 
@@ -816,7 +816,7 @@ async def test_a_turn_that_waited_for_another_session_leaves_its_own_free() -> N
         await settle()
         let_go.set()
         await talk.over(socket)
-        sessions = [talk.stage.sessions.open(("default", name)) for name in ("one", "two")]
+        sessions = [talk.runtime.sessions.open(("default", name)) for name in ("one", "two")]
         assert [session.current for session in sessions] == [None, None]
 
 

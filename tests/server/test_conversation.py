@@ -15,7 +15,8 @@ from fakes import Gate, Script, ScriptedEngine
 from yaptext.dialogue import persona
 from yaptext.engine.base import Engines
 from yaptext.errors import EngineFailed, StartError
-from yaptext.settings import moved_names, unknown_names
+from yaptext.settings.old_names import moved_names
+from yaptext.settings.slips import unknown_names
 
 LAMP = {
     "name": "lamp",
@@ -48,7 +49,7 @@ async def said(socket: MemorySocket, utterance: str | None = "hi", **fields: Any
 
 
 def transcript(talk: Talk, session_id: str = "s") -> list[tuple[str, str]]:
-    session = talk.stage.sessions.find(("default", session_id))
+    session = talk.runtime.sessions.find(("default", session_id))
     return [] if session is None else [(m.speaker, m.text) for m in session.transcript.messages]
 
 
@@ -213,7 +214,7 @@ async def test_a_result_that_is_refused_leaves_no_session() -> None:
         socket.say("tool_result", session_id="new", turn=1, results=[])
         assert "waits for no tool results" in (await socket.until("error"))["message"]
         assert (await said(socket, tools=[{"name": "no name"}]))["type"] == "error"
-        assert len(talk.stage.sessions) == 0
+        assert len(talk.runtime.sessions) == 0
 
 
 async def test_a_long_result_keeps_its_beginning() -> None:
@@ -409,12 +410,12 @@ async def test_a_session_is_shown_and_forgotten(tmp_path: Path) -> None:
         assert socket.of("done")[-1]["cancelled"]
         written = await asyncio.to_thread(_bytes_of, tmp_path)
         assert not any(word in written for word in (b"marmalade", b"sherbet", b"toffee", b"Ada"))
-        assert talk.stage.warmed.of("default") == [] and len(talk.stage.sessions) == 0
+        assert talk.runtime.warmed.of("default") == [] and len(talk.runtime.sessions) == 0
         socket.say("get_session", session_id="s")
         assert (await socket.until("session", 2))["known"] is False
         socket.say("forget", session_id="s")
         assert (await socket.until("forgotten", 2))["known"] is False
-        await asyncio.to_thread(talk.stage.sessions.close)
+        await asyncio.to_thread(talk.runtime.sessions.close)
 
 
 async def test_what_follows_a_forget_is_another_session(tmp_path: Path) -> None:
@@ -426,7 +427,7 @@ async def test_what_follows_a_forget_is_another_session(tmp_path: Path) -> None:
         socket.say("warm_history", session_id="s", history_text="User: treacle")
         await socket.until("warmed")
         socket.say("forget", session_id="s")
-        assert (await socket.until("forgotten"))["known"] is True and talk.stage.warmed.of("default") == []
+        assert (await socket.until("forgotten"))["known"] is True and talk.runtime.warmed.of("default") == []
         await said(socket, "marmalade")
         socket.say("forget", session_id="s")
         await said(socket, "toffee")
@@ -441,7 +442,7 @@ async def test_what_follows_a_forget_is_another_session(tmp_path: Path) -> None:
         await asyncio.to_thread(_wait_for, tmp_path / "sessions", b"nougat")
         written = await asyncio.to_thread(_bytes_of, tmp_path)
         assert b"toffee" not in written and b"marmalade" not in written
-        await asyncio.to_thread(talk.stage.sessions.close)
+        await asyncio.to_thread(talk.runtime.sessions.close)
 
 
 def _bytes_of(folder: Path) -> bytes:
@@ -504,7 +505,7 @@ async def test_the_next_turn_is_warm_by_itself(format: str) -> None:
             usage = (await said(socket, f"This is what I say in turn {turn}."))["usage"]
             if turn > 1:
                 assert usage["prompt_tokens"] - usage["cached_tokens"] <= 48
-            session = talk.stage.sessions.open(("default", "s"))
+            session = talk.runtime.sessions.open(("default", "s"))
             await until(lambda: session.warming is not None and session.warming.done())  # noqa: B023  # awaited here
             session.warming = None
 

@@ -24,7 +24,8 @@ from yaptext.errors import SettingsError
 from yaptext.observe import logs
 from yaptext.server.access.throttle import Shown, Sparing
 from yaptext.server.lifecycle import Lifecycle, Server
-from yaptext.settings import Settings, moved_names
+from yaptext.settings import Settings
+from yaptext.settings.old_names import moved_names
 from yaptext.wire import asyncapi
 
 
@@ -400,7 +401,7 @@ FAIL2BAN = (
     r'^(?:\S+ \S+: )?\{"event": "(?:connection|request)\.refused", "level": "info", "address": "<SUBNET>", '
     r'(?:"status": 401, )?"error_code": "authentication_failed"'
 )
-"""The filter in the README. fail2ban replaces <SUBNET> by an address, with or without a mask."""
+"""The filter in yaptext/server/README.md. fail2ban replaces <SUBNET> by an address, with or without a mask."""
 
 
 @pytest.mark.parametrize("how", ["whole", "truncated", "none"])

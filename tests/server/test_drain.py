@@ -115,7 +115,7 @@ async def test_a_turn_that_takes_too_long_is_cut_and_told() -> None:
 PROGRAM = """
 import asyncio, multiprocessing, time
 from fakes import Script, ScriptedEngine
-from yaptext.commands.main import _start_logs
+from yaptext.commands import startup_logs
 from yaptext.engine.base import Engines
 from yaptext.server.app import create_app
 from yaptext.server.lifecycle import Lifecycle, Server
@@ -128,7 +128,7 @@ class Slow(ScriptedEngine):
 
 def main():
     settings = Settings.load()
-    _start_logs(settings)
+    startup_logs.start(settings)
     lifecycle = Lifecycle()
     child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
     child.start()

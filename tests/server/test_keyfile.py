@@ -127,7 +127,7 @@ def test_adding_keeps_what_is_there(path: Path) -> None:
 def test_two_that_add_at_once_do_so_one_after_the_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same name one is told that it is taken; the file stays as it should be."""
     path.write_text(f"a sha256:{A}")
-    both, read = threading.Barrier(2), keyfile._text
+    both, read = threading.Barrier(2), keyfile.text_of
 
     def read_together(path: Path) -> str:
         text = read(path)
@@ -135,7 +135,7 @@ def test_two_that_add_at_once_do_so_one_after_the_other(path: Path, monkeypatch:
             both.wait(0.5)
         return text
 
-    monkeypatch.setattr(keyfile, "_text", read_together)
+    monkeypatch.setattr(keyfile, "text_of", read_together)
 
     def add(_: int) -> bool:
         try:

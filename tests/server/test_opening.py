@@ -104,7 +104,7 @@ def test_who_is_still_there_when_the_engines_are_open_is_answered_too(listener: 
             time.sleep(0.2)
             opened.close()
             assert answer(client)[0] == 503
-    assert not opening._thread.is_alive()
+    assert not opening.thread.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_who_is_still_there_when_the_engines_are_open_is_answered_too(listener: 
 def test_the_wait_shrinks_with_the_start(expected_s: float | None, passed_s: float, told: int) -> None:
     """A start that takes longer than the last one is asked again after a part of its time."""
     opening = Opening([], expected_s)
-    opening._begun -= passed_s
+    opening.begun -= passed_s
     assert opening.retry_after_s in (told, told + 1)
 
 

@@ -236,7 +236,7 @@ async def test_those_that_were_answered_are_cut_off_first() -> None:
     assert cut == ["b", "c", "d"] and len(room) == 3
     for transport in (a, e, f):
         room.leave(transport)  # type: ignore[arg-type]
-    assert len(room) == 0 and not room._crowds
+    assert len(room) == 0 and not room.crowds
 
 
 def test_descriptors_bound_them_all(monkeypatch: pytest.MonkeyPatch) -> None:

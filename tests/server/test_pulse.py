@@ -20,8 +20,8 @@ from yaptext.server.pulse import Pulse
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pulse, "_LOOK_S", 0.01)
-    monkeypatch.setattr(pulse, "_SILENT_S", 0.05)
+    monkeypatch.setattr(pulse, "LOOK_S", 0.01)
+    monkeypatch.setattr(pulse, "SILENT_S", 0.05)
     yield
 
 
@@ -115,7 +115,7 @@ async def test_prompts_that_wait_give_an_engine_more_time(monkeypatch: pytest.Mo
     async with kept(engine, heard) as found:
         await until(lambda: found.silent_since is not None)
         assert engine.looks > 20, "four times the backlog"
-    monkeypatch.setattr(pulse, "_MOST_S", 0.1)
+    monkeypatch.setattr(pulse, "MOST_S", 0.1)
     engine = Shown(backlog_ms=600_000)
     engine.chat = Script(pace=Gate())
     async with kept(engine, heard) as found:

@@ -39,7 +39,7 @@ def test_a_start_knows_what_it_came_after(tmp_path: Path, monkeypatch: pytest.Mo
     assert Record(tmp_path, ["a"], "1").after == "the death of an engine"
     boot = tmp_path / "boot_id"
     boot.write_text("another\n")
-    monkeypatch.setattr(record, "_BOOT_ID", boot)
+    monkeypatch.setattr(record, "BOOT_ID", boot)
     before.ended("stop")
     updated = Record(tmp_path, ["a"], "2")
     assert updated.after == "a stop, a boot of the machine, a change of version from 1" and not updated.is_usual
@@ -49,7 +49,7 @@ async def test_what_goes_wrong_stands_in_the_status(monkeypatch: pytest.MonkeyPa
     """As long as it does, before what there was to say of the start."""
     statuses: list[str] = []
     monkeypatch.setattr(lifecycle, "notify", lambda *told: statuses.extend(told))
-    monkeypatch.setattr(lifecycle, "_WATCH_S", 0.01)
+    monkeypatch.setattr(lifecycle, "WATCH_S", 0.01)
     ready, troubles = Lifecycle(), ["Sessions are not saved in /a: disk is full."]
     ready.phase, ready.address, ready.start_told = "ready", "127.0.0.1:8000", ["1 warning at the start: hub.down."]
     watch = asyncio.create_task(ready.keep_told(lambda: list(troubles)))
@@ -66,9 +66,9 @@ async def test_what_goes_wrong_stands_in_the_status(monkeypatch: pytest.MonkeyPa
 
 def test_the_status_tells_what_was_not_usual_about_a_start(tmp_path: Path) -> None:
     usual = Record(tmp_path, ["a"], "1")
-    assert lifecycle._of_start(usual, []) == []
+    assert lifecycle.of_start(usual, []) == []
     usual.keep(1.0)
-    told = lifecycle._of_start(Record(tmp_path, ["a"], "2"), ["setting.unknown: A", "hub.down: B"])
+    told = lifecycle.of_start(Record(tmp_path, ["a"], "2"), ["setting.unknown: A", "hub.down: B"])
     assert told[0].startswith(
         "Started after the end of a process that was killed or crashed, a change of version from 1"
     )

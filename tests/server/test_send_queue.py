@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yaptext.server.ws.send_queue import Outbox
+from yaptext.server.ws.send_queue import SendQueue
 from yaptext.wire.frames import Error, Final, Pong
 
 LONG_S = 60.0
@@ -52,7 +52,7 @@ class Case:
 
     def __init__(self, *, max_bytes: int = 100_000, flush_s: float = 0) -> None:
         self.overflows = 0
-        self.outbox = Outbox(max_bytes=max_bytes, flush_s=flush_s, on_overflow=self._overflow)
+        self.outbox = SendQueue(max_bytes=max_bytes, flush_s=flush_s, on_overflow=self._overflow)
         self.socket = Socket()
 
     def _overflow(self) -> None:

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from yaptext.dialogue.runtime import Stage
+from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.tools import ToolSet
 from yaptext.dialogue.turn import Turn
 from yaptext.engine.base import CHAT, Delta, Engines, Sampling
@@ -142,9 +142,9 @@ class Client(MemorySocket):
         self.number, self.key, self.machine = number, key, machine
         account = Account(Key(key, key, NO_LIMITS))
         asyncio._set_running_loop(machine.loop)  # as where a server makes one
-        self.connection = Connection(self, machine.stage, account)  # type: ignore[arg-type]
+        self.connection = Connection(self, machine.runtime, account)  # type: ignore[arg-type]
         asyncio._set_running_loop(None)
-        send, run = self.connection._send, self.connection._run
+        send, run = self.connection.send, self.connection.run_turn
 
         def sending(message: Any) -> None:
             try:
@@ -158,8 +158,8 @@ class Client(MemorySocket):
             machine.turns.append((self, turn))
             await run(turn)
 
-        self.connection._send = sending  # type: ignore[method-assign]
-        self.connection._run = running  # type: ignore[method-assign]
+        self.connection.send = sending  # type: ignore[method-assign]
+        self.connection.run_turn = running  # type: ignore[method-assign]
         self.serving = machine.loop.create_task(self.connection.serve())
         self.current: Turn | None = None
         """The turn that runs, as it is told; `hearing` is the number of the one that the client hears of."""
@@ -210,8 +210,8 @@ class Client(MemorySocket):
                     assert frame["normalized_text"] == self.text, "rule 8"
                 case "done":
                     cut = self.cuts.get(self.current) if frame.get("cancelled") else None
-                    session = self.machine.stage.sessions._sessions[self.heard_of]
-                    if self.current is not None and self.current._session is session and turn == session.turns:
+                    session = self.machine.runtime.sessions.held.sessions[self.heard_of]
+                    if self.current is not None and self.current.session is session and turn == session.turns:
                         # Else it is heard late: the session has gone on, or the client with another one.
                         self.machine.replies[self.heard_of] = self.text if cut is None else self.text[:cut]
             if kind in ("done", "error"):
@@ -248,7 +248,7 @@ class Lives(RuleBasedStateMachine):
         deploy=st.sampled_from(["both", "both", "chat", "tool"]), concurrent=st.booleans(), drains=st.booleans()
     )
     def begin(self, deploy: str, concurrent: bool, drains: bool) -> None:
-        async def opening() -> Stage:
+        async def opening() -> Runtime:
             self.engine = SteeredEngine()
             given = Settings.load(
                 DEPLOY_MODELS=deploy,
@@ -260,11 +260,11 @@ class Lives(RuleBasedStateMachine):
             engines = Engines(
                 chat=None if deploy == "tool" else self.engine, tool=None if deploy == "chat" else self.engine
             )
-            return await Stage.open(given, engines, ToolSet.from_file(None))
+            return await Runtime.open(given, engines, ToolSet.from_file(None))
 
         self.drains = drains
         self.decides, self.chats = deploy != "chat", deploy != "tool"
-        self.stage = self.loop.run_until_complete(opening())
+        self.runtime = self.loop.run_until_complete(opening())
         self.engine.steered = True
 
     def go(self, rounds: int | None) -> None:
@@ -290,26 +290,26 @@ class Lives(RuleBasedStateMachine):
             assert client.cancelled_nothing >= 0, "rule 4: a done of no turn that nobody asked for"
             return
         if kind == "ack":
-            session = self.stage.sessions._sessions[client.key, frame["session_id"]]
+            session = self.runtime.sessions.held.sessions[client.key, frame["session_id"]]
             self.replies.pop(session.key, None)
             client.current = session.current
             assert client.current is not None and client.current.number == turn
             for other, earlier in self.turns:
                 if earlier is client.current:
                     break
-                if earlier._session is session or other is client:
+                if earlier.session is session or other is client:
                     assert earlier.over, "rule 3: the old turn ends first"
             return
         if kind in ("toolcall", "token"):
             for other, earlier in self.turns:
                 if earlier is client.current:
                     break
-                if earlier._session is client.current._session or other is client:
+                if earlier.session is client.current.session or other is client:
                     assert earlier.finished.is_set(), "rule 3: no engine is asked before the old turn has let go"
         if kind == "error":
             assert frame["error_code"] == "engine_failed", frame
         elif kind == "done" and frame.get("finish_reason") == "tool_calls":
-            self.asked[client.current._session.key] = (turn, client.current._calls)
+            self.asked[client.current.session.key] = (turn, client.current.calls)
         elif kind == "done" and not frame.get("cancelled"):
             assert frame["usage"]["completion_tokens"] == len(self.fed.get(id(client.current), [])), "rule 8"
         elif kind == "final":
@@ -351,12 +351,12 @@ class Lives(RuleBasedStateMachine):
         self.loop.settle()
         if not client.open or client.serving.done():
             return
-        found = self.stage.sessions.find((client.key, session))
+        found = self.runtime.sessions.find((client.key, session))
         running = found.current if found is not None else None
         if running is not None and running.over:
             running = None
         client.cancelled_nothing += running is None
-        if running is not None and running._cancelled_at is None:
+        if running is not None and not running.is_cancelled:
             for other in self.clients:
                 other.cuts[running] = None
         client.say("cancel", session_id=session)
@@ -370,14 +370,14 @@ class Lives(RuleBasedStateMachine):
         self.loop.settle()  # what came before it is acted on: then it is known what it means
         if not client.open or client.serving.done():
             return
-        running = client.connection._turn
+        running = client.connection.turn
         if running is not None and running.over:
             running = None  # cut, and told so, although the engine may still have to let go
         client.cancelled_nothing += running is None
-        if running is not None and running._cancelled_at is None:
+        if running is not None and not running.is_cancelled:
             client.cuts[running] = heard
-        elif running is None and heard is not None and client.connection._session is not None:
-            self.replies.pop(client.connection._session.key, None)
+        elif running is None and heard is not None and client.connection.session is not None:
+            self.replies.pop(client.connection.session.key, None)
         words = "".join(self.fed.get(id(running), []))
         as_text &= (
             heard is not None and running is not None and not client.text[:heard].isspace() and client.text == words
@@ -497,7 +497,7 @@ class Lives(RuleBasedStateMachine):
             client.codes |= {4000}
         self._pass(seconds)
         for client in idle:
-            client.codes -= {4000} if not client.connection._ending.done() else set()
+            client.codes -= {4000} if not client.connection.is_ending else set()
         if self.engine.free.is_set() and seconds > DECISION_S:
             assert not set(waiting) & set(self.engine.streams), "rule 7: the hard timeout decides"
 
@@ -523,9 +523,9 @@ class Lives(RuleBasedStateMachine):
             return
         asked = {stream.turn for stream in self.engine.streams}
         for client, turn in self.turns:
-            waits = turn in asked or any(not earlier.finished.is_set() for earlier in turn._after)
+            waits = turn in asked or any(not earlier.finished.is_set() for earlier in turn.waits_for)
             assert turn.finished.is_set() or waits or client.serving.done(), "a lost turn"
-        for session in self.stage.sessions._sessions.values():
+        for session in self.runtime.sessions.held.sessions.values():
             assert session.current is None or not session.current.finished.is_set()
             reply = self.replies.get(session.key)
             if reply is not None and session.current is None:
@@ -536,7 +536,7 @@ class Lives(RuleBasedStateMachine):
         assert len(chats) == len(set(chats)), "rule 6: no second prefill"
 
     def teardown(self) -> None:
-        if not hasattr(self, "stage"):
+        if not hasattr(self, "runtime"):
             self.loop.close()
             return
         self.engine.free.set()

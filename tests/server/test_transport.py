@@ -12,14 +12,14 @@ from fakes import ScriptedEngine
 from websockets.frames import Frame, Opcode
 
 from yaptext.engine.base import Engines
-from yaptext.server.transport import _text_header
+from yaptext.server.transport import text_header
 
 
 @pytest.mark.parametrize("length", [0, 1, 125, 126, 127, 65_535, 65_536, 1_000_000])
 def test_a_text_frame_is_the_librarys(length: int) -> None:
     """At every size of the length field."""
     payload = b"x" * length
-    assert _text_header(length) + payload == Frame(Opcode.TEXT, payload).serialize(mask=False)
+    assert text_header(length) + payload == Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
 BROKEN = b'{"type":"ping","x":"\xff"}'

@@ -39,7 +39,7 @@ class Campaign:
 
     def __init__(self, plan: Plan, targets: Sequence[Target], watcher: Watcher) -> None:
         self._plan, self._targets, self._watcher = plan, targets, watcher
-        self._nonce = f"{time.time_ns() // 1_000_000 % 16**8:08x}"
+        self.nonce = f"{time.time_ns() // 1_000_000 % 16**8:08x}"
         """No server has seen these stories before, whatever was measured on it earlier."""
         self._begun = datetime.now(UTC)
         self._runs: dict[Place, list[Run]] = {}
@@ -68,7 +68,7 @@ class Campaign:
             for scenario in self._plan.scenarios:
                 for sessions in self._plan.sizes(scenario):
                     for target in (*self._targets[shift:], *self._targets[:shift]):
-                        yield Run(self._plan, target, scenario, sessions, round_number + 1, self._nonce), scenario
+                        yield Run(self._plan, target, scenario, sessions, round_number + 1, self.nonce), scenario
 
     async def _one(self, run: Run, scenario: str) -> None:
         gc.collect()

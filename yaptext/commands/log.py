@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -9,12 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from yaptext.errors import SettingsError
+from yaptext.settings import Settings
 
 UNIT = "yap-text"
 _SLOW_MS = 1500
 """From the `start` to the first token: what a voice leaves to the model (and twice a human gap)."""
 _SMALL_MS = 20
 """Shares of a turn below this are not worth a word."""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    log = commands.add_parser(
+        "log",
+        help="say why a user's turns were slow",
+        description="Says in words why the turns of a session were slow, from the journal of the unit yap-text, or "
+        "from the file that YAP_TEXT_LOG_FILE names.",
+    )
+    log.add_argument("session", metavar="SESSION", help="session_id")
+    log.add_argument("--file", metavar="LOG", type=Path, help="the log to read (default: YAP_TEXT_LOG_FILE)")
+    log.add_argument("--turns", metavar="N", type=int, default=20, help="how many of the latest (default 20)")
+    log.set_defaults(command=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    return log(parsed.session, file=parsed.file or Settings.load().log_file, turns=max(1, parsed.turns))
 
 
 def log(session: str, *, file: Path | None, turns: int) -> int:

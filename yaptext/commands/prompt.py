@@ -1,126 +1,48 @@
-"""`yap-text prompt`: what a model is sent, without opening an engine."""
+"""`yap-text prompt`: its options; what a model is sent is `sent_prompt`."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import argparse
+import logging
 from pathlib import Path
-from typing import Any
 
-from yaptext.dialogue import transcript
-from yaptext.dialogue.chat_prompt import ChatPrompts, Format, Limits
-from yaptext.dialogue.layout import Conversation, Layout
-from yaptext.dialogue.persona import Persona, style
-from yaptext.dialogue.reply import reasoning_of
-from yaptext.dialogue.tool_prompt import ToolPrompts, shows
-from yaptext.dialogue.tools import ToolSet
-from yaptext.engine.base import Role
-from yaptext.engine.checkpoints import open_codec
-from yaptext.engine.codec import HubCodec
-from yaptext.errors import SettingsError, YapError
 from yaptext.settings import Settings
 
-NOW = "Sunday, 21:46"
-"""The time that these prompts tell, so that two runs are the same."""
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    prompt = commands.add_parser(
+        "prompt",
+        help="show what models are sent",
+        description="Prints the prompt that each model is sent, with its control tokens, and what that was made of. No "
+        "engine is opened. Settings such as CHAT_THINKING count. Exit status 1 if a model cannot be used.",
+    )
+    prompt.add_argument("models", nargs="+", metavar="MODEL", help="a folder or hub id")
+    prompt.add_argument("--role", choices=("chat", "tool"), default="chat", help="default: chat")
+    prompt.add_argument("--format", choices=("segments", "turns", "bare"), help="default: CHAT_PROMPT_FORMAT")
+    prompt.add_argument("--persona-style", metavar="STYLE", help="default: DEFAULT_PERSONA_STYLE")
+    prompt.add_argument(
+        "--history", metavar="FILE", type=Path, help="a transcript, lines that open with User: and Assistant:"
+    )
+    prompt.add_argument("--tools", metavar="FILE", type=Path, help="default: TOOLS_FILE")
+    prompt.add_argument("--utterance", metavar="TEXT", default="Hello!", help="default: Hello!")
+    prompt.add_argument("--json", action="store_true", help="one JSON object a model, one a line")
+    prompt.set_defaults(command=run)
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the prompt is made of. A `format` of None is the setting's."""
+def run(parsed: argparse.Namespace) -> int:
+    from yaptext.commands.sent_prompt import Options, prompt
 
-    role: Role = "chat"
-    format: Format | None = None
-    persona_style: str | None = None
-    history: Path | None = None
-    tools: Path | None = None
-    utterance: str = "Hello!"
-    as_json: bool = False
-
-
-def prompt(settings: Settings, models: Sequence[str], options: Options) -> int:
-    """Prints one prompt for each model; returns 1 if one of them cannot be used. Raises `YapError` for the options."""
-    tools = ToolSet.from_file(options.tools or settings.tools_file)
-    style(options.persona_style or settings.default_persona_style)
+    options = Options(
+        role=parsed.role,
+        format=parsed.format,
+        persona_style=parsed.persona_style,
+        history=parsed.history,
+        tools=parsed.tools,
+        utterance=parsed.utterance,
+        as_json=parsed.json,
+    )
+    logging.disable(logging.WARNING)  # of the hub client and transformers, about files that many models lack
     try:
-        told = options.history.read_text(encoding="utf-8") if options.history is not None else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--history {options.history} cannot be read: {error}") from None
-    failed = False
-    for model in models:
-        try:
-            shown = asyncio.run(_describe(settings, model, options, tools, told))
-        except YapError as error:
-            failed = True
-            shown = {"model": model, "role": options.role, "error": str(error)}
-        if options.as_json:
-            print(json.dumps(shown, ensure_ascii=False), flush=True)
-        else:
-            _show(shown)
-    return int(failed)
-
-
-async def _describe(settings: Settings, model: str, options: Options, tools: ToolSet, told: str) -> dict[str, Any]:
-    codec = open_codec(settings, model)
-    messages = transcript.parse(told)
-    if options.role == "tool":
-        return {"model": model, "role": "tool"} | await _tool(settings, codec, options, tools, messages)
-    return {"model": model, "role": "chat"} | await _chat(settings, codec, options, messages)
-
-
-async def _chat(
-    settings: Settings, codec: HubCodec, options: Options, messages: list[transcript.Message]
-) -> dict[str, Any]:
-    format = options.format or settings.chat_prompt_format
-    prompts = await ChatPrompts.open(codec, format, Limits.of(settings), thinking=settings.chat_thinking)
-    persona = Persona(style=options.persona_style).compose(settings.default_persona_style)
-    ids = await prompts.turn(persona, messages, options.utterance, NOW)
-    talk = prompts.talk(persona, messages, options.utterance, NOW)
-    prefix = await prompts.prefix(persona, list(messages))
-    reasoning = reasoning_of(settings.reasoning_parser, prompts.layout.thinking)
-    shown = await _facts(codec, prompts.layout, talk, ids, len(prefix))
-    more = {"reasoning_parser": reasoning and (reasoning.parser or f"{reasoning.start} {reasoning.end}")}
-    return {"format": prompts.format, **shown, "tools_told": None, **more, "fallback": prompts.lacking}
-
-
-async def _tool(
-    settings: Settings, codec: HubCodec, options: Options, tools: ToolSet, messages: list[transcript.Message]
-) -> dict[str, Any]:
-    prompts = ToolPrompts(codec, settings.tool_history_tokens)
-    head = await prompts.head(tools)
-    recent = await prompts.recent(messages, head)
-    talk = head.talk(recent, options.utterance)
-    ids = await prompts.turn(tools, messages, options.utterance)
-    prefix = await head.layout.prefix([talk, head.talk(recent, "X")])
-    shown = await _facts(codec, head.layout, talk, ids, len(prefix))
-    told = all(shows(shown["text"], tool) for tool in tools.tools)
-    return {"format": head.format, **shown, "tools_told": told}
-
-
-async def _facts(
-    codec: HubCodec, layout: Layout, talk: Conversation, ids: list[int], prefix_tokens: int
-) -> dict[str, Any]:
-    rendered = layout.render(talk) or ""
-    return {
-        "exact": layout.exact and ids == await layout.encode(rendered),
-        "prefix_stable": layout.stable,
-        "text": "".join(codec.show([part]) if isinstance(part, int) else part for part in codec.split(rendered)),
-        "ids": ids,
-        "prefix_tokens": prefix_tokens,
-        "stop_ids": sorted({*layout.stop_ids, *codec.end_ids}),
-        "stop": list(layout.stop),
-        "thinking": layout.thinking.word,
-    }
-
-
-def _show(shown: dict[str, Any]) -> None:
-    facts = {
-        name: value for name, value in shown.items() if name not in ("model", "text", "ids") and value not in (None, [])
-    }
-    facts |= {"tokens": len(shown["ids"])} if "ids" in shown else {}
-    print(f"== {shown['model']}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    if "text" in shown:
-        print(shown["text"])
-    sys.stdout.flush()
+        return prompt(Settings.load(), parsed.models, options)
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,169 +1,45 @@
-"""`yap-text sessions`: the session file shown, backed up and restored. Rows stay as they are, sealed or not."""
+"""`yap-text sessions`: its options; the session file itself is the work of `session_backup`."""
 
 from __future__ import annotations
 
-import os
-import sqlite3
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
+import argparse
 from pathlib import Path
 
-from yaptext.dialogue.sessionfile import has_table, hold, move_aside, of_setting, open_to_read
-from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings import Settings
 
 
-def show(settings: Settings) -> int:
-    """Prints the file, its sessions, its bytes, and the oldest and the latest use, also while a service has it."""
-    path = _path(settings)
-    with _open(path, of_setting(path)) as database:
-        sessions, oldest, latest = 0, None, None
-        if has_table(database, of_setting(path)):
-            question = "SELECT count(*), min(used_at), max(used_at) FROM session"
-            sessions, oldest, latest = database.execute(question).fetchone()
-    print(f"file: {path}")
-    print(f"sessions: {sessions}")
-    print(f"bytes: {_size(path) + _size(Path(f'{path}-wal'))}")
-    print(f"oldest use: {_time(oldest)}")
-    print(f"latest use: {_time(latest)}")
-    return 0
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sessions = commands.add_parser(
+        "sessions",
+        help="show, back up or restore the session file",
+        description="Shows the session file of SESSION_STORE: its sessions, its bytes, the oldest and the latest use, "
+        "also while a service has it.",
+    )
+    sessions.set_defaults(command=run, action="show")
+    actions = sessions.add_subparsers(metavar="COMMAND")
+    backup = actions.add_parser(
+        "backup",
+        help="copy the sessions into a new file",
+        description="Copies every session into a new file of mode 0600, while a service writes them or not. What is "
+        "sealed with SESSION_STORE_KEY stays sealed.",
+    )
+    restore = actions.add_parser(
+        "restore",
+        help="put the sessions of a backup in place",
+        description="Puts the sessions of a backup in place, while no service has the session file. The file before "
+        "stays beside it.",
+    )
+    for name, action in (("backup", backup), ("restore", restore)):
+        action.add_argument("file", metavar="FILE", type=Path)
+        action.set_defaults(action=name)
 
 
-def back_up(settings: Settings, to: Path) -> int:
-    """Makes `to`, mode 0600, with every session that is in the file now, also while a service writes it. Raises
-    `SettingsError` if `to` exists; what is half-made is removed."""
-    path = _path(settings)
-    with _open(path, of_setting(path)) as database:
-        if not has_table(database, of_setting(path)):
-            raise YapError(f"{of_setting(path)} is empty yet: there is nothing to back up")
-        _make(to)
-        sessions = _copy(database, of_setting(path), to)
-    print(f"copied {_counted(sessions)} into {to}")
-    return 0
+def run(parsed: argparse.Namespace) -> int:
+    from yaptext.commands import session_backup
 
-
-def restore(settings: Settings, source: Path) -> int:
-    """Puts the sessions of `source` in place. The file that was there stays beside it. Raises `StartError` while a
-    service has the file, `SettingsError` for a `source` that is no backup."""
-    path = _path(settings)
-    named = f"FILE={str(source)!r}"
-    with _open(source, named) as database:
-        if not has_table(database, named):
-            raise SettingsError(f"{named} is not allowed: it is an empty database")
-        with _told(f"{path} cannot be written"):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                lock = hold(path)
-            except StartError as error:
-                raise StartError(f"{error}; stop it first") from None
-        try:
-            sessions, aside = _replace(path, database, named)
-            expired = _expired(path, settings.session_ttl_s)
-        finally:
-            os.close(lock)
-    line = f"restored {_counted(sessions)} into {path}"
-    if expired:
-        ttl = f"SESSION_TTL_S={settings.session_ttl_s:g}"
-        line += f", {expired} of them unused for longer than {ttl}: a start deletes them"
-    print(f"{line}; the file before is {aside}" if aside else f"{line}; there was no file before")
-    return 0
-
-
-def _path(settings: Settings) -> Path:
-    if settings.session_file is None:
-        raise SettingsError("SESSION_STORE='memory' has no session file: set sqlite:PATH, as the service has it")
-    return settings.session_file
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """What the system says, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise YapError(f"{what}: {error.strerror or error}") from None
-    except sqlite3.Error as error:
-        raise YapError(f"{what}: {error}") from None
-
-
-@contextmanager
-def _open(path: Path, named: str) -> Iterator[sqlite3.Connection]:
-    with _told(f"{named} cannot be read"):
-        if not path.exists():
-            raise YapError(f"{named} does not exist")
-        database = open_to_read(path, named)
-    with closing(database), _told(f"{named} cannot be read"):
-        yield database
-
-
-def _make(file: Path) -> None:
-    try:
-        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        raise SettingsError(f"FILE={str(file)!r} is not allowed: it exists; name a new one") from None
-    except OSError as error:
-        raise YapError(f"FILE={str(file)!r} cannot be written: {error.strerror}") from None
-
-
-def _copy(database: sqlite3.Connection, named: str, to: Path) -> int:
-    """SQLite's own backup into an empty file, which then needs no other beside it. Returns how many sessions it has.
-    Raises `YapError` if the database, which errors call `named`, is damaged."""
-    try:
-        with _told(f"{to} cannot be written"), closing(sqlite3.connect(to, isolation_level=None)) as copy:
-            database.backup(copy)
-            copy.execute("PRAGMA journal_mode=DELETE")  # a disk for reading alone takes no log
-            (health,) = copy.execute("PRAGMA quick_check(1)").fetchone()
-            if health != "ok":
-                raise YapError(f"{named} is damaged: {health.splitlines()[-1]}")
-            (sessions,) = copy.execute("SELECT count(*) FROM session").fetchone()
-            return int(sessions)
-    except BaseException:
-        for part in ("-journal", "-wal", "-shm", ""):
-            with suppress(OSError):
-                os.unlink(f"{to}{part}")
-        raise
-
-
-def _replace(path: Path, database: sqlite3.Connection, named: str) -> tuple[int, str | None]:
-    """Returns how many sessions are there, and where the file before is."""
-    new = path.with_name(f"{path.name}.restored")
-    new.unlink(missing_ok=True)  # of a restore that was killed
-    _make(new)
-    sessions = _copy(database, named, new)
-    with _told(f"{path} cannot be written"):
-        _give(path, new)
-        before = path.exists()
-        aside = move_aside(path, f"replaced-{int(time.time())}")  # also a log alone: it would be read into the new file
-        os.rename(new, path)
-    return sessions, aside if before else None
-
-
-def _give(path: Path, new: Path) -> None:
-    """Gives what root has made to the owner of the old file, or of the folder: the service does not run as root."""
-    if os.geteuid() == 0:
-        owner = (path if path.exists() else path.parent).stat()
-        for file in (new, Path(f"{path}.lock")):
-            os.chown(file, owner.st_uid, owner.st_gid)
-
-
-def _expired(path: Path, ttl_s: float) -> int:
-    with closing(open_to_read(path, of_setting(path))) as database:
-        question = "SELECT count(*) FROM session WHERE used_at < ?"
-        (expired,) = database.execute(question, (time.time() - ttl_s,)).fetchone()
-    return int(expired)
-
-
-def _counted(sessions: int) -> str:
-    return "1 session" if sessions == 1 else f"{sessions} sessions"
-
-
-def _size(file: Path) -> int:
-    with suppress(OSError):  # a log of writes that has just gone
-        return file.stat().st_size
-    return 0
-
-
-def _time(used_at: float | None) -> str:
-    return "none" if used_at is None else datetime.fromtimestamp(used_at, UTC).isoformat(timespec="seconds")
+    settings = Settings.load()
+    if parsed.action == "backup":
+        return session_backup.back_up(settings, parsed.file)
+    if parsed.action == "restore":
+        return session_backup.restore(settings, parsed.file)
+    return session_backup.show(settings)

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 import uuid
 from typing import Any
 
-from yaptext.client.client import connect
+from yaptext.commands import client_options
 
 
-async def warmup(
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    warmup = commands.add_parser("warmup", help="run one turn and print its figures and text as JSON")
+    warmup.add_argument("message", nargs="?", default="Who was Alan Turing?")
+    warmup.add_argument("--history", metavar="TEXT", help="a transcript, lines that open with User: and Assistant:")
+    client_options.add_options(warmup)
+    warmup.set_defaults(command=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    import asyncio
+
+    url, key = client_options.address(parsed)
+    return asyncio.run(
+        _warmup(
+            url,
+            key,
+            parsed.message,
+            session=parsed.session,
+            history=parsed.history,
+            persona=client_options.persona(parsed),
+        )
+    )
+
+
+async def _warmup(
     url: str, key: str, message: str, *, session: str | None, history: str | None, persona: dict[str, str]
 ) -> int:
     """Prints a line of figures (milliseconds as a client sees them) and a line with decision and text.
     Returns 0, or 1 where the turn ended in an error."""
+    from yaptext.client.client import connect
+
     fields: dict[str, Any] = dict(persona)
     if history is not None:
         fields["history_text"] = history.replace("\\n", "\n")

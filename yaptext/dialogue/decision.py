@@ -51,19 +51,19 @@ class Decider:
         threshold: float | None = None,
     ) -> None:
         """`threshold` is the probability from which on a decision is yes; None leaves it to the model's best guess."""
-        self._engine, self.tools, self._prompts = engine, tools, ToolPrompts(engine, history_tokens)
-        self._max_out, self._timeout_s, self._threshold = max_out, timeout_s, threshold
+        self._engine, self.tools, self.prompts = engine, tools, ToolPrompts(engine, history_tokens)
+        self._max_out, self._timeout_s, self.threshold = max_out, timeout_s, threshold
         self.history_tokens = history_tokens
         self._begun = 0
 
     async def head(self) -> Head:
         """The fixed beginning of decisions about the service's own tools."""
-        return await self._prompts.head(self.tools)
+        return await self.prompts.head(self.tools)
 
     async def prime(self, batches: Sequence[int] = (1,)) -> None:
         """Runs throw-away decisions, so many at once, so that the fixed prompt, the grammar and the kernels of each
         batch are warm."""
-        prompt = await self._prompts.turn(self.tools, [], "Hello!")
+        prompt = await self.prompts.turn(self.tools, [], "Hello!")
         for size in batches:
             asked = (self._ask(_Answer(self.tools), self.tools, prompt, self.tools.schema) for _ in range(size))
             for answer in await asyncio.gather(*asked, return_exceptions=True):
@@ -73,7 +73,7 @@ class Decider:
 
     async def prefix(self, tools: ToolSet, messages: Sequence[Message]) -> list[int]:
         """What the next decision's prompt begins with."""
-        return await self._prompts.prefix(tools, messages)
+        return await self.prompts.prefix(tools, messages)
 
     async def refresh(self) -> None:
         """Computes the fixed prompt again where others were computed since (they may have taken its place in the cache)
@@ -88,11 +88,11 @@ class Decider:
         """Decides within the hard timeout; `results` are of calls that were made for this utterance. A fault is a `no`
         with its reason."""
         begun = time.perf_counter()
-        answer = _Answer(tools, self._threshold)
+        answer = _Answer(tools, self.threshold)
         reason = None
         try:
             async with asyncio.timeout(self._timeout_s):
-                prompt = await self._prompts.turn(tools, messages, utterance, results)
+                prompt = await self.prompts.turn(tools, messages, utterance, results)
                 await self._ask(answer, tools, prompt, tools.schema)
                 if answer.overruled:
                     # The model's best guess was no, the threshold says yes: which call, without that choice.
@@ -112,8 +112,8 @@ class Decider:
 
     async def _ask(self, answer: _Answer, tools: ToolSet, prompt: Sequence[int], schema: str) -> None:
         """Streams until the answer is whole. Raises `ValueError` where what came is none."""
-        alternatives = 0 if self._threshold is None else _ALTERNATIVES
-        layout = (await self._prompts.head(tools)).layout
+        alternatives = 0 if self.threshold is None else _ALTERNATIVES
+        layout = (await self.prompts.head(tools)).layout
         stop_ids = tuple(sorted({*layout.stop_ids, *self._engine.end_ids}))
         sampling = Sampling(max_tokens=self._max_out, stop_ids=stop_ids, json_schema=schema, alternatives=alternatives)
         async with aclosing(self._engine.stream(prompt, sampling, priority=DECIDE)) as deltas:
@@ -151,7 +151,7 @@ class _Answer:
     the model said no."""
 
     def __init__(self, tools: ToolSet, threshold: float | None = None, p: float | None = None) -> None:
-        self._tools, self._threshold, self.p = tools, threshold, p
+        self._tools, self.threshold, self.p = tools, threshold, p
         self._text = ""
         self._path, self._yes, self._no = 1.0, 0.0, 0.0
         self.calls: list[Call] | None = None
@@ -163,8 +163,8 @@ class _Answer:
         if self.p is None and delta.alternatives:
             self._weigh(delta)
         self._text += delta.text
-        if self.p is not None and self._threshold is not None and (said := _said(self._text)) is not None:
-            wanted, self._threshold = self.p >= self._threshold, None
+        if self.p is not None and self.threshold is not None and (said := _said(self._text)) is not None:
+            wanted, self.threshold = self.p >= self.threshold, None
             self.overruled = wanted and not said
             if said and not wanted:
                 self.calls = []

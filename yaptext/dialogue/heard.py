@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import regex
 
@@ -12,6 +13,20 @@ _BEFORE = 64
 """Characters in which a grapheme that a cut falls into has begun."""
 _TIMES = 4
 """Of a reply's length: what is spoken of it is never longer, with all white space and marks that a TTS adds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """How much of a reply the user heard, as the client says it; nothing of both is all of it."""
+
+    chars: int | None = None
+    text: str | None = None
+
+    @classmethod
+    def of(cls, message: Any) -> Heard | None:
+        """Of a frame that has `heard_chars` or `heard_text`."""
+        said = cls(message.heard_chars, message.heard_text)
+        return None if said == cls() else said
 
 
 @dataclass(frozen=True, slots=True)

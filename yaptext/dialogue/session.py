@@ -1,57 +1,26 @@
-"""Sessions: what is remembered of one user between turns, and which turn is running."""
+"""A session: what is remembered of one user between turns."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from sys import getsizeof
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from yaptext.dialogue.heard import Heard
 from yaptext.dialogue.layout import Rounds
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.sessionfile import Kept, SessionFile
 from yaptext.dialogue.transcript import Transcript
-from yaptext.settings import Settings
 from yaptext.wire.frames import IdentifiedCall
 
 if TYPE_CHECKING:
     from yaptext.dialogue.tools import ToolSet
-    from yaptext.dialogue.turn import Turn
 
 SessionKey = tuple[str, str]
 """(name of the API key, session_id): nobody reaches another key's sessions."""
-_FLUSH_S = 5.0
 _SESSION_BYTES = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Of sessions in memory: in all, and of one key."""
-
-    sessions: int
-    ttl_s: float
-    bytes: int = 2**30
-    key_sessions: int = 2**31
-    key_bytes: int = 2**40
-
-    @classmethod
-    def of(cls, settings: Settings) -> Bounds:
-        of_key = min(settings.max_sessions_per_key or settings.max_sessions, settings.max_sessions)
-        mega = 2**20
-        return cls(
-            sessions=settings.max_sessions,
-            bytes=settings.max_sessions_mb * mega,
-            key_sessions=of_key,
-            key_bytes=min(settings.max_sessions_mb_per_key or settings.max_sessions_mb, settings.max_sessions_mb)
-            * mega,
-            ttl_s=settings.session_ttl_s,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +45,23 @@ class Asked:
         return [(call.name, call.arguments) for call in (*self.made, *self.calls)]
 
 
+class Running(Protocol):
+    """The turn that runs in a session. It is `over` once its last frame is out; the engine may take until `finished`
+    to let go. It waits for those in `waits_for`."""
+
+    number: int
+    over: bool
+    finished: asyncio.Event
+
+    @property
+    def session(self) -> Session: ...
+
+    @property
+    def waits_for(self) -> Sequence[Running]: ...
+
+    def cancel(self, heard: Heard | None = None) -> None: ...
+
+
 class Session:
     """One user of one key. It outlives its sockets; two sockets may share it."""
 
@@ -91,7 +77,7 @@ class Session:
         self.tools: ToolSet | None = None
         self.transcript = Transcript()
         self.turns = 0
-        self.current: Turn | None = None
+        self.current: Running | None = None
         self.asked: Asked | None = None
         """Calls whose results the last turn waits for."""
         self.warming: asyncio.Task[None] | None = None
@@ -112,181 +98,3 @@ class Session:
         """What it takes in memory, roughly, and no less; tools count in full in each session that shares them."""
         tools = self.tools.bytes if self.tools is not None else 0
         return _SESSION_BYTES + 2 * getsizeof(self.persona.text or "") + tools + self.transcript.bytes
-
-
-@dataclass(slots=True)
-class Held:
-    """Sessions, least recently used first, and what they take in memory."""
-
-    sessions: OrderedDict[SessionKey, Session] = field(default_factory=OrderedDict)
-    bytes: int = 0
-
-    def is_over(self, most: int, most_bytes: int) -> bool:
-        return len(self.sessions) > most or self.bytes > most_bytes
-
-
-class SessionStore:
-    """Sessions by key, least recently used first. Bounded in number, bytes and idle time, in all and for each key; a
-    session whose turn runs is never dropped. With a `file` a restart finds them again.
-
-    Who goes over the bounds of a key loses the key's oldest. Over those of all, a key that has too much does, else
-    the one that has most.
-    """
-
-    def __init__(
-        self,
-        bounds: Bounds,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        file: SessionFile | None = None,
-    ) -> None:
-        self.bounds, self._clock, self._file = bounds, clock, file
-        self.held = Held()
-        self._sessions = self.held.sessions
-        self._by_key: dict[str, Held] = {}
-        for age_s, kept in file.load() if file is not None else ():
-            self._restore(clock() - age_s, kept)
-
-    @classmethod
-    def of(cls, settings: Settings) -> SessionStore:
-        """The store of `SESSION_STORE`, with what its file holds. Blocks. Raises as `SessionFile.load` does."""
-        path, secret, bounds = settings.session_file, settings.session_store_key, Bounds.of(settings)
-        if path is None:
-            return cls(bounds)
-        secret_key = secret.get_secret_value() if secret else None
-        return cls(bounds, file=SessionFile(path, secret_key, max_sessions=bounds.sessions, ttl_s=bounds.ttl_s))
-
-    @property
-    def file_failing(self) -> bool:
-        """True while the file, where there is one, cannot be written."""
-        return self._file is not None and self._file.failing
-
-    @property
-    def trouble(self) -> str | None:
-        """Why the file cannot be written, in a sentence."""
-        return None if self._file is None else self._file.trouble
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def find(self, key: SessionKey) -> Session | None:
-        """The session, where it exists and has not expired."""
-        session = self._sessions.get(key) or self._take_late(key)
-        if session is None or (session.current is None and self._clock() - session.used_at > self.bounds.ttl_s):
-            return None
-        return session
-
-    def open(self, key: SessionKey) -> Session:
-        """The session, made where there is none. Counts as use; drops what is over the bounds."""
-        session = self.find(key)
-        if session is None:
-            self._remove(key)  # one that has expired
-            session = self._add(Session(key))
-        session.used_at = self._clock()
-        self._sessions.move_to_end(key)
-        self._by_key[session.key_name].sessions.move_to_end(key)
-        self._drop(session)
-        return session
-
-    def recent(self, within_s: float) -> list[Session]:
-        """Those used within the last seconds, the latest first."""
-        since = self._clock() - within_s
-        return [session for session in reversed(self._sessions.values()) if session.used_at >= since]
-
-    def keep(self, session: Session) -> None:
-        """To be called when a session has changed. Drops what is over the bounds now."""
-        if self._sessions.get(session.key) is session:
-            self._weigh(session)
-            self._drop(session)
-        if self._file is not None and not session.forgotten:
-            self._file.put(session)
-
-    def forget(self, key: SessionKey) -> tuple[Session | None, Future[None] | None]:
-        """Takes a session out, and has the file erase it, whether somebody waits for that or not. A turn that
-        still runs in it is not kept. The future is done when nothing can be read in the file; None without a file."""
-        if key not in self._sessions:
-            self._take_late(key)
-        session = self._remove(key)
-        if session is not None:
-            session.forgotten = True
-        return session, None if self._file is None else self._file.forget(key)
-
-    def start(self) -> None:
-        """Begins to write the file, once the engines' processes run."""
-        if self._file is not None:
-            self._file.start()
-
-    def close(self) -> None:
-        """Writes what the file lacks. Blocks, for a few seconds at most."""
-        if self._file is not None:
-            self._file.close(_FLUSH_S)
-
-    def _restore(self, used_at: float, kept: Kept) -> Session:
-        session = Session(kept.key)
-        session.used_at = used_at
-        kept.fill(session)
-        return self._add(session)
-
-    def _take_late(self, key: SessionKey) -> Session | None:
-        """A session that the file could only be asked for after the start. It was used before all that are here."""
-        late = self._file.take(key) if self._file is not None else None
-        if late is None:
-            return None
-        session = self._restore(*late)
-        for held in (self.held, self._by_key[session.key_name]):
-            held.sessions.move_to_end(key, last=False)
-        return session
-
-    def _add(self, session: Session) -> Session:
-        session.bytes = session.weigh()
-        for held in (self.held, self._by_key.setdefault(session.key_name, Held())):
-            held.sessions[session.key] = session
-            held.bytes += session.bytes
-        return session
-
-    def _remove(self, key: SessionKey) -> Session | None:
-        session = self._sessions.get(key)
-        if session is None:
-            return None
-        own = self._by_key[session.key_name]
-        for held in (self.held, own):
-            del held.sessions[key]
-            held.bytes -= session.bytes
-        if not own.sessions:
-            del self._by_key[session.key_name]
-        return session
-
-    def _weigh(self, session: Session) -> None:
-        more = session.weigh() - session.bytes
-        session.bytes += more
-        for held in (self.held, self._by_key[session.key_name]):
-            held.bytes += more
-
-    def _drop(self, newest: Session) -> None:
-        """Drops what has expired, and what is over the bounds."""
-        since, bounds = self._clock() - self.bounds.ttl_s, self.bounds
-        for session in list(itertools.takewhile(lambda session: session.used_at < since, self._sessions.values())):
-            if session.current is None and session is not newest:
-                self._remove(session.key)
-        while self._by_key[newest.key_name].is_over(bounds.key_sessions, bounds.key_bytes):
-            if not self._drop_oldest(newest.key_name, newest):
-                break
-        while self.held.is_over(bounds.sessions, bounds.bytes):
-            keys = len(self._by_key)
-            own = self._by_key[newest.key_name]
-            rich = own.is_over(bounds.sessions // keys, bounds.bytes // keys)
-            name = newest.key_name if rich else max(self._by_key, key=self._share)
-            if not self._drop_oldest(name, newest):
-                break
-
-    def _drop_oldest(self, key_name: str, newest: Session) -> bool:
-        """Drops the oldest of a key that is not in use, if there is one."""
-        for session in self._by_key[key_name].sessions.values():
-            if session.current is None and session is not newest:
-                self._remove(session.key)
-                return True
-        return False
-
-    def _share(self, key_name: str) -> float:
-        own = self._by_key[key_name]
-        return max(len(own.sessions) / self.bounds.sessions, own.bytes / self.bounds.bytes)

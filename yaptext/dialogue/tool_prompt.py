@@ -45,7 +45,7 @@ class ToolPrompts:
     """Builds the tool model's prompts. `history_tokens` bounds what they hold of the talk before."""
 
     def __init__(self, codec: Codec, history_tokens: int) -> None:
-        self._codec, self._history_tokens = codec, history_tokens
+        self._codec, self.history_tokens = codec, history_tokens
         self._heads: OrderedDict[bytes, Head] = OrderedDict()
 
     async def turn(
@@ -77,7 +77,7 @@ class ToolPrompts:
         """The last whole messages within the limit, beginning with the user's or with text that nobody said."""
         recent = list(messages[-16:])
         sizes = await head.layout.measure([(head.role(message), head.line(message)) for message in recent])
-        recent = recent[keep_recent(sizes, self._history_tokens) :]
+        recent = recent[keep_recent(sizes, self.history_tokens) :]
         while recent and recent[0].speaker in ("assistant", "tool"):
             recent = recent[1:]
         return recent

@@ -7,20 +7,22 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import msgspec
 import structlog
 from msgspec import UNSET, UnsetType
 
+from yaptext.dialogue import incoming
+from yaptext.dialogue import sampling as samplings
 from yaptext.dialogue.chat_prompt import Around
 from yaptext.dialogue.decision import Decision
-from yaptext.dialogue.heard import Spoken, heard_part
+from yaptext.dialogue.heard import Heard, Spoken, heard_part
 from yaptext.dialogue.layout import Called, Rounds
 from yaptext.dialogue.reply import Lines, Sentences
-from yaptext.dialogue.runtime import Stage
-from yaptext.dialogue.session import Asked, Session
+from yaptext.dialogue.runtime import Runtime
+from yaptext.dialogue.session import Asked, Running, Session
 from yaptext.dialogue.speakable import Speakable
 from yaptext.dialogue.tools import ToolSet
 from yaptext.dialogue.transcript import REMEMBERED_CHARS, cut_short
@@ -41,20 +43,6 @@ from yaptext.wire.frames import (
 
 _log = structlog.get_logger(__name__)
 _TOOL_ONLY_MESSAGES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """How much of a reply the user heard, as the client says it; nothing of both is all of it."""
-
-    chars: int | None = None
-    text: str | None = None
-
-    @classmethod
-    def of(cls, message: Any) -> Heard | None:
-        """Of a frame that has `heard_chars` or `heard_text`."""
-        said = cls(message.heard_chars, message.heard_text)
-        return None if said == cls() else said
 
 
 class TokenSink(Protocol):
@@ -80,14 +68,14 @@ class Turn:
 
     def __init__(
         self,
-        stage: Stage,
+        runtime: Runtime,
         session: Session,
         start: Start | ToolResult,
         *,
         ignored: Sequence[str] = (),
         send: Callable[[ServerMessage], None],
         tokens: Callable[[int], TokenSink],
-        after: Turn | None,
+        after: Running | None,
     ) -> None:
         """Merges the persona and takes the session's next number. The session's running turn and the one in `after`
         (the socket's last) are told to end, and this one waits for their `finished`. `ignored` are fields that the ack
@@ -100,7 +88,7 @@ class Turn:
         if isinstance(start, ToolResult):
             self._asked, returned = (
                 session.asked,
-                _returned(start, session.asked, stage.settings.tool_result_max_tokens),
+                _returned(start, session.asked, runtime.settings.tool_result_max_tokens),
             )
             if session.asked is not None:
                 self._results = [*session.asked.results, *map(_in_words, returned)]
@@ -110,16 +98,16 @@ class Turn:
             persona = session.persona.merge(start)
             tools = session.tools
             if not isinstance(start.tools, UnsetType):
-                tools = None if start.tools is None else stage.tool_sets.known(start.tools) or ToolSet(start.tools)
+                tools = None if start.tools is None else runtime.tool_sets.known(start.tools) or ToolSet(start.tools)
             session.tools = tools
             self._utterance = start.user_utterance
         session.asked = None
         if session.warming is not None:
             session.warming.cancel()
         self._persona = session.persona = persona
-        self._stage, self._session, self._start, self._send = stage, session, start, send
+        self._runtime, self._session, self._start, self._send = runtime, session, start, send
         self._ignored = list(ignored)
-        settings = stage.settings
+        settings = runtime.settings
         given = start if isinstance(start, Start) else Start(session_id=start.session_id, user_utterance=None)
         self._note = given.note or (self._asked.note if self._asked is not None else "")
         self._awaits = settings.await_tools if given.await_tools is None else given.await_tools
@@ -128,18 +116,18 @@ class Turn:
         self._speakable = Speakable() if speakable else None
         self._marks: list[tuple[int, int]] = []
         self._sent_chars = self._own_chars = self._unsent = 0
-        self._tools = session.tools or (stage.decider.tools if stage.decider else None)
+        self._tools = session.tools or (runtime.decider.tools if runtime.decider else None)
         session.turns += 1
         self.number = session.turns
         self._sink = tokens(self.number)
-        self._persona_text = stage.persona(session)
+        self._persona_text = runtime.persona(session)
         # With those that they wait for themselves: a turn whose socket goes ends without waiting.
-        self._after: list[Turn] = []
+        self.waits_for: list[Running] = []
         for turn in filter(None, (session.current, after)):
-            for earlier in (*turn._after, turn):
-                if earlier not in self._after and not earlier.finished.is_set():
-                    self._after.append(earlier)
-        for turn in self._after:
+            for earlier in (*turn.waits_for, turn):
+                if earlier not in self.waits_for and not earlier.finished.is_set():
+                    self.waits_for.append(earlier)
+        for turn in self.waits_for:
             turn.cancel()
         session.current = self
         self.finished: asyncio.Event = asyncio.Event()
@@ -161,13 +149,18 @@ class Turn:
         self._finish_reason: str | None = None
         self._decision: Decision | None = None
         self._failure: WireError | None = None
-        self._calls: list[IdentifiedCall] = []
+        self.calls: list[IdentifiedCall] = []
         self._waits_for_results = False
         """The turn ends with its calls: the client makes them, and goes on with what they return."""
 
     @property
     def session(self) -> Session:
         return self._session
+
+    @property
+    def is_cancelled(self) -> bool:
+        """True from the first `cancel` on."""
+        return self._cancelled_at is not None
 
     @property
     def warms_next(self) -> bool:
@@ -186,7 +179,7 @@ class Turn:
             return
         self._cancelled_at = time.perf_counter()
         self._heard = heard
-        if not self._begun and all(turn.over for turn in self._after):
+        if not self._begun and all(turn.over for turn in self.waits_for):
             self._begin()
         if self._begun:
             if self._task is not None:
@@ -203,13 +196,13 @@ class Turn:
         try:
             if self.over:
                 return  # cancelled before this first step
-            for turn in self._after:
+            for turn in self.waits_for:
                 await turn.finished.wait()
-            self._after.clear()
+            self.waits_for.clear()
             if not self._begun:
                 self._begin()
             if self._cancelled_at is None:
-                await self._answer()
+                await self.answer()
                 outcome = self._cut_as or self._end()
             else:
                 outcome = self._end_cancelled()
@@ -239,24 +232,24 @@ class Turn:
     def _begin(self) -> None:
         session, start, transcript = self._session, self._start, self._session.transcript
         self._begun = True
-        metrics = self._stage.metrics
+        metrics = self._runtime.metrics
         self._others, metrics.running_turns = metrics.running_turns, metrics.running_turns + 1
-        busiest = self._stage.engines.chat or self._stage.engines.tool
+        busiest = self._runtime.engines.chat or self._runtime.engines.tool
         self._backlog_ms = busiest.load().backlog_ms if busiest is not None else 0.0
         kind: Literal["start", "tool_result"] = "tool_result"
         if isinstance(start, Start):
             kind = "start"
-            told = self._stage.told(start)
+            told = incoming.told(self._runtime, start)
             if told is not None:
-                warmed = self._stage.take_warmed(session.key_name, told)
+                warmed = self._runtime.take_warmed(session.key_name, told.text)
                 transcript.replace(told.messages, warmed, remember=told.size <= REMEMBERED_CHARS)
             if (heard := Heard.of(start)) is not None:
-                transcript.cut_reply(heard.chars, heard.text, self._stage.settings.interrupted_mark)
+                transcript.cut_reply(heard.chars, heard.text, self._runtime.settings.interrupted_mark)
         elif self._utterance is not None and transcript.messages:
             last = transcript.messages[-1]
             if (last.speaker, last.text) == ("user", self._utterance):
                 del transcript.messages[-1]  # this turn goes on with it
-        self._send(self._stage.ack(kind, session, self._persona, self.number, self._seed, self._ignored))
+        self._send(self._runtime.ack(kind, session, self._persona, self.number, self._seed, self._ignored))
 
     @property
     def _seed(self) -> int:
@@ -265,17 +258,18 @@ class Turn:
             return given.seed
         return self._session.seed + self.number
 
-    async def _answer(self) -> None:
-        prompts, decider = self._stage.prompts, self._stage.decider
+    async def answer(self) -> None:
+        """From the ack to the last token. Like `release` and `pass_on` a point of a turn that a benchmark notes."""
+        prompts, decider = self._runtime.prompts, self._runtime.decider
         await asyncio.sleep(0)  # others' turn: a long history was parsed
         if self._utterance is not None:
-            self._utterance = await self._stage.utterance(self._utterance)
+            self._utterance = await self._runtime.utterance(self._utterance)
         if prompts is None:
             await self._decide()
             del self._session.transcript.messages[:-_TOOL_ONLY_MESSAGES]  # no chat prompt trims them
         elif decider is None:
             await self._chat()
-        elif self._stage.settings.concurrent_model_call:
+        elif self._runtime.settings.concurrent_model_call:
             await self._both_at_once()
         else:
             await self._decide()
@@ -305,12 +299,12 @@ class Turn:
             raise failure
 
     async def _decide(self) -> None:
-        decider, tools = self._stage.decider, self._tools
+        decider, tools = self._runtime.decider, self._tools
         assert decider is not None and tools is not None
         self._mark_queue()
         rounds = self._asked.rounds if self._asked is not None else 0
-        if not tools.names or self._utterance is None or rounds >= self._stage.settings.max_tool_rounds:
-            self._release(Decision([], 0.0))
+        if not tools.names or self._utterance is None or rounds >= self._runtime.settings.max_tool_rounds:
+            self.release(Decision([], 0.0))
             return
         messages = self._session.transcript.messages
         decision = await decider.decide(tools, messages, self._utterance, self._results)
@@ -318,24 +312,24 @@ class Turn:
             known = self._asked.all_calls
             new = [call for call in decision.calls if (call.name, call.arguments) not in known]
             decision = replace(decision, calls=new)
-        self._release(decision)
+        self.release(decision)
 
-    def _release(self, decision: Decision) -> None:
+    def release(self, decision: Decision) -> None:
         """Sends the decision, then the chat text that waited for it: one step, nothing comes between."""
         if self.over:
             return  # cut in the moment in which the decision came
         self._decision = decision
         awaited = self._tools.awaited if self._tools is not None else ()
         self._waits_for_results = any(self._awaits or call.name in awaited for call in decision.calls)
-        self._stage.metrics.decisions.labels(decision.reason or ("yes" if decision.calls else "no")).inc()
+        self._runtime.metrics.decisions.labels(decision.reason or ("yes" if decision.calls else "no")).inc()
         self._usage.tool_prompt_tokens = decision.prompt_tokens
         self._usage.tool_cached_tokens = decision.cached_tokens
         self._timings.tool_ms = round(decision.tool_ms, 2)
-        self._calls = [IdentifiedCall(f"call_{secrets.token_hex(6)}", c.name, c.arguments) for c in decision.calls]
+        self.calls = [IdentifiedCall(f"call_{secrets.token_hex(6)}", c.name, c.arguments) for c in decision.calls]
         self._send(
             ToolCall(
                 status="yes" if decision.calls else "no",
-                raw=self._calls,
+                raw=self.calls,
                 turn=self.number,
                 tool_ms=self._timings.tool_ms,
                 p=UNSET if decision.p is None else round(decision.p, 4),
@@ -344,15 +338,15 @@ class Turn:
         )
         held, self._held = self._held, None
         for delta in held or ():
-            self._pass_on(delta)
+            self.pass_on(delta)
 
     async def _chat(self) -> None:
         if self.over:
             return  # cut while it was decided, by a tool engine that failed in letting go
-        stage, prompts, engine = self._stage, self._stage.prompts, self._stage.engines.chat
+        runtime, prompts, engine = self._runtime, self._runtime.prompts, self._runtime.engines.chat
         assert prompts is not None and engine is not None
         messages = self._session.transcript.messages
-        now = stage.now()
+        now = runtime.now()
         if self._rounds:
             await self._bound_results()
         around = Around(self._note, self._results, self._rounds)
@@ -362,11 +356,11 @@ class Turn:
         room = engine.max_model_len - len(prompt)
         if room < 1:
             raise TextTooLong(f"the prompt is {len(prompt)} tokens; limit is {engine.max_model_len - 1}")
-        sampling = stage.sampling(self._start.sampling, self._seed, room, self._session.key_name)
+        sampling = samplings.sampling(runtime, self._start.sampling, self._seed, room, self._session.key_name)
         self._mark_queue()
         try:
             async with (
-                asyncio.timeout(stage.settings.chat_timeout_s or None),
+                asyncio.timeout(runtime.settings.chat_timeout_s or None),
                 aclosing(engine.stream(prompt, sampling)) as deltas,
             ):
                 await self._take(deltas, sampling)
@@ -376,17 +370,19 @@ class Turn:
     async def _bound_results(self) -> None:
         """Cuts what the last calls returned to its limit."""
         *before, last = self._rounds
-        cut = [replace(call, content=await self._stage.tool_result(call.content)) for call in last]
+        cut = [replace(call, content=await self._runtime.tool_result(call.content)) for call in last]
         self._rounds = [*before, cut]
         self._results = [*self._results[: len(self._results) - len(cut)], *map(_in_words, cut)]
 
     async def _take(self, deltas: AsyncIterator[Delta], sampling: Sampling) -> None:
         """Passes the reply on, up to its end: the engine's, a label of the next speaker, or a limit."""
-        stage, usage = self._stage, self._usage
-        assert stage.prompts is not None
-        most, thinks = stage.reply_tokens(self._start.sampling), sampling.reasoning is not None
-        lines = Lines() if stage.prompts.labelled else None
-        sentences = Sentences(soft) if (soft := stage.soft_limit(self._start.sampling)) is not None else None
+        runtime, usage = self._runtime, self._usage
+        assert runtime.prompts is not None
+        most, thinks = samplings.reply_tokens(runtime, self._start.sampling), sampling.reasoning is not None
+        lines = Lines() if runtime.prompts.labelled else None
+        sentences = (
+            Sentences(soft) if (soft := samplings.soft_limit(runtime, self._start.sampling)) is not None else None
+        )
         async for delta in deltas:
             usage.prompt_tokens, usage.cached_tokens = delta.prompt_tokens, delta.cached_tokens
             usage.completion_tokens += delta.tokens
@@ -402,7 +398,7 @@ class Turn:
             if self._held is not None:
                 self._held.append(told)
             else:
-                self._pass_on(told)
+                self.pass_on(told)
             if lines is not None and lines.over:
                 self._finish_reason = "stop"
                 return
@@ -410,7 +406,8 @@ class Turn:
                 self._finish_reason = self._finish_reason or "length"
                 return
 
-    def _pass_on(self, delta: Delta) -> None:
+    def pass_on(self, delta: Delta) -> None:
+        """Sends what the chat engine said, if the client is to have it."""
         text = delta.text
         if self.over or self._waits_for_results:
             return
@@ -459,7 +456,7 @@ class Turn:
         self._session.asked = Asked(
             self.number,
             self._utterance,
-            self._calls,
+            self.calls,
             made=() if before is None else [*before.made, *before.calls],
             results=self._results,
             done=self._rounds,
@@ -482,20 +479,22 @@ class Turn:
         self._send_done(
             finish_reason="cancelled", cancelled=True, cancel_ms=cancel_ms, tokens_sent=self._sink.sent_tokens
         )
-        self._stage.metrics.cancel_ms.observe(cancel_ms)
+        self._runtime.metrics.cancel_ms.observe(cancel_ms)
         heard = self._heard or Heard()
         reply, spoken = heard_part(sent, heard.chars, heard.text), None
         if self._speakable is not None:
             own, spoken = "".join(self._own), Spoken(sent, self._marks)
             own = own[: spoken.own(own, len(reply))]
             reply, spoken = own, Spoken(reply, self._marks)
-        self._add_turn(cut_short(reply, self._stage.settings.interrupted_mark) if reply.strip() else "", spoken=spoken)
+        self._add_turn(
+            cut_short(reply, self._runtime.settings.interrupted_mark) if reply.strip() else "", spoken=spoken
+        )
         return "cancelled"
 
     def _add_turn(self, reply: str, *, spoken: Spoken | None = None) -> None:
         transcript = self._session.transcript
         transcript.add_turn(self._utterance, reply, sent=self._sent, results=self._results, spoken=spoken)
-        transcript.bound(self._stage.history_bytes)
+        transcript.bound(self._runtime.history_bytes)
 
     def _send_done(self, **fields: Any) -> None:
         self._timings.total_ms = self._since_received()
@@ -506,18 +505,18 @@ class Turn:
         """The last step, whatever came before it."""
         if self._begun and outcome not in ("finished", "cancelled"):
             self._add_turn(self._sink.retract())
-        self._stage.sessions.keep(self._session)
+        self._runtime.sessions.keep(self._session)
         if self._session.current is self:
             # One that it still waited for ends a moment later: the next turn has to wait for that. Not one of another
             # session: it would never leave this one.
-            waited = (turn for turn in reversed(self._after) if turn._session is self._session)
+            waited = (turn for turn in reversed(self.waits_for) if turn.session is self._session)
             self._session.current = next((turn for turn in waited if not turn.finished.is_set()), None)
-        self._after.clear()
+        self.waits_for.clear()
         self.over = True
         self.finished.set()
         self._timings.total_ms = self._timings.total_ms or self._since_received()
-        self._stage.metrics.running_turns -= self._begun
-        self._stage.metrics.turn(outcome, self._usage, self._timings)
+        self._runtime.metrics.running_turns -= self._begun
+        self._runtime.metrics.turn(outcome, self._usage, self._timings)
         _log.info(
             "turn.finished",
             outcome=outcome,
@@ -532,7 +531,7 @@ class Turn:
             **msgspec.structs.asdict(self._usage),
             **msgspec.structs.asdict(self._timings),
         )
-        if self._stage.settings.log_text:
+        if self._runtime.settings.log_text:
             reply, decision = "".join(self._text), self._decision
             calls = None if decision is None else msgspec.to_builtins(decision.calls)
             session, said = self._session.session_id, self._utterance

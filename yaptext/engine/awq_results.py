@@ -1,7 +1,7 @@
-"""The shelf: AWQ folders that the quantizer finished, one model a row, and where the server finds them.
+"""What the quantizer made of each float model: finished AWQ folders, or why there are none.
 
-`STATE/awq/NAME-HASH/TIME/` is one result; it appears there whole, by a rename, with its manifest inside. The newest one
-counts. What begins with a dot is somebody's unfinished work.
+`STATE/awq/NAME-HASH/` is the row of a model, `TIME/` in it one result; it appears there whole, by a rename, with its
+manifest inside. The newest one counts. What begins with a dot is somebody's unfinished work.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 MANIFEST = "awq_metadata.json"
 """What was made of what and how, the verification, and every other file with its size and sha256."""
+FAILED = "failed.json"
+"""In the row of a model: the quantizer's last attempt, if it failed."""
 _RESULTS = "[0-9]*"
 _PIECES, _PIECE_BYTES = 64, 4096
 
@@ -27,6 +29,17 @@ class Finished:
 
     folder: Path
     manifest: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """What the quantizer could not make. `wanted` is what was to be made, of which source and by which code;
+    `failed_at` is UTC (ISO 8601)."""
+
+    wanted: dict[str, Any]
+    reason: str
+    exit_status: int
+    failed_at: str
 
 
 def row(state: Path, source: str) -> Path:
@@ -60,6 +73,19 @@ def finished(state: Path, source: str) -> Finished | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not ours, or damaged: the next older one may be whole
     return None
+
+
+def failed_attempt(state: Path, source: str) -> FailedAttempt | None:
+    """Why there are no AWQ weights of the float model `source`, if the quantizer wrote it down. An attempt at other
+    weights in the same folder does not count, nor does a file that cannot be read."""
+    try:
+        note = json.loads((row(state, source) / FAILED).read_text(encoding="utf-8"))
+        wanted, reason, status = note["wanted"], note["reason"], note["exit_status"]
+        found = FailedAttempt(wanted, str(reason), int(status), str(note["failed_at"]))
+        then = wanted["source"]["content"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if not is_folder(source) or then == content(Path(source)) else None
 
 
 def next_result(row: Path) -> Path:

@@ -66,26 +66,26 @@ class HubCodec:
         if backend is None:
             raise StartRefused(f"{type(tokenizer).__name__} is no fast tokenizer: the model needs a tokenizer.json")
         parts = _taken_apart(backend.to_str())
-        self._whole, self._content, self._cutter, self._control = (
+        self._whole, self._content, self._cutter, self.control = (
             parts.whole,
             parts.content,
             parts.cutter,
             parts.control,
         )
-        first = "".join(re.escape(character) for character in sorted({content[0] for content in self._control}))
+        first = "".join(re.escape(character) for character in sorted({content[0] for content in self.control}))
         self._begins_control = re.compile(f"[{first}]" if first else "(?!)")
         self.bounded_by_bytes = parts.bounded_by_bytes
         self._shown = tokenizer
-        self._template = ChatTemplate(tokenizer, fallback=template)
-        self.thinking, self.render = self._template.thinking, self._template.render
-        self.ticks, self.has_template = self._template.ticks, self._template.exists
+        self.template = ChatTemplate(tokenizer, fallback=template)
+        self.thinking, self.render = self.template.thinking, self.template.render
+        self.ticks, self.has_template = self.template.ticks, self.template.exists
         self.leading: list[int] = _leading(self._whole)
         own = tokenizer.eos_token_id
         self.end_ids: list[int] = sorted({*end_ids, *([] if own is None else [own])})
 
     @property
     def day(self) -> tuple[str, ...]:
-        return self._template.day
+        return self.template.day
 
     async def encode(self, text: str, *, place: Place = "inside") -> list[int]:
         return (await _encode(self._content[place], [text]))[0]
@@ -118,7 +118,7 @@ class HubCodec:
 
     def split(self, rendered: str) -> list[int | str]:
         return [
-            rendered[start:end].replace(_DISGUISE, "") if control is None else self._control[control]
+            rendered[start:end].replace(_DISGUISE, "") if control is None else self.control[control]
             for start, end, control in self._cut(rendered)
         ]
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub as every command uses it: its client, which failures are tried again, and each in one line.
+"""The Hugging Face Hub as every command uses it: its client, with each failure in one line.
 
 What the client itself reads from the environment counts: HF_ENDPOINT, HF_HUB_OFFLINE, proxies, timeouts, certificates.
 """
@@ -43,7 +43,7 @@ class Hub:
         self, settings: Settings, stays: type[YapError], passes: type[YapError], *, pause: Pause = time.sleep
     ) -> None:
         self.stays, self.passes, self._pause = stays, passes, pause
-        self._is_unit = settings.state_directory is not None
+        self._is_unit = is_unit(settings)
         self.is_watched = settings.log_format != "json" and sys.stderr.isatty()
         """A person reads standard error."""
         self.cache = prepare(settings)
@@ -126,6 +126,11 @@ def hub_token(settings: Settings) -> str | None:
     if token and not re.fullmatch(r"[!-~]+", token):
         raise SettingsError("HF_TOKEN=(hidden) is not allowed: a token is one word of printable ASCII")
     return token or None
+
+
+def is_unit(settings: Settings) -> bool:
+    """True in a unit of systemd, which says where its state folder is."""
+    return settings.state_directory is not None
 
 
 def endpoint() -> str:

@@ -57,7 +57,7 @@ class ChatTemplate:
         found = tokenizer.chat_template or fallback or {}
         self._sources: Mapping[str, str] = {"default": found} if isinstance(found, str) else dict(found)
         self.exists = bool(self._sources)
-        self._tokenizer, self._clock = tokenizer, clock
+        self._tokenizer, self.clock = tokenizer, clock
         self._formats = tuple(
             sorted({form for source in self._sources.values() for _, form in _FORMATS.findall(source)})
         )
@@ -96,7 +96,7 @@ class ChatTemplate:
         """What the template says of the date now. Whatever was rendered under another value is out of date."""
         if not self._dated:
             return ()
-        now = self._clock()
+        now = self.clock()
         return tuple(now.strftime(form) for form in self._formats or ("%Y-%m-%d",))
 
     def _source(self, tools: Any) -> str | None:
@@ -113,7 +113,7 @@ class ChatTemplate:
             given = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         more: dict[str, Any] = dict(switches)
         if "functions" in source:  # as a list in JSON: templates of before there were tools
-            more |= {"functions": json.dumps(tools or []), "datetime": self._clock().strftime("%Y-%m-%d")}
+            more |= {"functions": json.dumps(tools or []), "datetime": self.clock().strftime("%Y-%m-%d")}
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -122,7 +122,7 @@ class ChatTemplate:
                     chat_template=source,
                     tokenize=False,
                     add_generation_prompt=reply,
-                    strftime_now=lambda form: self._clock().strftime(form),
+                    strftime_now=lambda form: self.clock().strftime(form),
                     **more,
                 )
             )

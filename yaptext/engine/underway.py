@@ -1,4 +1,4 @@
-"""How far downloads are: a line that changes for a person, lines for the journal, and words for the supervisor."""
+"""How far downloads are: for a person a line that changes, for the journal lines, for the supervisor words."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import structlog
 
+from yaptext.engine.download_plan import File, Plan
 from yaptext.observe.systemd import notify
-
-if TYPE_CHECKING:
-    from yaptext.engine.download import File, Plan
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done, what was there before included, and the bytes in all; never by two threads at once.

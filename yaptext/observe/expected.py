@@ -10,7 +10,7 @@ LEVEL = "YAPTEXT_LOG_LEVEL"
 """Set in the environment of this process and its engines: the least level that is logged."""
 EXPECTED = {
     "vllm.config.vllm": (
-        # The service asks for this on CPU (engine/vllm/engine.py), on CUDA the operator does (ENFORCE_EAGER).
+        # The service asks for this on CPU (engine/vllm/arguments.py), on CUDA the operator does (ENFORCE_EAGER).
         "Enforce eager set,",
         "TORCH_COMPILE_DISABLE is set,",
         "Inductor compilation was disabled by user settings",
@@ -18,9 +18,9 @@ EXPECTED = {
         "Model Runner V2 requires Triton",
     ),
     "vllm.engine.arg_utils": (
-        # VLLM_ENABLE_V1_MULTIPROCESSING=0 (engine/vllm/engine.py). No random number of the service must be secret.
+        # VLLM_ENABLE_V1_MULTIPROCESSING=0 (engine/vllm/environment.py). No random number of the service must be secret.
         "The global random seed is set to",
-        # On CPU a prompt is computed whole (engine/vllm/engine.py).
+        # On CPU a prompt is computed whole (engine/vllm/arguments.py).
         "This model does not officially support disabling chunked prefill",
     ),
     "vllm.platforms.cpu": (

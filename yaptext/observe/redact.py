@@ -15,7 +15,7 @@ from structlog.typing import EventDict
 
 WORDS = "YAPTEXT_LOG_WORDS"
 """Set in the environment of this process and its engines where nothing is held back."""
-_serving = False
+is_serving = False
 _SAFE = (OSError, MemoryError)
 _SAFE_NAMES = {"OutOfMemoryError", "AcceleratorError", "EngineDeadError"}
 """Exceptions of torch and vLLM whose words are about the machine."""
@@ -23,8 +23,8 @@ _SAFE_NAMES = {"OutOfMemoryError", "AcceleratorError", "EngineDeadError"}
 
 def serving() -> None:
     """From now on what fails may be a conversation. Engine processes are always as careful, but at their start."""
-    global _serving  # noqa: PLW0603  # logging is one to a process, too
-    _serving = True
+    global is_serving  # noqa: PLW0603  # logging is one to a process, too
+    is_serving = True
 
 
 def is_engine() -> bool:
@@ -34,7 +34,7 @@ def is_engine() -> bool:
 def _held_back(record: logging.LogRecord) -> bool:
     if os.environ.get(WORDS):
         return False
-    return _serving or (is_engine() and "failed to start" not in str(record.msg))
+    return is_serving or (is_engine() and "failed to start" not in str(record.msg))
 
 
 def _wordless(error: BaseException) -> BaseException:

@@ -17,7 +17,7 @@ from yaptext.observe.expected import lower
 from yaptext.observe.redact import is_wanted
 
 _log = structlog.get_logger(__name__)
-_FILE_PAUSE_S = 10.0
+FILE_PAUSE_S = 10.0
 """How long a file that cannot be written is left alone: at the brink of a full disk every other line would fit."""
 
 
@@ -61,7 +61,7 @@ class ToFile(logging.Handler):
             self._write(line)
         except OSError as error:
             first, self._lost = not self._lost, self._lost + 1
-            self._retry_at = time.monotonic() + _FILE_PAUSE_S
+            self._retry_at = time.monotonic() + FILE_PAUSE_S
             self.failure = f"The log file {self._path} cannot be written: {error.strerror}."
             if first:
                 _log.error("log.file_failed", file=str(self._path), error=str(error))

@@ -21,7 +21,8 @@ import structlog
 
 import yaptext
 from yaptext.engine import awq_results
-from yaptext.engine.checkpoints import FAILED, FailedAttempt, is_unit
+from yaptext.engine.awq_results import FAILED, FailedAttempt
+from yaptext.engine.hub import is_unit
 from yaptext.errors import QuantizeError, QuantizeRefused
 from yaptext.quantize import compressor
 from yaptext.quantize.kept import TEMPLATES

@@ -44,7 +44,7 @@ def quantize(
     logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     dtype = dtype_that_holds(loaded := load(source, on_cuda=on_cuda))
-    model = search(loaded, blocks, group_size, quantizer=_quantizer(done, dtype))
+    model = search(loaded, blocks, group_size, quantizer=quantizer_class(done, dtype))
     del loaded
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -74,7 +74,7 @@ def search(
             calib_data=blocks,
             max_calib_samples=len(blocks),
             max_calib_seq_len=len(blocks[0]),
-            quantizer_cls=quantizer or _quantizer(lambda layer: None),
+            quantizer_cls=quantizer or quantizer_class(lambda layer: None),
             export_compatible=scales_alone,
             apply_clip=not scales_alone,
         )
@@ -107,7 +107,7 @@ def _wrapped(model: Any) -> Any:
     return Model(model, model.config.model_type, False, model.config, None, None)
 
 
-def _quantizer(done: Callable[[Layer], None], dtype: Any = None) -> type:
+def quantizer_class(done: Callable[[Layer], None], dtype: Any = None) -> type:
     """autoawq's quantizer, made safe on CPU, quick at clipping, and telling how far it is. Scales and biases are stored
     in `dtype`, which is half precision by default."""
     import torch
@@ -204,8 +204,8 @@ def _quantizer(done: Callable[[Layer], None], dtype: Any = None) -> type:
                     steps, shifts = (
                         part.repeat_interleave(self.group_size, 0) for part in (packed.scales, origin * packed.scales)
                     )
-                    packed.qweight = _packed(((linear.weight.data.t() + shifts) / steps).round())
-                    packed.qzeros = _packed(origin)
+                    packed.qweight = pack(((linear.weight.data.t() + shifts) / steps).round())
+                    packed.qzeros = pack(origin)
                     packed.scales = packed.scales.to(dtype)
                     linear.cpu()
                     set_op_by_name(module, name, packed.to(next(module.parameters()).device))
@@ -217,7 +217,7 @@ def _quantizer(done: Callable[[Layer], None], dtype: Any = None) -> type:
     return Quantizer
 
 
-def _packed(values: Any) -> Any:
+def pack(values: Any) -> Any:
     """Numbers from 0 to 15, [rows, columns], eight columns in an int32 each, [rows, columns/8], in `ORDER`."""
     import torch
 

@@ -25,8 +25,8 @@ from yaptext.dialogue.tool_prompt import ToolPrompts, dumps
 from yaptext.dialogue.tools import ToolSet
 from yaptext.dialogue.transcript import Message
 from yaptext.engine.base import Codec, Role
-from yaptext.engine.checkpoints import stays
 from yaptext.engine.hub import hub_token
+from yaptext.engine.model_config import stays
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError, YapError
 from yaptext.files import read_file
 from yaptext.settings import Settings
@@ -43,7 +43,7 @@ _TEXT_CHARS = 2000
 _PIECES = re.compile(rf".{{1,{_TEXT_CHARS}}}(?:\s|$)|.{{{_TEXT_CHARS}}}", re.DOTALL)
 """A long paragraph in pieces, cut behind its words where it has some."""
 _HUB_ROWS = 4096
-_FILE_BYTES = 256 * 2**20
+MAX_FILE_BYTES = 256 * 2**20
 """Most of one file: all of it is read at once, and a few MB are what a job takes samples from."""
 
 
@@ -133,7 +133,7 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
         if not files:
             raise SettingsError(f"AWQ_CALIBRATION={source} holds no .txt or .jsonl file")
         for name, file in files.items():
-            yield name, read_file(file, _FILE_BYTES) if isinstance(file, Path) else file.read_bytes()
+            yield name, read_file(file, MAX_FILE_BYTES) if isinstance(file, Path) else file.read_bytes()
     except OSError as error:
         raise SettingsError(f"AWQ_CALIBRATION={source} cannot be read: {error}") from None
 

@@ -25,6 +25,7 @@ from yaptext.quantize import compressor_child
 from yaptext.quantize.kept import copy_kept
 from yaptext.quantize.plan import Layer
 from yaptext.quantize.recipes import RECIPES
+from yaptext.quantize.source import architecture
 
 VERSION = "0.14.0.1"
 """As pinned in pyproject.toml: the child uses internals of it."""
@@ -64,6 +65,8 @@ def quantize(
     Raises `QuantizeRefused` if that is more than rounding errors explain, `MemoryError`, `QuantizeDelayed` if the child
     was killed, and `QuantizeError` for what else it ended with.
     """
+    from transformers import AutoConfig
+
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     recipe = RECIPES[config["model_type"]]
     request = {
@@ -72,6 +75,7 @@ def quantize(
         "blocks": blocks,
         "group_size": group_size,
         "cuda": on_cuda,
+        "architecture": architecture(AutoConfig.from_pretrained(source, trust_remote_code=False)).__name__,
         "groups": recipe.groups,
         "ignored": recipe.ignored,
         "renamed": recipe.renamed,

@@ -3,9 +3,9 @@
     PYTHONPATH=WHEELS python -P compressor_child.py < REQUEST
 
 The request is one JSON object: `source` and `target` (folders), `blocks` (token ids, in samples of one length),
-`group_size`, `cuda`, and of a recipe (recipes.py) `groups`, `ignored` and `renamed`. On standard output come JSON
-objects, one a line: {"layer": 3, "layers": 24} after each layer, {"moved": KL} of scaling alone, at the end
-{"done": true}, or {"error": type, "text": line}.
+`group_size`, `cuda`, `architecture` (a class of transformers), and of a recipe (recipes.py) `groups`, `ignored` and
+`renamed`. On standard output come JSON objects, one a line: {"layer": 3, "layers": 24} after each layer, {"moved": KL}
+of scaling alone, at the end {"done": true}, or {"error": type, "text": line}.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import re
 import signal
 import sys
 import warnings
-from pathlib import Path
 from typing import Any, TextIO
 
 DTYPE = "bfloat16"
 """Of what stays unquantized, and of the scales."""
-_LAYER = r"(model\.|language_model\.)*layers\.\d+"
+LAYER = r"(model\.|language_model\.)*layers\.\d+"
 _LOOKED_AT = 128
 """Tokens on which scaling alone is measured."""
 
@@ -73,15 +72,14 @@ def _quantize(request: dict[str, Any], out: TextIO) -> None:
             return True
 
         def on_sequential_epoch_end(self, state: Any, event: Any, **kwargs: Any) -> None:
-            self.told += 1
-            if self.told <= self.layers:  # after them comes the head
+            if 0 < self.told <= self.layers:  # what comes first is before the layers
                 _tell(out, layer=self.told, layers=self.layers)
+            self.told += 1
 
     device = torch.device("cuda:0" if request["cuda"] else "cpu")
     if not request["cuda"]:
         IntermediatesCache.pin_memory = lambda *_: None  # which fails if there is no card to copy to
-    config = json.loads(Path(request["source"], "config.json").read_text(encoding="utf-8"))
-    kind = getattr(transformers, config["architectures"][0])
+    kind = getattr(transformers, request["architecture"])
     dtype = "auto" if request["cuda"] else torch.float32
     model = kind.from_pretrained(request["source"], dtype=dtype, trust_remote_code=False).eval()
     linearize_moe(model)
@@ -106,7 +104,7 @@ def _quantize(request: dict[str, Any], out: TextIO) -> None:
         "strategy": "group",
         "group_size": request["group_size"],
     }
-    layers = [name for name, _ in model.named_modules() if re.fullmatch(_LAYER, name)]
+    layers = [name for name, _ in model.named_modules() if re.fullmatch(LAYER, name)]
     groups = [group for layer in layers for group in _groups(model.get_submodule(layer), layer, request["groups"])]
     oneshot(
         model=model,

@@ -19,8 +19,10 @@ import huggingface_hub as client  # loads its parts, and reads its variables, at
 import structlog
 
 from yaptext.engine import header
+from yaptext.engine.bars import bars
 from yaptext.engine.base import Role
-from yaptext.engine.download import Read, bars, bring, plan
+from yaptext.engine.download import bring
+from yaptext.engine.download_plan import Read, plan
 from yaptext.engine.hub import Hub, Pause, cache, client_errors, hub_token, is_unanswered, reason_of
 from yaptext.engine.underway import Progress
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError

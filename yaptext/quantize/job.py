@@ -28,6 +28,7 @@ import structlog
 from yaptext.engine import awq_results, checkpoints, demo
 from yaptext.engine import hub as hubs
 from yaptext.engine.base import Role
+from yaptext.engine.weight_kind import kind_of
 from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused, SettingsError, YapError
 from yaptext.observe.systemd import notify
 from yaptext.quantize import attempt, fault
@@ -88,12 +89,12 @@ def run(settings: Settings, options: Options) -> None:
         return
     if not (options.force or options.again):
         for task in todo:
-            failed = checkpoints.failed_attempt(settings.state, task.source)
+            failed = awq_results.failed_attempt(settings.state, task.source)
             if failed is not None and attempt.is_same(failed, _wanted(settings, task, options)):
                 _clear_if_free(settings, wanted)
                 raise attempt.repeated(settings, task.source, task.name, failed)
     with _locked(settings.state), _ended_by_signals() as check_signals:
-        _clear(settings, wanted)
+        clear(settings, wanted)
         if unpushed:
             from yaptext.quantize import hub
 
@@ -102,8 +103,8 @@ def run(settings: Settings, options: Options) -> None:
             if (reason := _reason(settings, task, options)) is None:
                 continue  # another job was quicker, and has ended
             _log.info("quantize.begun", model=task.name, roles=task.roles, reason=reason)
-            _make(settings, task, options, check_signals)
-            _clear(settings, [task])
+            make(settings, task, options, check_signals)
+            clear(settings, [task])
         for task in unpushed:
             _push(settings, task)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -211,13 +212,13 @@ def _is_awq(settings: Settings, task: Task) -> bool:
 
     if task.demo:
         return False
-    if checkpoints.kind_of(task.source, hub.peek_config(task.source, settings), hubs.cache(settings)) != "awq":
+    if kind_of(task.source, hub.peek_config(task.source, settings), hubs.cache(settings)) != "awq":
         return False
     _log.info("quantize.given", model=task.name, reason="it has AWQ weights already")
     return True
 
 
-def _clear(settings: Settings, tasks: list[Task]) -> None:
+def clear(settings: Settings, tasks: list[Task]) -> None:
     """Deletes what killed jobs left: unfinished folders of any model, and results that a newer one has replaced.
     For who holds the lock."""
     for leftover in _leftovers(settings, tasks):
@@ -227,7 +228,7 @@ def _clear(settings: Settings, tasks: list[Task]) -> None:
 def _clear_if_free(settings: Settings, tasks: list[Task]) -> None:
     if _leftovers(settings, tasks):
         with suppress(YapError), _locked(settings.state):  # what lies there may be another job's work
-            _clear(settings, tasks)
+            clear(settings, tasks)
 
 
 def _leftovers(settings: Settings, tasks: list[Task]) -> list[Path]:
@@ -241,7 +242,7 @@ def _leftovers(settings: Settings, tasks: list[Task]) -> list[Path]:
 # --- making one
 
 
-def _make(settings: Settings, task: Task, options: Options, check_signals: Callable[[], None]) -> None:
+def make(settings: Settings, task: Task, options: Options, check_signals: Callable[[], None]) -> None:
     """Quantizes one model and puts the result on the shelf. Raises `YapError`; nothing half-made is left, and a failure
     that would come again is remembered."""
     row = awq_results.row(settings.state, task.source)
@@ -250,12 +251,12 @@ def _make(settings: Settings, task: Task, options: Options, check_signals: Calla
     partial = row / f".partial-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     try:
         partial.mkdir(parents=True)
-        _fill(settings, task, options, partial, wanted, check_signals)
+        fill(settings, task, options, partial, wanted, check_signals)
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         result = partial.rename(awq_results.next_result(row))
-        _sync(row)
-        _sync(row.parent)
+        sync(row)
+        sync(row.parent)
     except Exception as error:  # autoawq, torch and the writers raise what they like
         check_signals()  # a library may have made another error of one
         failure = error if isinstance(error, YapError) else fault.named(error, task.name, row)
@@ -273,7 +274,7 @@ def _make(settings: Settings, task: Task, options: Options, check_signals: Calla
     _log.info("quantize.kept", model=task.name, folder=str(result))
 
 
-def _fill(
+def fill(
     settings: Settings,
     task: Task,
     options: Options,
@@ -298,7 +299,7 @@ def _fill(
         config = hub.peek_config(task.source, settings)
         if not awq_results.is_folder(task.source):
             wanted["source"]["revision"] = hub.cached_revision(task.source, settings)
-        kind = checkpoints.kind_of(task.source, config, hubs.cache(settings))
+        kind = kind_of(task.source, config, hubs.cache(settings))
         if kind != "float":
             made = "quantized" if kind == "other" else kind
             raise QuantizeRefused(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
@@ -440,7 +441,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

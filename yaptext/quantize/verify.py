@@ -86,29 +86,29 @@ class Reference:
         check_finite(model)
         blocks = len(held_out)
         done(0, 2 * blocks)
-        self.float = self._measure(model, on_cuda, lambda block: done(block, 2 * blocks))
+        self.float = self.measure(model, on_cuda, lambda block: done(block, 2 * blocks))
         for _, weight in quantized_weights(model, kept):
             weight.data = rounded(weight.data, group_size)
-        self.rounding = self._measure(model, on_cuda, lambda block: done(blocks + block, 2 * blocks))
+        self.rounding = self.measure(model, on_cuda, lambda block: done(blocks + block, 2 * blocks))
 
     def compare(self, quantized: Path, done: Done = _untold) -> Report:
         """Measures the AWQ checkpoint in the folder `quantized`."""
         model = load(self._folder, on_cuda=self._on_cuda, stored=decoded(quantized))
         weights = sum(parameter.numel() for parameter in model.parameters())
-        awq_bytes = _weight_bytes(quantized)
+        awq_bytes = weight_bytes(quantized)
         blocks = len(self._held_out)
         done(0, blocks)
         return Report(
             tokens=sum(map(len, self._held_out)),
             float_=self.float,
-            awq=self._measure(model, self._on_cuda, lambda block: done(block, blocks)),
+            awq=self.measure(model, self._on_cuda, lambda block: done(block, blocks)),
             rounding=self.rounding,
-            float_bytes=_weight_bytes(self._folder),
+            float_bytes=weight_bytes(self._folder),
             awq_bytes=awq_bytes,
             bytes_per_weight=round(awq_bytes / weights, 3),
         )
 
-    def _measure(self, model: Any, on_cuda: bool, done: Callable[[int], None]) -> Quality:
+    def measure(self, model: Any, on_cuda: bool, done: Callable[[int], None]) -> Quality:
         """The first call's answers are the reference of those after it. `done` is called with the blocks measured."""
         import torch
 
@@ -260,5 +260,5 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in _weight_files(folder))

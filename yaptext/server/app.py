@@ -23,9 +23,9 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from yaptext.build import build
-from yaptext.dialogue import persona
-from yaptext.dialogue.runtime import Stage
-from yaptext.dialogue.session import SessionStore
+from yaptext.dialogue import persona, warming
+from yaptext.dialogue.runtime import Runtime
+from yaptext.dialogue.session_store import SessionStore
 from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import Engines
 from yaptext.errors import (
@@ -79,7 +79,7 @@ class Service:
     """What requests share; lives in the lifespan state."""
 
     settings: Settings
-    stage: Stage
+    runtime: Runtime
     admission: Admission
     lobby: Lobby
     keys: Keys
@@ -90,24 +90,24 @@ class Service:
 
     async def alive(self) -> bool:
         try:
-            for engine in self.stage.engines.distinct.values():
+            for engine in self.runtime.engines.distinct.values():
                 await engine.check()
         except EngineDead:
             return False
         return self.lifecycle.phase != "dead"
 
     def refresh_gauges(self) -> None:
-        metrics = self.stage.metrics
+        metrics = self.runtime.metrics
         metrics.connections.set(len(self.admission.connections))
-        metrics.sessions.set(len(self.stage.sessions))
-        metrics.session_bytes.set(self.stage.sessions.held.bytes)
-        metrics.session_file_failing.set(self.stage.sessions.file_failing)
+        metrics.sessions.set(len(self.runtime.sessions))
+        metrics.session_bytes.set(self.runtime.sessions.held.bytes)
+        metrics.session_file_failing.set(self.runtime.sessions.file_failing)
         metrics.tasks.set(len(asyncio.all_tasks()))
         metrics.connections_max.set(self.admission.fitting)
         metrics.reload_failed.set(self.lifecycle.reload is not None and not self.lifecycle.reload.ok)
         for pulse in self.lifecycle.pulses:
             metrics.engine_silent.labels(pulse.role).set(pulse.silent_since is not None)
-        for role, engine in self.stage.engines.distinct.items():
+        for role, engine in self.runtime.engines.distinct.items():
             load = engine.load()
             metrics.engine_running.labels(role).set(load.running)
             metrics.engine_requests.labels(role).set(load.requests)
@@ -116,7 +116,7 @@ class Service:
 
 
 def open_vllm(settings: Settings) -> Engines:
-    from yaptext.engine.vllm.engine import open_engines  # seconds of imports, only where it serves
+    from yaptext.engine.vllm.startup import open_engines  # seconds of imports, only where it serves
 
     return open_engines(settings)
 
@@ -139,8 +139,8 @@ def create_app(
             engines = open_engines(settings)
         try:
             with lifecycle.starting():
-                stage = await Stage.open(settings, engines, tools, sessions)
-                await _warm_up(stage)
+                runtime = await Runtime.open(settings, engines, tools, sessions)
+                await _warm_up(runtime)
             gc.collect()
             gc.freeze()  # what is here now stays: a full collection need not look at it while streams wait
             busiest = engines.chat or engines.tool
@@ -152,19 +152,19 @@ def create_app(
                 max_backlog_ms=settings.max_backlog_ms,
                 load=busiest.load,
                 cache_tokens=settings.kv_overcommit * busiest.cache_tokens,
-                session_tokens=lambda: stage.metrics.session_tokens,
+                session_tokens=lambda: runtime.metrics.session_tokens,
             )
             lobby = Lobby(pending, settings.handshake_timeout_s)
-            rewarming = lifecycle.while_ready(stage.rewarm(most))
+            rewarming = lifecycle.while_ready(warming.rewarm(runtime, most))
             troubles = lifecycle.keep_told(lambda: list(filter(None, (sessions.trouble, logs.file_failure()))))
             watching = lifecycle.watching(
-                engines, admission, settings.watchdog_s, stage.keep_warm(), rewarming, troubles
+                engines, admission, settings.watchdog_s, warming.keep_warm(runtime), rewarming, troubles
             )
             reload = partial(_reload, settings, keys, lifecycle)
             async with watching, keys.reloading(on_hangup=settings.reloads, reload=reload):
                 refusals = Sparing(_log.info, settings.log_address)
                 since = time.monotonic()
-                service = Service(settings, stage, admission, lobby, keys, lifecycle, refusals, described, since)
+                service = Service(settings, runtime, admission, lobby, keys, lifecycle, refusals, described, since)
                 yield {"service": service}
         finally:
             at_once = lifecycle.phase == "dead"
@@ -222,11 +222,11 @@ def _keys(settings: Settings) -> Keys:
     return Keys(settings.own_key, settings.key_file, limits, failures_per_minute=settings.failed_keys_per_minute)
 
 
-async def _warm_up(stage: Stage) -> None:
+async def _warm_up(runtime: Runtime) -> None:
     """Raises `StartError`."""
     begun = time.monotonic()
     try:
-        await stage.prime()
+        await warming.prime(runtime)
     except WireError as error:
         raise StartError(f"the warm-up turn failed: {error}") from error
     _log.info("engines.warm", seconds=round(time.monotonic() - begun, 1))
@@ -256,7 +256,7 @@ async def readyz(request: Request) -> Response:
 async def status(request: Request) -> Response:
     service: Service = request.state.service
     _identify(request)
-    engines, phase = service.stage.engines, service.lifecycle.phase
+    engines, phase = service.runtime.engines, service.lifecycle.phase
     silence = service.lifecycle.silence
     running = _SILENT if silence is not None else "degraded" if engines.lacking else "running"
     loads = {role: (engine, engine.load()) for role, engine in engines.distinct.items()}
@@ -275,14 +275,14 @@ async def status(request: Request) -> Response:
             "concurrent_model_call": service.settings.concurrent_model_call,
             "demo": engines.demo,
             "connections": msgspec.to_builtins(service.admission.capacity),
-            "session_tokens": round(service.stage.metrics.session_tokens),
-            "sessions": len(service.stage.sessions),
-            "session_bytes": service.stage.sessions.held.bytes,
-            "session_bytes_max": service.stage.sessions.bounds.bytes,
-            "session_file_failing": service.stage.sessions.file_failing,
-            "models": msgspec.to_builtins(service.stage.models),
+            "session_tokens": round(service.runtime.metrics.session_tokens),
+            "sessions": len(service.runtime.sessions),
+            "session_bytes": service.runtime.sessions.held.bytes,
+            "session_bytes_max": service.runtime.sessions.bounds.bytes,
+            "session_file_failing": service.runtime.sessions.file_failing,
+            "models": msgspec.to_builtins(service.runtime.models),
             "personas": list(persona.styles()),
-            "prompt": service.stage.prompt_facts,
+            "prompt": service.runtime.prompt_facts,
             "engines": {
                 role: {
                     "model": engine.model,
@@ -308,7 +308,7 @@ async def metrics(request: Request) -> Response:
         _identify(request)
     else:
         check_host(request)
-    return Response(service.stage.metrics.exposition(service.refresh_gauges), media_type=CONTENT_TYPE)
+    return Response(service.runtime.metrics.exposition(service.refresh_gauges), media_type=CONTENT_TYPE)
 
 
 async def describe(request: Request) -> Response:
@@ -336,7 +336,7 @@ async def converse(websocket: WebSocket) -> None:
         account = service.keys.identify(websocket)
         if service.lifecycle.phase == "draining":
             raise service.lifecycle.going_away()
-        connection = Connection(websocket, service.stage, account)
+        connection = Connection(websocket, service.runtime, account)
         with account.slot(connection), service.admission.slot(connection):
             await websocket.accept()
             ending = await connection.serve()
@@ -347,7 +347,7 @@ async def converse(websocket: WebSocket) -> None:
 
 
 async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) -> None:
-    service.stage.metrics.errors.labels(refusal.code).inc()
+    service.runtime.metrics.errors.labels(refusal.code).inc()
     service.refusals.tell("connection.refused", _address(websocket), error_code=refusal.code)
     capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else UNSET
     frame = encode(error_frame(refusal, capacity=capacity))

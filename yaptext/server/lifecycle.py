@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from yaptext.server.ws.connection import Connection
 
 _log = structlog.get_logger(__name__)
-_WATCH_S = 0.5
-_PROBE_EVERY_S = 15.0
+WATCH_S = 0.5
+PROBE_EVERY_S = 15.0
 """Engines are asked for a token at least so often, and twice in the time of the supervisor's watchdog."""
 _MOST_STATUS_BYTES = 1000
 """systemd drops a message of over 4096 bytes."""
@@ -111,7 +111,7 @@ class Lifecycle:
             if (found := look()) != self.troubles:
                 self.troubles = found
                 self.tell()
-            await asyncio.sleep(_WATCH_S)
+            await asyncio.sleep(WATCH_S)
 
     @contextmanager
     def reloading(self) -> Iterator[list[str]]:
@@ -154,7 +154,7 @@ class Lifecycle:
     ) -> AsyncIterator[None]:
         """While the block runs, a dead engine ends every turn and the process, one that does not answer is told, and
         the supervisor's watchdog (`watchdog_s`) is fed as long as every engine answers. `more` runs beside these."""
-        every_s = min(_PROBE_EVERY_S, watchdog_s / 2) if watchdog_s else _PROBE_EVERY_S
+        every_s = min(PROBE_EVERY_S, watchdog_s / 2) if watchdog_s else PROBE_EVERY_S
         self.pulses = [Pulse(role, engine, self.tell) for role, engine in engines.distinct.items()]
         watches = [self._watch(engines, admission), *more, *self._probes(every_s)]
         tasks = [asyncio.create_task(self._guard(watch)) for watch in watches]
@@ -212,7 +212,7 @@ class Lifecycle:
                     await _all_left(admission, 1)
                     self.exit_requested.set()
                     return
-            await asyncio.sleep(_WATCH_S)
+            await asyncio.sleep(WATCH_S)
 
     async def drain(self, admission: Admission, timeout_s: float) -> None:
         """Refuses new sockets, lets running turns finish within the time, then sends everyone away, one by one.
@@ -251,7 +251,7 @@ def _silence_uvicorn() -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)
 
 
-def _of_start(record: Record, warnings: list[str]) -> list[str]:
+def of_start(record: Record, warnings: list[str]) -> list[str]:
     """For the supervisor's status: what was not usual about a start."""
     told = [] if record.is_usual else [f"Started after {record.after}."]
     if warnings:
@@ -346,7 +346,7 @@ class Server(uvicorn.Server):
         self.lifecycle.start_s = time.monotonic() - begun
         self._record.keep(self.lifecycle.start_s)
         warnings = logs.attention()
-        self.lifecycle.start_told = _of_start(self._record, warnings)
+        self.lifecycle.start_told = of_start(self._record, warnings)
         redact.serving()
         self.lifecycle.tell("READY=1")
         if self._stop_signal is not None:  # it came during an import that swallows every exception
@@ -359,8 +359,8 @@ class Server(uvicorn.Server):
             version=build().version,
             commit=build().commit,
             address=self.lifecycle.address,
-            models=msgspec.to_builtins(service.stage.models),
-            weights={role: engine.weights for role, engine in service.stage.engines.distinct.items()},
+            models=msgspec.to_builtins(service.runtime.models),
+            weights={role: engine.weights for role, engine in service.runtime.engines.distinct.items()},
             connections=service.admission.fitting,
             after=self._record.after,
             warnings=warnings,

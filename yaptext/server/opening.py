@@ -43,25 +43,25 @@ class Opening:
 
     def __init__(self, listeners: Sequence[socket.socket], expected_s: float | None) -> None:
         self._listeners, self._expected_s = listeners, expected_s
-        self._begun = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="opening", daemon=True)
+        self.begun = time.monotonic()
+        self.thread = threading.Thread(target=self._run, name="opening", daemon=True)
 
     def __enter__(self) -> Self:
         for listener in self._listeners:
             listener.setblocking(False)
         self._wake, self._woken = socket.socketpair()
-        self._thread.start()
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._wake.close()
-        self._thread.join()
+        self.thread.join()
         self._woken.close()
 
     @property
     def retry_after_s(self) -> int:
         """Whole seconds until the service is likely to be ready."""
-        passed = time.monotonic() - self._begun
+        passed = time.monotonic() - self.begun
         left = _UNKNOWN_WAIT_S if self._expected_s is None else self._expected_s - passed
         if (download := underway()) is not None:
             return math.ceil(min(max(_UNKNOWN_WAIT_S, download.left_s or 0), _LONGEST_DOWNLOAD_WAIT_S))

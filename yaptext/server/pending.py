@@ -31,7 +31,7 @@ class Lobby:
         self.limit, self._timeout_s = limit, timeout_s
         self._waiting: dict[asyncio.Transport, tuple[asyncio.TimerHandle, str]] = {}
         """With the name of its crowd."""
-        self._crowds: dict[str, dict[asyncio.Transport, None]] = {}
+        self.crowds: dict[str, dict[asyncio.Transport, None]] = {}
         """Those that have had an answer, and by address those that have not; in each the oldest first."""
         self._cut, self._told_at = 0, -_TELL_EVERY_S
 
@@ -47,11 +47,11 @@ class Lobby:
         now_in = _ANSWERED if answered else crowd or _address(transport)
         if now_in != crowd:
             self._leave_crowd(transport, crowd)
-            self._crowds.setdefault(now_in, {})[transport] = None
+            self.crowds.setdefault(now_in, {})[transport] = None
         # abort: a close would wait for ever for a client to read what is buffered.
         self._waiting[transport] = loop.call_later(self._timeout_s, transport.abort), now_in
         if len(self._waiting) > self.limit:
-            oldest = next(iter(self._crowds.get(_ANSWERED) or max(self._crowds.values(), key=len)))
+            oldest = next(iter(self.crowds.get(_ANSWERED) or max(self.crowds.values(), key=len)))
             self.leave(oldest)
             oldest.abort()
             self._tell(loop.time())
@@ -63,10 +63,10 @@ class Lobby:
             self._leave_crowd(transport, crowd)
 
     def _leave_crowd(self, transport: asyncio.Transport, name: str) -> None:
-        crowd = self._crowds.get(name, {})
+        crowd = self.crowds.get(name, {})
         crowd.pop(transport, None)
         if not crowd:
-            self._crowds.pop(name, None)
+            self.crowds.pop(name, None)
 
     def _tell(self, now: float) -> None:
         self._cut += 1

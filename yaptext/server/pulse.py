@@ -12,14 +12,14 @@ from yaptext.engine.base import DECIDE, Engine, Sampling, exhaust
 from yaptext.errors import EngineFailed
 
 _log = structlog.get_logger(__name__)
-_SILENT_S = 5.0
+SILENT_S = 5.0
 """A question that waits for so long without a sign of life from the engine is a silence."""
-_BACKLOG_TIMES, _MOST_S = 4.0, 40.0
-"""So much longer, in times of the backlog, but never over `_MOST_S`: on CPU one step computes thousands of tokens of
+_BACKLOG_TIMES, MOST_S = 4.0, 40.0
+"""So much longer, in times of the backlog, but never over `MOST_S`: on CPU one step computes thousands of tokens of
 waiting prompts, and the question has to wait for it (the demo model, six prompts of 2,965 tokens on a busy core: the
 first token after 13 s, the last after more than 60). The backlog is told by the engine's best speed and a mean share of
-cached tokens. A watchdog of a minute kills soon after `_MOST_S`."""
-_LOOK_S = 0.5
+cached tokens. A watchdog of a minute kills soon after `MOST_S`."""
+LOOK_S = 0.5
 
 
 class Pulse:
@@ -50,8 +50,8 @@ class Pulse:
         before: tuple[float, ...] | None = None
         question = asyncio.create_task(self._token())
         try:
-            while not (await asyncio.wait([question], timeout=_LOOK_S))[0]:
-                waited_s += _LOOK_S
+            while not (await asyncio.wait([question], timeout=LOOK_S))[0]:
+                waited_s += LOOK_S
                 load = self._engine.load()
                 # Of the engine's last step. While the question is open a stream runs, so these are told as they are.
                 signs = load.prefill_tokens_per_s, load.kv_use, load.requests
@@ -93,4 +93,4 @@ class Pulse:
 
 
 def _patience_s(backlog_ms: float) -> float:
-    return min(_MOST_S, _SILENT_S + _BACKLOG_TIMES * backlog_ms / 1000)
+    return min(MOST_S, SILENT_S + _BACKLOG_TIMES * backlog_ms / 1000)

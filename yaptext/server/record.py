@@ -14,7 +14,7 @@ import msgspec
 
 _FILE = "start.json"
 _MAX_BYTES = 16_384
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ENDS = {"stop": "a stop", "engine": "the death of an engine", None: "the end of a process that was killed or crashed"}
 
 Ending = Literal["stop", "engine"]
@@ -80,5 +80,5 @@ class Record:
 
 def _boot_id() -> str:
     with suppress(OSError):
-        return _BOOT_ID.read_text().strip()
+        return BOOT_ID.read_text().strip()
     return ""

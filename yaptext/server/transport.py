@@ -228,7 +228,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """Writes one text frame (UTF-8). False, and nothing is written, where the socket cannot take one now."""
         if not self._may_write():
             return False
-        self.transport.write(_text_header(len(payload)) + payload)
+        self.transport.write(text_header(len(payload)) + payload)
         return True
 
     async def send(self, message: Any) -> None:
@@ -244,7 +244,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         return self.handshake_complete and self.conn.state is State.OPEN and self.writable.is_set() and not over
 
 
-def _text_header(length: int) -> bytes:
+def text_header(length: int) -> bytes:
     """Of a server's whole text frame: final, unmasked (RFC 6455, section 5.2)."""
     if length < 126:
         return bytes((0x81, length))

@@ -11,9 +11,10 @@ from yaptext.commands.doctor.check import ROLES, Finding, check, fail, ok, warn
 from yaptext.commands.doctor.deployment import Deployment, Unknown
 from yaptext.commands.doctor.host import GIB, cpu_flags, gib, memory_bytes, memory_limit
 from yaptext.commands.doctor.models import Model
-from yaptext.engine import checkpoints
 from yaptext.engine.base import Role
 from yaptext.engine.hub import cache
+from yaptext.engine.model_config import context_of
+from yaptext.engine.weight_kind import kind_of
 from yaptext.errors import YapError
 
 _AROUND_TOKENS = 160
@@ -83,7 +84,7 @@ def _room(seen: Deployment, roles: tuple[Role, ...], model: Model) -> Room:
     size, bits = _weights(seen, role, model, text)
     context = min(
         (settings.chat_max_model_len or 8192) if role == "chat" else (settings.tool_max_model_len or 4096),
-        checkpoints.context_of(config),
+        context_of(config),
     )
     session = sum(_session_tokens(seen, one, context) for one in roles)
     token = token_bytes(text, bits if settings.kv_dtype == "auto" else 1)
@@ -108,7 +109,7 @@ def _weights(seen: Deployment, role: Role, model: Model, text: dict[str, Any]) -
     """Bytes of the weights as they are in memory, and bytes of a value of the KV cache if `KV_DTYPE` does not say."""
     size = model.weights_bytes or 0
     source = model.source if model.place != "shelf" else str(model.folder)
-    kind = checkpoints.kind_of(source, model.known_config, cache(seen.settings))
+    kind = kind_of(source, model.known_config, cache(seen.settings))
     if seen.on_cuda:
         online = kind == "float" and seen.settings.quantization_of(role) in ("auto", "fp8")
         if online:
@@ -243,7 +244,7 @@ def sessions(seen: Deployment) -> Finding:
     longest = min(found, key=lambda room: room.tokens // room.session_tokens)
     usual = min(_usual(room) for room in found)
     hub = cache(settings)
-    awq = all(checkpoints.kind_of(room.model.source, room.model.known_config, hub) == "awq" for room in found)
+    awq = all(kind_of(room.model.source, room.model.known_config, hub) == "awq" for room in found)
     limit = settings.max_connections(awq=awq)
     where = f"{gpu.card(seen).name}" if seen.on_cuda else "CPU"
     most = longest.tokens // longest.session_tokens

@@ -77,7 +77,7 @@ class Result(NamedTuple):
     finding: Finding
 
 
-_registry: dict[str, Registered] = {}
+registry: dict[str, Registered] = {}
 
 
 def check(name: str, *, needs: Sequence[str] = ()) -> Callable[[Check], Check]:
@@ -112,20 +112,20 @@ def _of_role(run: RoleCheck, role: Role) -> Check:
 
 
 def _add(name: str, needs: Iterable[str], run: Check) -> None:
-    if name in _registry:
+    if name in registry:
         raise ValueError(f"there are two checks of the name {name}")
-    _registry[name] = Registered(name, tuple(needs), run)
+    registry[name] = Registered(name, tuple(needs), run)
 
 
 def registered() -> list[Registered]:
     """In the order of the report: by group, and in a group as they stand in its module."""
-    return sorted(_registry.values(), key=lambda one: GROUPS.index(one.group))
+    return sorted(registry.values(), key=lambda one: GROUPS.index(one.group))
 
 
 def run_all(seen: Deployment, only: Iterable[str] = (), *, within_s: float = WITHIN_S) -> list[Result]:
     """Runs every check, or `only` those and what they need, each in a thread of its own. Never raises: a check that
     does has failed with the exception's type."""
-    wanted = _with_needs(set(only)) if only else set(_registry)
+    wanted = _with_needs(set(only)) if only else set(registry)
     chosen = [one for one in registered() if one.name in wanted]
     ends: dict[str, Future[Finding]] = {one.name: Future() for one in chosen}
     for one in chosen:  # daemons: one that hangs in a name look-up does not hold the process
@@ -136,7 +136,7 @@ def run_all(seen: Deployment, only: Iterable[str] = (), *, within_s: float = WIT
 
 def _with_needs(names: set[str]) -> set[str]:
     found = set(names)
-    while more := {need for name in found for need in _registry[name].needs} - found:
+    while more := {need for name in found for need in registry[name].needs} - found:
         found |= more
     return found
 

@@ -1,37 +1,25 @@
-"""`yap-text doctor`: runs every check and prints the report."""
+"""`yap-text doctor`: its options; the checks are run by `examination`."""
 
 from __future__ import annotations
 
-import time
-
-from yaptext.commands.doctor import (  # noqa: F401 each registers its checks
-    capacity,
-    configuration,
-    gpu,
-    host,
-    keys,
-    models,
-    network,
-    python_environment,
-    report,
-    service,
-    units,
-)
-from yaptext.commands.doctor.check import Result, run_all
-from yaptext.commands.doctor.deployment import Deployment
-from yaptext.commands.doctor.machine import Machine
+import argparse
 
 
-def doctor(*, as_json: bool = False, offline: bool = False, shell: bool = False, machine: Machine | None = None) -> int:
-    """Prints what was found; returns 1 if a check failed. Changes nothing. `machine` is the seam for tests."""
-    begun = time.monotonic()
-    seen = Deployment(machine or Machine(), offline=offline, shell=shell)
-    results = run_all(seen)
-    show = report.as_json if as_json else report.as_text
-    print(show(seen, results, time.monotonic() - begun), flush=True)
-    return exit_status(results)
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is wrong with this machine",
+        description="Checks host, card, Python environment, settings, models, keys, network, units and the service "
+        "that runs, and says how many sessions fit. Changes nothing. If the units are installed, the settings are "
+        "theirs. Exit status 1 if a check failed; a warning is none.",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
+    doctor.add_argument("--offline", action="store_true", help="do not ask the hub")
+    doctor.add_argument("--shell", action="store_true", help="the settings of this shell, not of the units")
+    doctor.set_defaults(command=run)
 
 
-def exit_status(results: list[Result]) -> int:
-    """1 if a check failed; a warning is none."""
-    return int(any(finding.status == "fail" for _, finding in results))
+def run(parsed: argparse.Namespace) -> int:
+    from yaptext.commands.doctor.examination import doctor
+
+    return doctor(as_json=parsed.json, offline=parsed.offline, shell=parsed.shell)

@@ -9,7 +9,11 @@ from yaptext.commands.doctor.deployment import ENV_FILE, Deployment
 from yaptext.dialogue import persona
 from yaptext.dialogue.tools import ToolSet
 from yaptext.errors import SettingsError
-from yaptext.settings import HIDDEN, Settings, changes, moved_names, unknown_names
+from yaptext.settings import Settings
+from yaptext.settings.changes import changes
+from yaptext.settings.hidden import HIDDEN
+from yaptext.settings.old_names import moved_names
+from yaptext.settings.slips import unknown_names
 
 _SHOWN = 500
 """Characters of one refusal: a variable's whole meaning stands at its end."""

@@ -18,7 +18,8 @@ from yaptext.commands.doctor.env_file import EnvFile
 from yaptext.commands.doctor.machine import Machine
 from yaptext.commands.doctor.unit_file import Unit
 from yaptext.errors import SettingsError
-from yaptext.settings import DEFAULT_API_KEY, SECRETS, Settings
+from yaptext.secrets import SECRETS
+from yaptext.settings import DEFAULT_API_KEY, Settings
 
 ENV_FILE = "/etc/yap-text/yap-text.env"
 _TOKENS = ("HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")

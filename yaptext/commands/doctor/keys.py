@@ -9,8 +9,9 @@ from pathlib import Path
 from yaptext.commands.doctor.check import Finding, check, fail, ok, skip, warn
 from yaptext.commands.doctor.deployment import ENV_FILE, Deployment
 from yaptext.errors import SettingsError
+from yaptext.secrets import SECRETS
 from yaptext.server.access import keyfile
-from yaptext.settings import DEFAULT_API_KEY, LOOPBACK, SECRETS
+from yaptext.settings import DEFAULT_API_KEY, LOOPBACK
 
 _FEW_CHARACTERS = 16
 _VALID = ("settings.valid",)

@@ -17,10 +17,13 @@ from yaptext.commands.doctor import web
 from yaptext.commands.doctor.check import Finding, check, check_each, fail, ok, skip, warn
 from yaptext.commands.doctor.deployment import Deployment, Unknown
 from yaptext.commands.doctor.host import gib
-from yaptext.engine import awq_results, checkpoints, demo, download
+from yaptext.engine import awq_results, checkpoints, demo
 from yaptext.engine.base import Role
 from yaptext.engine.hub import cache, hub_token
+from yaptext.engine.model_config import context_of
 from yaptext.engine.underway import size
+from yaptext.engine.weight_files import engine_files
+from yaptext.engine.weight_kind import kind_of
 from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings import Settings
 
@@ -280,9 +283,7 @@ def _to_download(seen: Deployment, source: str) -> tuple[int, int]:
         str(entry.get("path")): entry for entry in listed if isinstance(entry, dict) and entry.get("type") == "file"
     }
     try:
-        wanted = download.engine_files(
-            list(files), lambda path: ask_hub(seen, f"{quote(source)}/resolve/main/{path}").body
-        )
+        wanted = engine_files(list(files), lambda path: ask_hub(seen, f"{quote(source)}/resolve/main/{path}").body)
     except LookupError as error:
         raise Unknown(f"{source} {error}") from None
     blobs = seen.hub_cache / f"models--{source.replace('/', '--')}" / "blobs"
@@ -428,9 +429,7 @@ def _checkpoint(seen: Deployment, role: Role) -> checkpoints.Checkpoint:
     settings = seen.settings
     if one.place == "demo":
         return checkpoints.choose(settings, role, folder)
-    if checkpoints.kind_of(one.source, one.known_config, cache(settings)) != checkpoints.kind_of(
-        str(folder), one.known_config
-    ):
+    if kind_of(one.source, one.known_config, cache(settings)) != kind_of(str(folder), one.known_config):
         raise Unknown("its config names no quantization, and its name does")
     field = one.variable.lower()
     try:
@@ -450,7 +449,7 @@ def quantization(seen: Deployment, role: Role) -> Finding:
     try:
         chosen = checkpoint(seen, role)
     except StartError as error:
-        failed = checkpoints.failed_attempt(seen.state, one.source)
+        failed = awq_results.failed_attempt(seen.state, one.source)
         if failed is not None and failed.reason not in str(error):
             again = checkpoints.QUANTIZE_LOG if seen.installed else "yap-text quantize --again"
             return fail(f"{error}. Quantizing it failed at {failed.failed_at}: {failed.reason}", again)
@@ -466,7 +465,7 @@ def quantization(seen: Deployment, role: Role) -> Finding:
 @check_each("models.context", needs=_HERE)
 def context(seen: Deployment, role: Role) -> Finding:
     one = model(seen, role)
-    own = checkpoints.context_of(one.known_config)
+    own = context_of(one.known_config)
     wanted = seen.settings.chat_max_model_len if role == "chat" else seen.settings.tool_max_model_len
     name = f"{role.upper()}_MAX_MODEL_LEN"
     used = min(wanted or (8192 if role == "chat" else 4096), own)

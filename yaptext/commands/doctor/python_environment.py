@@ -20,7 +20,7 @@ _SET_BY_US = {
     "VLLM_CPU_OMP_THREADS_BIND",
     "VLLM_ENABLE_V1_MULTIPROCESSING",
 }
-"""The service sets these itself (engine/vllm/engine.py)."""
+"""The service sets these itself (engine/vllm/environment.py)."""
 _HARMLESS = {"VLLM_ATTENTION_BACKEND", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "VLLM_ASSETS_CACHE", "VLLM_DO_NOT_TRACK"}
 _CHANGING = {
     "VLLM_PLUGINS": "the plugins of Yap Text may be left out",

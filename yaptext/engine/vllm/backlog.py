@@ -1,4 +1,4 @@
-"""What one engine has yet to compute before first tokens come, and how fast it does that, seen from outside."""
+"""What one engine has yet to compute before first tokens come, by the speed that is seen from outside."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class GrammarCheck:
     def __init__(self, tokenizer: str, vocab_size: int, *, compile_s: float = COMPILE_S, key_s: float = KEY_S) -> None:
         """`tokenizer` is a folder or hub id whose files are here, `vocab_size` the model's."""
         self._command = [sys.executable, "-m", "yaptext.engine.vllm.grammar", tokenizer, str(vocab_size)]
-        self._compile_s, self._key_s = compile_s, key_s
+        self.compile_s, self._key_s = compile_s, key_s
         self._process: asyncio.subprocess.Process | None = None
         self._one = asyncio.Lock()
         self._left: dict[str, tuple[float, float]] = {}
@@ -54,11 +54,11 @@ class GrammarCheck:
                 return
             begun = time.monotonic()
             try:
-                async with asyncio.timeout(self._compile_s):
+                async with asyncio.timeout(self.compile_s):
                     problem = await self._ask(process, schema)
             except (TimeoutError, OSError) as error:
                 await self._kill()
-                problem = str(error) or f"takes more than {self._compile_s:g} s to compile: simpler schemas are needed"
+                problem = str(error) or f"takes more than {self.compile_s:g} s to compile: simpler schemas are needed"
             except BaseException:
                 await self._kill()  # what it was asked for would be the next one's answer
                 raise

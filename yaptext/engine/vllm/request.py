@@ -20,12 +20,12 @@ from yaptext.engine.base import Sampling
 
 _DECODED_BEFORE = 16
 """Tokens of a prompt that say how the first of a reply reads: whether after a space, for one."""
-_whole: Any = tokenizers.decoders.DecodeStream
-_decoders: list[str] = []
+WHOLE: Any = tokenizers.decoders.DecodeStream
+decoders: list[str] = []
 """Of the engines that were opened."""
 
-_KEPT_SCHEMAS = 256
-_valid: OrderedDict[str, None] = OrderedDict()
+KEPT_SCHEMAS = 256
+valid_schemas: OrderedDict[str, None] = OrderedDict()
 """Schemas that vLLM has found valid."""
 
 
@@ -37,22 +37,22 @@ class _Params(SamplingParams):  # type: ignore[misc]
         if constraint is None:
             return
         try:
-            _valid.move_to_end(constraint.json)
+            valid_schemas.move_to_end(constraint.json)
         except KeyError:  # not in it, or just dropped by the thread that checks new ones
             pass
         else:
             constraint._backend = config.backend
             return
         super()._validate_structured_outputs(model_config, config, tokenizer)
-        _valid[constraint.json] = None
-        if len(_valid) > _KEPT_SCHEMAS:
-            _valid.popitem(last=False)
+        valid_schemas[constraint.json] = None
+        if len(valid_schemas) > KEPT_SCHEMAS:
+            valid_schemas.popitem(last=False)
 
 
 def prompt_of(ids: Sequence[int], sampling: Sampling) -> Any:
     """The prompt in the form that vLLM takes as it is; under a schema that it has yet to check (10 ms, for many tools),
     in the form that it looks at in a thread."""
-    if sampling.json_schema is None or sampling.json_schema in _valid:
+    if sampling.json_schema is None or sampling.json_schema in valid_schemas:
         return tokens_input(list(ids), cache_salt=sampling.cache_salt or None)
     return TokensPrompt(prompt_token_ids=list(ids), cache_salt=sampling.cache_salt or None)
 
@@ -99,10 +99,10 @@ def decode_from_the_end(tokenizer: Any) -> None:
     """Has vLLM prime its decoders with the end of a prompt instead of all of it; not where the tokenizer of an engine
     reads a run of bytes as one, of which the end says nothing. vLLM looks the class up at each request, for those who
     replace it."""
-    _decoders.append(repr(tokenizer.backend_tokenizer.decoder))
-    by_runs = any("ByteFallback" in decoder for decoder in _decoders)
-    tokenizers.decoders.DecodeStream = _whole if by_runs else _primed_with_the_end  # type: ignore[misc,assignment]
+    decoders.append(repr(tokenizer.backend_tokenizer.decoder))
+    by_runs = any("ByteFallback" in decoder for decoder in decoders)
+    tokenizers.decoders.DecodeStream = WHOLE if by_runs else primed_with_the_end  # type: ignore[misc,assignment]
 
 
-def _primed_with_the_end(ids: Sequence[int] | None = None, skip_special_tokens: bool = False) -> Any:
-    return _whole(ids=None if ids is None else list(ids[-_DECODED_BEFORE:]), skip_special_tokens=skip_special_tokens)
+def primed_with_the_end(ids: Sequence[int] | None = None, skip_special_tokens: bool = False) -> Any:
+    return WHOLE(ids=None if ids is None else list(ids[-_DECODED_BEFORE:]), skip_special_tokens=skip_special_tokens)

@@ -1,113 +1,166 @@
-"""Opening engines: one after the other or all at once, and what an earlier start has measured."""
+"""The start of a deployment's engines: their checkpoints are chosen, downloaded, opened."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import threading
+import os
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any
 
-from yaptext.engine.base import Role
+import structlog
+
+from yaptext.engine import checkpoints, demo
+from yaptext.engine.base import Engines, Role
+from yaptext.engine.offline import leave_hub_if_down
+from yaptext.engine.vllm import arguments, environment, kv_blocks, launch
+from yaptext.engine.vllm.engine import VllmEngine
+from yaptext.errors import StartError
+from yaptext.observe.systemd import notify
+from yaptext.settings import Settings
+
+_log = structlog.get_logger(__name__)
 
 
-class Closable(Protocol):
-    def close(self) -> None: ...
+def open_engines(settings: Settings) -> Engines:
+    """Opens the deployed engines: at once on CPU, and on CUDA where an earlier start has measured how many blocks of KV
+    cache each gets. Else one after the other, since each measures free GPU memory while it opens.
 
-
-E = TypeVar("E", bound=Closable)
-Openers = Mapping[Role, Callable[[], E | None]]
-"""Each blocks until its engine is open; None where the service goes on without that one."""
-
-
-def in_turn(openers: Openers[E]) -> dict[Role, E]:
-    """One after the other. Where one raises, those before it are closed."""
-    opened: dict[Role, E] = {}
+    Blocks. Raises `StartError`; what was already open is then closed.
+    """
+    os.environ.update(environment.engine_environment(settings))
+    environment.leave_fixed_caches()
+    leave_hub_if_down(settings)
+    is_demo = checkpoints.wants_demo(settings)
+    folder = demo.folder(settings.state) if is_demo else None
+    optional = settings.tool_optional and settings.chat_deployed
+    lacking: list[StartError] = []
+    chosen: dict[Role, checkpoints.Checkpoint] = {}
     try:
-        for role, opener in openers.items():
-            if (engine := opener()) is not None:
-                opened[role] = engine
-    except BaseException:
-        for engine in opened.values():
-            engine.close()
-        raise
+        if settings.tool_deployed:
+            chosen["tool"] = checkpoints.choose(settings, "tool", folder)
+    except StartError as error:
+        if not optional:
+            raise
+        lacking.append(error)
+    if settings.chat_deployed:
+        chosen["chat"] = checkpoints.choose(settings, "chat", folder)
+    for role, checkpoint in chosen.items():
+        _log.info(
+            "weights.chosen", role=role, model=checkpoint.source, weights=checkpoint.kind, reason=checkpoint.reason
+        )
+    if is_demo:
+        _log.warning(
+            "demo.serving", model=demo.NAME, hint="no model is configured; set CHAT_MODEL and TOOL_MODEL for real use"
+        )
+    _bring(settings, chosen, lacking if optional else None)
+    awq = all(checkpoint.kind == "awq" for checkpoint in chosen.values())
+    shared = len(chosen) == 2 and chosen["chat"].source == chosen["tool"].source and settings.share_engine
+    if shared:
+        del chosen["tool"]
+    opened = _open_all(settings, chosen, lacking if optional else None)
+    if lacking:
+        _log.warning("tool.lacking", error=str(lacking[0]), hint="TOOL_OPTIONAL=1: every decision is no")
+    return Engines(
+        chat=opened.get("chat"),
+        tool=opened.get("chat" if shared else "tool"),
+        awq=awq,
+        demo=is_demo,
+        lacking=str(lacking[0])[:200] if lacking else None,
+    )
+
+
+def _bring(settings: Settings, chosen: dict[Role, checkpoints.Checkpoint], lacking: list[StartError] | None) -> None:
+    """Downloads what engines will open. `lacking` takes the reason why the tool model, which then is not chosen, cannot
+    be had; None if that ends the start."""
+    if lacking is None or "tool" not in chosen:
+        checkpoints.bring(settings, chosen)
+        return
+    checkpoints.bring(settings, {role: checkpoint for role, checkpoint in chosen.items() if role != "tool"})
+    try:
+        checkpoints.bring(settings, {"tool": chosen["tool"]})
+    except StartError as error:
+        lacking.append(error)
+        del chosen["tool"]
+
+
+def _open_all(
+    settings: Settings, chosen: dict[Role, checkpoints.Checkpoint], lacking: list[StartError] | None
+) -> dict[Role, VllmEngine]:
+    """`lacking` takes the reason why the tool engine cannot open; None where that ends the start."""
+    begun = time.monotonic()
+    alone = len(chosen) == 1
+
+    def opener(
+        role: Role, blocks: int | None, lacking: list[StartError] | None = None
+    ) -> Callable[[], VllmEngine | None]:
+        def open() -> VllmEngine | None:
+            try:
+                return _timed(settings, chosen[role], role, alone=alone, blocks=blocks)
+            except StartError as error:
+                if lacking is None or role != "tool":
+                    raise
+                lacking.append(error)
+                return None
+
+        return open
+
+    if not settings.on_cuda:  # the size of the KV cache is a setting there
+        opened = launch.at_once({role: opener(role, None, lacking) for role in chosen})
+    else:
+        sizes = kv_blocks.Sizes(settings.state / "kv_blocks.json", _measured_for(settings, chosen, alone=alone))
+        opened = {}
+        if known := sizes.recall():
+            try:
+                opened = launch.at_once({role: opener(role, known.get(role)) for role in chosen})
+            except StartError as error:
+                _log.warning("engines.reopening", error=str(error), hint="one by one: sizes of an earlier start failed")
+                sizes.forget()
+        if not opened:
+            opened = launch.in_turn({role: opener(role, None, lacking) for role in chosen})
+            if len(opened) == len(chosen):
+                sizes.remember({role: engine.blocks for role, engine in opened.items()})
+    _log.info("engines.opened", seconds=round(time.monotonic() - begun, 1), roles=list(opened))
     return opened
 
 
-def at_once(openers: Openers[E]) -> dict[Role, E]:
-    """All at once, each in a thread. Where one raises, or a signal ends the wait, what is open is closed and the
-    processes of the others are killed, which ends their threads."""
-    if len(openers) == 1:
-        return in_turn(openers)
-    earlier = _children()
-    futures: dict[Role, Future[E | None]] = {}
+def _timed(
+    settings: Settings, checkpoint: checkpoints.Checkpoint, role: Role, *, alone: bool, blocks: int | None
+) -> VllmEngine:
+    begun = time.monotonic()
+    _log.info("engine.opening", role=role, model=checkpoint.source)
+    notify(f"STATUS=Opening the {role} engine: {checkpoint.source}")
+    # For NVIDIA's MPS, where that runs: of two engines the chat engine stands back. Its process takes the environment
+    # along as it starts, and the next engine opens after that.
+    os.environ["CUDA_MPS_CLIENT_PRIORITY"] = "1" if role == "chat" and not alone else "0"
+    engine = VllmEngine.open(settings, checkpoint, role, alone=alone, blocks=blocks)
+    _log.info(
+        "engine.opened",
+        role=role,
+        model=checkpoint.source,
+        seconds=round(time.monotonic() - begun, 1),
+        max_model_len=engine.max_model_len,
+        block_size=engine.block_size,
+        blocks=engine.blocks,
+    )
+    return engine
+
+
+def _measured_for(settings: Settings, chosen: dict[Role, checkpoints.Checkpoint], *, alone: bool) -> dict[str, Any]:
+    """Everything that decides how many blocks an engine gets on a card, as plain data."""
+    engines = {
+        role: arguments.engine_arguments(settings, checkpoint, role, alone=alone)
+        | {"hf_token": None, "version": checkpoints.version(checkpoint)}
+        for role, checkpoint in chosen.items()
+    }
+    return {"engines": engines, "card": gpu_identity()}
+
+
+def gpu_identity() -> list[Any]:
+    """vLLM's version, the card's name and its bytes. Raises `StartError` where there is no card."""
     try:
-        for role, opener in openers.items():
-            futures[role] = _begin(opener)
-            # Until its process has started an engine changes the environment, which all share.
-            while not futures[role].done() and len(_children() - earlier) < len(futures):
-                time.sleep(0.02)
-        for future in wait(futures.values(), return_when=FIRST_EXCEPTION).done:
-            future.result()
-        return {role: engine for role, future in futures.items() if (engine := future.result()) is not None}
-    except BaseException:
-        while not all(future.done() for future in futures.values()):
-            for process in _children() - earlier:
-                process.kill()
-            wait(futures.values(), timeout=0.1)
-        for future in futures.values():
-            if future.exception() is None and (engine := future.result()) is not None:
-                engine.close()
-        raise
+        import vllm
+        from vllm.platforms import current_platform
 
-
-def _children() -> set[Any]:
-    return set(multiprocessing.active_children())
-
-
-def _begin(opener: Callable[[], E | None]) -> Future[E | None]:
-    """A bare thread: of an executor's, a process that it forks would not know at its end that they are not its own."""
-    future: Future[E | None] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(opener())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-class Sizes:
-    """How many blocks of KV cache each engine got when it was alone while it measured: one deployment's, in one file.
-    `measured_for` is all that decides them, as JSON has it."""
-
-    def __init__(self, file: Path, measured_for: Any) -> None:
-        self._file, self._measured_for = file, json.loads(json.dumps(measured_for))
-
-    def recall(self) -> dict[Role, int] | None:
-        """None where nothing is known of this very deployment."""
-        try:
-            kept = json.loads(self._file.read_text(encoding="utf-8"))
-            if kept["measured_for"] == self._measured_for:
-                return {role: int(blocks) for role, blocks in kept["blocks"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # no file, or a damaged one: what it would have told is measured anew
-        return None
-
-    def remember(self, blocks: Mapping[Role, int]) -> None:
-        """As far as the disk lets it."""
-        with suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._file.with_suffix(".partial")
-            partial.write_text(json.dumps({"measured_for": self._measured_for, "blocks": blocks}), encoding="utf-8")
-            partial.replace(self._file)
-
-    def forget(self) -> None:
-        with suppress(OSError):
-            self._file.unlink(missing_ok=True)
+        return [vllm.__version__, current_platform.get_device_name(), current_platform.get_device_total_memory()]
+    except Exception as error:  # the driver's, or none at all
+        raise StartError(f"no CUDA card answers: {str(error) or type(error).__name__}") from error

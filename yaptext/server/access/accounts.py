@@ -11,21 +11,18 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 from urllib.parse import unquote_to_bytes
 
 import structlog
 from starlette.requests import HTTPConnection
 
-from yaptext.errors import AuthenticationFailed, RateLimited, SettingsError
+from yaptext.errors import AuthenticationFailed, RateLimited, SettingsError, WireError
 from yaptext.server.access import keyfile
 from yaptext.server.access.keyfile import NO_LIMITS, OWN_NAME, Key, Limits, hash_of
 from yaptext.server.access.throttle import Bucket, Clock, Throttle
 from yaptext.server.access.tickets import PER_MINUTE as TICKETS_PER_MINUTE
 from yaptext.server.access.tickets import Tickets
-
-if TYPE_CHECKING:
-    from yaptext.server.ws.connection import Connection
 
 _log = structlog.get_logger(__name__)
 _MOST_TRIED = 8
@@ -41,13 +38,19 @@ _NEW_TOOLS_PER_MINUTE = 60
 """Lists of tools that nobody brought before: checking one costs milliseconds, compiling it more."""
 
 
+class Closable(Protocol):
+    """What is ended if its key is removed: a socket."""
+
+    def end(self, error: WireError) -> None: ...
+
+
 class Account:
     """One key as the service knows it: its sockets, and what it did in the last minute."""
 
     def __init__(self, key: Key, clock: Clock = time.monotonic) -> None:
         self.name, self.hash, self._clock = key.name, key.hash, clock
         self._max_connections = 0
-        self.connections: set[Connection] = set()
+        self.connections: set[Closable] = set()
         self._buckets: dict[str, Bucket] = {}
         self.limit(key.limits)
 
@@ -76,7 +79,7 @@ class Account:
             raise RateLimited(message, retry_after_ms=_ms(wait_s))
 
     @contextmanager
-    def slot(self, connection: Connection) -> Iterator[None]:
+    def slot(self, connection: Closable) -> Iterator[None]:
         """Counts the connection. Raises `RateLimited` where the key has as many as it may."""
         active, limit = len(self.connections), self._max_connections
         if limit and active >= limit:

@@ -55,7 +55,7 @@ def hash_of(key: bytes) -> bytes:
 
 def read(path: Path, defaults: Limits) -> list[Key]:
     """The keys of a file. Raises `SettingsError`, which names the line and shows nothing of it."""
-    return list(_parse(_text(path), path, defaults))
+    return list(_parse(text_of(path), path, defaults))
 
 
 def add(name: str, path: Path | None) -> tuple[str, str]:
@@ -80,7 +80,7 @@ def add(name: str, path: Path | None) -> tuple[str, str]:
 
 
 def _append(file: io.FileIO, line: str, path: Path) -> None:
-    before = _text(path)
+    before = text_of(path)
     addition = (f"{line}\n" if before.endswith("\n") or not before else f"\n{line}\n").encode()
     list(_parse(before + addition.decode(), path, NO_LIMITS))
     size = os.fstat(file.fileno()).st_size
@@ -93,7 +93,7 @@ def _append(file: io.FileIO, line: str, path: Path) -> None:
         raise
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     try:
         return read_file(path, _MOST_BYTES).decode()
     except OSError as error:

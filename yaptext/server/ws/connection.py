@@ -13,12 +13,15 @@ import structlog
 from msgspec import UNSET
 from starlette.websockets import WebSocket
 
+from yaptext.dialogue import warming
+from yaptext.dialogue.heard import Heard
+from yaptext.dialogue.incoming import bounded
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.session import Session
-from yaptext.dialogue.turn import Heard, Turn
+from yaptext.dialogue.turn import Turn
 from yaptext.engine.base import whose
 from yaptext.errors import BadMessage, Internal, RateLimited, SlowClient, WireError
-from yaptext.server.ws.send_queue import WRITE_NOW, Outbox
+from yaptext.server.ws.send_queue import WRITE_NOW, SendQueue
 from yaptext.wire.frames import (
     Cancel,
     ClientMessage,
@@ -43,7 +46,7 @@ from yaptext.wire.frames import (
 )
 
 if TYPE_CHECKING:
-    from yaptext.dialogue.runtime import Stage
+    from yaptext.dialogue.runtime import Runtime
     from yaptext.server.access.accounts import Account
 
 _log = structlog.get_logger(__name__)
@@ -69,19 +72,19 @@ class Ending:
 class Connection:
     """One accepted socket from its first frame to its close. Tasks: receiver, writer, turns and warm-ups."""
 
-    def __init__(self, websocket: WebSocket, stage: Stage, account: Account) -> None:
-        self._socket, self._stage, self._account = websocket, stage, account
-        settings = stage.settings
-        self._outbox = Outbox(
+    def __init__(self, websocket: WebSocket, runtime: Runtime, account: Account) -> None:
+        self._socket, self._runtime, self._account = websocket, runtime, account
+        settings = runtime.settings
+        self._send_queue = SendQueue(
             max_bytes=settings.send_queue_bytes,
             flush_s=settings.stream_flush_ms / 1000,
             on_overflow=self._overflow,
             write_now=websocket.scope.get("extensions", {}).get(WRITE_NOW),
         )
-        self._session: Session | None = None
+        self.session: Session | None = None
         self._persona: Persona | None = None
         """The one that was warmed or set last."""
-        self._turn: Turn | None = None
+        self.turn: Turn | None = None
         self._turns: set[asyncio.Task[None]] = set()
         self._warms: set[asyncio.Task[None]] = set()
         self._one_warm = asyncio.Lock()
@@ -91,12 +94,17 @@ class Connection:
     @property
     def busy(self) -> bool:
         """True while a turn is running or waits to run."""
-        return self._turn is not None and not self._turn.finished.is_set()
+        return self.turn is not None and not self.turn.finished.is_set()
 
     @property
     def session_id(self) -> str | None:
         """Of its last turn."""
-        return None if self._turn is None else self._turn.session.session_id
+        return None if self.turn is None else self.turn.session.session_id
+
+    @property
+    def is_ending(self) -> bool:
+        """True from the first reason to end on."""
+        return self._ending.done()
 
     def end(self, error: WireError) -> None:
         """Ends the connection with an error frame and its close code. The first reason counts."""
@@ -104,8 +112,8 @@ class Connection:
 
     def fail(self, error: WireError) -> None:
         """The turn that runs or waits ends with this error."""
-        if self._turn is not None:
-            self._turn.fail(error)
+        if self.turn is not None:
+            self.turn.fail(error)
 
     async def serve(self) -> Ending:
         """Runs until the client leaves or `end` is called; then every turn is over and the socket closed."""
@@ -116,8 +124,8 @@ class Connection:
             writer = group.create_task(self._write())
             ending = await self._ending
             receiver.cancel()
-            if self._turn is not None and ending.code is not None:
-                self._turn.cancel()  # its `done` still goes out
+            if self.turn is not None and ending.code is not None:
+                self.turn.cancel()  # its `done` still goes out
             for task in self._warms | self._others | (self._turns if ending.code is None else set()):
                 task.cancel()
             if self._turns:
@@ -130,7 +138,7 @@ class Connection:
     # --- in
 
     async def _receive(self) -> None:
-        idle_s = self._stage.settings.idle_timeout_s or None
+        idle_s = self._runtime.settings.idle_timeout_s or None
         for number in itertools.count(1):
             if number % 32 == 0:
                 await asyncio.sleep(0)  # a burst of frames arrives without a pause
@@ -145,7 +153,7 @@ class Connection:
             if event["type"] == "websocket.disconnect":
                 self._end(Ending(None, "disconnected"))
                 return
-            if self._ending.done():
+            if self.is_ending:
                 return
             frame = event.get("text")
             await self._handle(event["bytes"] if frame is None else frame)
@@ -160,14 +168,14 @@ class Connection:
             await self._dispatch(message, ignored)
         except WireError as error:
             session_id = getattr(message, "session_id", None)
-            self._send(error_frame(error, session_id=UNSET if session_id is None else session_id))
+            self.send(error_frame(error, session_id=UNSET if session_id is None else session_id))
         except Exception:
             _log.exception("frame.crashed")
             self.end(Internal("The frame could not be handled by a fault of the service."))
 
     async def _read_large(self, frame: str | bytes) -> Frame:
         """One of all sockets at a time, and the loop has its turn between the steps."""
-        async with self._stage.large_frames:
+        async with self._runtime.large_frames:
             await asyncio.sleep(0)
             for found in read_in_steps(frame):
                 if found is None:
@@ -188,111 +196,118 @@ class Connection:
             case SetPersona():
                 await self._set_persona(message)
             case GetSession():
-                session = self._stage.sessions.find((self._account.name, message.session_id))
-                self._send(self._stage.describe(self._account.name, message.session_id, session))
+                session = self._runtime.sessions.find((self._account.name, message.session_id))
+                self.send(self._runtime.describe(self._account.name, message.session_id, session))
             case Forget():
-                if self._session is not None and self._session.session_id == message.session_id:
-                    self._session = self._persona = None
-                self._in_background(self._tell(self._stage.forget(self._account.name, message.session_id)))
+                if self.session is not None and self.session.session_id == message.session_id:
+                    self.session = self._persona = None
+                self._in_background(self._tell(self._runtime.forget(self._account.name, message.session_id)))
             case WarmPersona() | WarmHistory():
                 self._account.spend("turns")
                 self._warm(message)
             case Ping():
-                self._send(Pong())
+                self.send(Pong())
             case End():
                 self._end(Ending(_CLOSE_NORMAL, "end"))
 
     async def _checked(self, message: Start) -> Start:
         """What is kept of the frame. Raises what it is refused for, before anything of it is kept."""
         blank = message.user_utterance is not None and not message.user_utterance.strip()
-        if blank and not self._stage.settings.allow_empty_utterance:
+        if blank and not self._runtime.settings.allow_empty_utterance:
             raise BadMessage(
                 "user_utterance is blank; null lets the assistant speak (ALLOW_EMPTY_UTTERANCE) - at $.user_utterance"
             )
-        message = self._stage.bounded(message)
-        found = self._stage.sessions.find((self._account.name, message.session_id))
+        message = bounded(self._runtime, message)
+        found = self._runtime.sessions.find((self._account.name, message.session_id))
         persona = (found.persona if found else Persona()).merge(message)
-        if isinstance(message.tools, list) and self._stage.tool_sets.known(message.tools) is None:
+        if isinstance(message.tools, list) and self._runtime.tool_sets.known(message.tools) is None:
             self._account.spend("tools")
-            await self._stage.tool_sets.make(message.tools)
+            await self._runtime.tool_sets.make(message.tools)
         if isinstance(message.persona_text, str):
-            await self._stage.check_persona(persona)
+            await self._runtime.check_persona(persona)
         return message
 
     def _start(self, message: Start | ToolResult, ignored: list[str]) -> None:
         key = (self._account.name, message.session_id)
-        if isinstance(message, ToolResult) and self._stage.sessions.find(key) is None:
+        if isinstance(message, ToolResult) and self._runtime.sessions.find(key) is None:
             raise BadMessage(f"Turn {message.turn} waits for no tool results - at $.turn")
-        session = self._stage.sessions.open(key)
+        session = self._runtime.sessions.open(key)
         turn = Turn(
-            self._stage, session, message, ignored=ignored, send=self._send, tokens=self._outbox.open, after=self._turn
+            self._runtime,
+            session,
+            message,
+            ignored=ignored,
+            send=self.send,
+            tokens=self._send_queue.open,
+            after=self.turn,
         )
-        self._session, self._turn, self._persona = session, turn, session.persona
-        task = self._group.create_task(self._run(turn))
+        self.session, self.turn, self._persona = session, turn, session.persona
+        task = self._group.create_task(self.run_turn(turn))
         self._turns.add(task)
         task.add_done_callback(self._turns.discard)
         task.add_done_callback(lambda _: turn.abandon())
 
-    async def _run(self, turn: Turn) -> None:
+    async def run_turn(self, turn: Turn) -> None:
+        """The task of a turn: to its end, and what comes of how it ended."""
         try:
             await turn.run()
         except WireError as error:
             self.end(error)
         else:
             session = turn.session
-            if turn.warms_next and session.current is None and not self._ending.done():
+            if turn.warms_next and session.current is None and not self.is_ending:
                 session.warming = self._in_background(self._warm_next(session))
 
     async def _warm_next(self, session: Session) -> None:
         with suppress(WireError):  # the next turn tells
-            await self._stage.warm_next(session)
+            await warming.warm_next(self._runtime, session)
 
     def _cancel(self, message: Cancel) -> None:
         heard = Heard.of(message)
-        if message.session_id is None and self._turn is not None and not self._turn.over:
-            self._turn.cancel(heard)
+        if message.session_id is None and self.turn is not None and not self.turn.over:
+            self.turn.cancel(heard)
             return
-        session = self._session
+        session = self.session
         if message.session_id is not None:
-            session = self._stage.sessions.find((self._account.name, message.session_id))
+            session = self._runtime.sessions.find((self._account.name, message.session_id))
         current = None if session is None else session.current
         if message.session_id is not None and current is not None and not current.over:
             current.cancel(heard)
-            if current is not self._turn:  # its own done goes to the socket that it runs on
-                self._send(Done(turn=current.number, session_id=current.session.session_id, cancelled=True))
+            if current is not self.turn:  # its own done goes to the socket that it runs on
+                self.send(Done(turn=current.number, session_id=current.session.session_id, cancelled=True))
             return
         if session is not None and heard is not None and (current is None or current.over):
             # The reply was sent whole, but playback was cut short.
-            session.transcript.cut_reply(heard.chars, heard.text, self._stage.settings.interrupted_mark)
-            self._stage.sessions.keep(session)
+            session.transcript.cut_reply(heard.chars, heard.text, self._runtime.settings.interrupted_mark)
+            self._runtime.sessions.keep(session)
         session_id = UNSET if session is None else session.session_id
-        self._send(Done(turn=0, session_id=session_id, cancelled=True, cancel_ms=0.0, tokens_sent=0))
+        self.send(Done(turn=0, session_id=session_id, cancelled=True, cancel_ms=0.0, tokens_sent=0))
 
     async def _set_persona(self, message: SetPersona) -> None:
         if message.session_id is not None:
             key = (self._account.name, message.session_id)
-        elif self._session is not None:
-            key = self._session.key
+        elif self.session is not None:
+            key = self.session.key
         else:
             raise BadMessage("Object missing required field session_id, since no start came before - at $")
-        found = self._stage.sessions.find(key)
+        found = self._runtime.sessions.find(key)
         if found is None:
             self._account.spend("turns")  # a session is worth as much
-        message = self._stage.bounded(message)
-        await self._stage.check_persona((found.persona if found else Persona()).merge(message))
-        session = self._stage.sessions.open(key)
+        message = bounded(self._runtime, message)
+        await self._runtime.check_persona((found.persona if found else Persona()).merge(message))
+        session = self._runtime.sessions.open(key)
         session.persona = self._persona = session.persona.merge(message)
-        self._session = self._session or session
-        self._stage.sessions.keep(session)
-        self._send(self._stage.ack("set_persona", session, session.persona, session.turns, session.seed))
+        self.session = self.session or session
+        self._runtime.sessions.keep(session)
+        self.send(self._runtime.ack("set_persona", session, session.persona, session.turns, session.seed))
 
     def _warm(self, message: WarmPersona | WarmHistory) -> None:
         if len(self._warms) >= _MAX_WARMS:
             raise RateLimited(f"{len(self._warms)} warm-ups are running; limit is {_MAX_WARMS}", retry_after_ms=500)
-        message = self._stage.bounded(message)
-        session = self._session
+        message = bounded(self._runtime, message)
+        session = self.session
         if message.session_id is not None:
-            session = self._stage.sessions.find((self._account.name, message.session_id))
+            session = self._runtime.sessions.find((self._account.name, message.session_id))
         task = self._group.create_task(self._run_warm(message, session))
         self._warms.add(task)
         task.add_done_callback(self._warms.discard)
@@ -300,16 +315,18 @@ class Connection:
     async def _run_warm(self, message: WarmPersona | WarmHistory, session: Session | None) -> None:
         try:
             async with self._one_warm:  # each may go by the persona of the one before
-                warmed, self._persona = await self._stage.warm(message, session, self._account.name, self._persona)
-            self._send(warmed)
+                warmed, self._persona = await warming.warm(
+                    self._runtime, message, session, self._account.name, self._persona
+                )
+            self.send(warmed)
         except WireError as error:
-            self._send(error_frame(error, session_id=UNSET if message.session_id is None else message.session_id))
+            self.send(error_frame(error, session_id=UNSET if message.session_id is None else message.session_id))
         except Exception:
             _log.exception("warm.crashed")
             self.end(Internal("The warm-up failed by a fault of the service."))
 
     async def _tell(self, answer: Awaitable[ServerMessage]) -> None:
-        self._send(await answer)
+        self.send(await answer)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Work that ends with the socket."""
@@ -320,23 +337,24 @@ class Connection:
 
     # --- out
 
-    def _send(self, message: ServerMessage) -> None:
+    def send(self, message: ServerMessage) -> None:
+        """Queues a frame. Never waits."""
         if isinstance(message, Error):
-            self._stage.metrics.errors.labels(message.error_code).inc()
-        self._outbox.put(message)
+            self._runtime.metrics.errors.labels(message.error_code).inc()
+        self._send_queue.put(message)
 
     async def _write(self) -> None:
         try:
-            await self._outbox.write(self._socket.send_text)
+            await self._send_queue.write(self._socket.send_text)
         except Exception as error:  # whatever the transport raises, the client is gone
             self._end(Ending(None, type(error).__name__))
 
     def _overflow(self) -> None:
-        limit = self._stage.settings.send_queue_bytes
+        limit = self._runtime.settings.send_queue_bytes
         self.end(SlowClient(f"more than {limit} bytes wait to be read; limit is {limit}"))
 
     def _end(self, ending: Ending) -> None:
-        if not self._ending.done():
+        if not self.is_ending:
             self._ending.set_result(ending)
 
     async def _close(self, ending: Ending, writer: asyncio.Task[None]) -> None:
@@ -344,8 +362,8 @@ class Connection:
         slow = ending.error is not None and ending.error.error_code == SlowClient.code
         if ending.code is not None and not slow:
             if ending.error is not None:
-                self._send(ending.error)
-            self._outbox.finish()
+                self.send(ending.error)
+            self._send_queue.finish()
             await asyncio.wait([writer], timeout=_FLUSH_TIMEOUT_S)
         writer.cancel()
         if ending.code is None:

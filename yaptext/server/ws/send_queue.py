@@ -22,10 +22,10 @@ _TOKEN_FRAME_BYTES = 40
 class TokenStream:
     """The tokens of one turn on their way out. Tokens that wait together leave in one frame."""
 
-    __slots__ = ("_outbox", "pending", "pending_bytes", "pending_tokens", "queued", "sent", "sent_tokens", "turn")
+    __slots__ = ("_send_queue", "pending", "pending_bytes", "pending_tokens", "queued", "sent", "sent_tokens", "turn")
 
-    def __init__(self, outbox: Outbox, turn: int) -> None:
-        self._outbox, self.turn = outbox, turn
+    def __init__(self, outbox: SendQueue, turn: int) -> None:
+        self._send_queue, self.turn = outbox, turn
         self.pending: list[str] = []
         self.pending_tokens = 0
         self.pending_bytes = 0
@@ -34,7 +34,7 @@ class TokenStream:
         self.sent_tokens = 0
 
     def push(self, text: str, tokens: int) -> None:
-        if self._outbox.idle and self._outbox.write_now(encode(Token(text=text, turn=self.turn))):
+        if self._send_queue.idle and self._send_queue.write_now(encode(Token(text=text, turn=self.turn))):
             self.sent.append(text)
             self.sent_tokens += tokens
             return
@@ -42,7 +42,7 @@ class TokenStream:
         self.pending_tokens += tokens
         size = len(text) if text.isascii() else len(text.encode())
         self.pending_bytes += size
-        self._outbox.tokens_waiting(self, size)
+        self._send_queue.tokens_waiting(self, size)
 
     def retract(self) -> str:
         """Drops what still waits; returns the text that was handed to the socket."""
@@ -58,12 +58,12 @@ class TokenStream:
         return text
 
     def _clear(self) -> None:
-        self._outbox.tokens_gone(self)
+        self._send_queue.tokens_gone(self)
         self.pending.clear()
         self.pending_tokens = self.pending_bytes = 0
 
 
-class Outbox:
+class SendQueue:
     """Frames for one socket. Putting never waits; one task writes.
 
     Over `max_bytes` of waiting frames `on_overflow` is called once: the client does not keep up. With

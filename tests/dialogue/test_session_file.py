@@ -1,4 +1,4 @@
-"""dialogue/sessionfile.py: what a restart finds again, whatever happens to the process, the disk and the clock."""
+"""dialogue/session_file.py: what a restart finds again, whatever happens to the process, the disk and the clock."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import pytest
 from conftest import fill
 from privileged import tmpfs
 
-from yaptext.dialogue import sessionfile
+from yaptext.dialogue import session_file
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.session import Bounds, Session, SessionStore
-from yaptext.dialogue.sessionfile import SessionFile
+from yaptext.dialogue.session import Session
+from yaptext.dialogue.session_file import SessionFile
+from yaptext.dialogue.session_store import Bounds, SessionStore
 from yaptext.dialogue.tools import ToolSet
 from yaptext.errors import SettingsError, StartError
 
@@ -56,7 +57,7 @@ class Log(list[dict[str, Any]]):
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     log = Log()
-    monkeypatch.setattr(sessionfile, "_log", log)
+    monkeypatch.setattr(session_file, "log", log)
     return log
 
 
@@ -77,11 +78,11 @@ class Life:
         return session
 
     def write(self) -> None:
-        self.file._write()
+        self.file.write()
 
     def end(self) -> None:
-        self.file._stop.set()
-        self.file._run()
+        self.file.stopping.set()
+        self.file.run()
         self.file.close(0)
 
 
@@ -402,7 +403,7 @@ def test_a_start_on_a_full_disk_finds_the_sessions(small_disk: Path, log: Log, k
     again = Life(path, clocks)
     before = said(again, "a")
     assert before and not log.of("sessions.not_read")
-    assert again.file._lock is not None, "no second process takes it"
+    assert again.file.lock is not None, "no second process takes it"
     assert [line["sessions"] for line in log.of("sessions.restored")][-1:] == [1]
     if not killed:  # what a killed process left beside the file may make room
         assert again.file.failing and len(log.of("sessions.unsaved")) == 1
@@ -541,10 +542,10 @@ def test_what_is_read_late_expires(path: Path, clocks: Clocks) -> None:
     with shut(path):
         again = Life(path, clocks)
     again.write()
-    assert len(again.file._late) == 1
+    assert len(again.file.late) == 1
     clocks.now += 61
     again.write()
-    assert not again.file._late and said(again, "a") is None
+    assert not again.file.late and said(again, "a") is None
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 100), (100, 4096), (4096, 8192), (5000, 20_000)])
@@ -604,8 +605,8 @@ def test_a_session_that_is_too_large_holds_up_nobody_else(path: Path, clocks: Cl
     life = Life(path, clocks)
     life.say("big", "small yet")
     life.write()
-    assert life.file._database is not None
-    life.file._database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 5000)
+    assert life.file.database is not None
+    life.file.database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 5000)
     for name in ("before", "big", "after", "big"):
         life.say(name, WORDS * 1000 if name == "big" else WORDS)
         life.write()
@@ -648,15 +649,15 @@ def bodies(path: Path) -> list[bytes]:
 
 def rewrite(life: Life, session_id: str, **fields: Any) -> None:
     """As another version would have it; a field of None is left out."""
-    seal, id = life.file._seal, life.file._seal.id(("k", session_id))
-    with closing(sqlite3.connect(life.file._path, isolation_level=None)) as database:
+    seal, id = life.file.seal, life.file.seal.id(("k", session_id))
+    with closing(sqlite3.connect(life.file.path, isolation_level=None)) as database:
         ((body,),) = database.execute("SELECT body FROM session WHERE id = ?", (id,))
-        if seal._cipher is not None:
-            body = seal._cipher.decrypt(body[:12], body[12:], id)
+        if seal.cipher is not None:
+            body = seal.cipher.decrypt(body[:12], body[12:], id)
         form = json.loads(body) | fields
         body = json.dumps({name: form[name] for name in form if fields.get(name, "") is not None}).encode()
-        if seal._cipher is not None:
-            body = bytes(12) + seal._cipher.encrypt(bytes(12), body, id)
+        if seal.cipher is not None:
+            body = bytes(12) + seal.cipher.encrypt(bytes(12), body, id)
         database.execute("UPDATE session SET body = ? WHERE id = ?", (body, id))
 
 
@@ -727,17 +728,17 @@ def test_a_row_that_nobody_can_read_is_replaced(path: Path, clocks: Clocks, log:
 def test_an_error_that_nobody_thought_of_is_lived_through(path: Path, clocks: Clocks, log: Log) -> None:
     """It is told without its words, which may quote what was said, and the write is tried again."""
     life = Life(path, clocks)
-    purge = life.file._purge
+    purge = life.file.purge
 
     def surprise(_: sqlite3.Connection) -> None:
         raise KeyError(WORDS)
 
-    life.file._purge = surprise  # type: ignore[method-assign]
+    life.file.purge = surprise  # type: ignore[method-assign]
     life.say("a")
     life.write()
     assert life.file.failing
     assert log.of("sessions.unsaved")[0]["error"] == "KeyError"
-    life.file._purge = purge  # type: ignore[method-assign]
+    life.file.purge = purge  # type: ignore[method-assign]
     life.write()
     assert not life.file.failing and len(log.of("sessions.saved")) == 1
     life.end()
@@ -752,10 +753,10 @@ def test_a_thread_that_has_died_is_told(path: Path, clocks: Clocks, log: Log) ->
     def die() -> None:
         raise SystemExit
 
-    life.file._write = die  # type: ignore[method-assign]
+    life.file.write = die  # type: ignore[method-assign]
     life.say("a")
     life.file.start()
-    life.file._thread.join(60)
+    life.file.thread.join(60)
     assert life.file.failing
     (line,) = log.of("sessions.writer_died")
     assert (line["level"], line["error"]) == ("error", "SystemExit")
@@ -768,8 +769,8 @@ def test_a_thread_that_has_died_is_told(path: Path, clocks: Clocks, log: Log) ->
 CHILD = """
 import sys
 from pathlib import Path
-from yaptext.dialogue.session import Bounds, SessionStore
-from yaptext.dialogue.sessionfile import SessionFile
+from yaptext.dialogue.session_store import Bounds, SessionStore
+from yaptext.dialogue.session_file import SessionFile
 file = SessionFile(Path(sys.argv[1]), None, max_sessions=100, ttl_s=60)
 store = SessionStore(Bounds(100, 60), file=file)
 session = store.open(("k", "a"))
@@ -778,7 +779,7 @@ while True:
     session.transcript.messages.clear()
     session.transcript.add_turn("words " * 3000, str(session.turns))
     store.keep(session)
-    file._write()
+    file.write()
     print(session.turns, file=sys.stderr, flush=True)
 """
 

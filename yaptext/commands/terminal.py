@@ -1,0 +1,181 @@
+"""A conversation in the terminal. Ctrl-C barges in, Ctrl-D or /quit leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import uuid
+from asyncio.subprocess import PIPE
+from dataclasses import dataclass
+from typing import Any
+
+from yaptext.client.client import Client, connect
+
+_HELP = "/style NAME  /gender woman|man  /persona TEXT  /quit.  Ctrl-C stops the reply, or leaves when there is none."
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What is called: `given` instead of the service's own. With `command` each call is run: it gets the call as JSON
+    on its standard input, and prints what it returns. `ask` lets the user type that."""
+
+    given: list[Any] | None = None
+    command: str | None = None
+    ask: bool = False
+
+
+async def chat(
+    url: str,
+    key: str,
+    *,
+    session: str | None,
+    persona: dict[str, str],
+    tools: Tools = Tools(),  # frozen
+) -> int:
+    session = session or uuid.uuid4().hex
+    async with connect(url, key) as client:
+        screen = _Screen(sys.stdout.isatty())
+        screen.note(f"Connected to {url}. {_HELP}")
+        changes: dict[str, Any] = dict(persona)
+        if tools.given is not None:
+            changes["tools"] = tools.given
+        waits = {"await_tools": True} if tools.command or tools.ask else {}
+        while True:
+            try:
+                line = await _read_line(screen.prompt)
+            except (EOFError, KeyboardInterrupt):
+                print()
+                await client.send("end")
+                return 0
+            if line == "/quit":
+                await client.send("end")
+                return 0
+            if line.startswith("/"):
+                changes.update(_command(line, screen))
+            elif line:
+                await client.send("start", session_id=session, user_utterance=line, **changes, **waits)
+                changes = {}
+                while called := await _show_turn(client, screen):
+                    results = [{"id": call["id"], "content": await _result(call, tools)} for call in called.calls]
+                    await client.send("tool_result", session_id=session, turn=called.turn, results=results)
+
+
+def _command(line: str, screen: _Screen) -> dict[str, str]:
+    name, _, value = line[1:].partition(" ")
+    field = {"style": "persona_style", "gender": "assistant_gender", "persona": "persona_text"}.get(name)
+    if field is None or not value:
+        screen.note(_HELP)
+        return {}
+    screen.note("from the next message on")
+    return {field: value}
+
+
+async def _read_line(prompt: str) -> str:
+    """One line of input. While it waits, Ctrl-C raises KeyboardInterrupt, as a prompt does."""
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[str] = loop.create_future()
+
+    def settle(text: str) -> None:
+        if line.done():
+            return
+        if text:
+            line.set_result(text.strip())
+        else:
+            line.set_exception(EOFError())
+
+    def interrupt() -> None:
+        if not line.done():
+            line.set_exception(KeyboardInterrupt())
+
+    print(prompt, end="", flush=True)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    try:
+        # A plain file or an ended pipe cannot be watched by every loop: a thread reads them all.
+        reader = loop.run_in_executor(None, sys.stdin.readline)
+        reader.add_done_callback(lambda done: None if done.cancelled() else settle(done.result()))
+        return await line
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+async def _result(call: dict[str, Any], tools: Tools) -> str:
+    """What a call returned."""
+    if tools.command is None:
+        try:
+            return await _read_line(f"{call['name']}({json.dumps(call['arguments'])}) returns> ")
+        except (EOFError, KeyboardInterrupt):
+            return "The user did not answer."
+    process = await asyncio.create_subprocess_shell(tools.command, stdin=PIPE, stdout=PIPE)
+    told, _ = await process.communicate(json.dumps(call).encode())
+    text = told.decode(errors="replace").strip()
+    return text if process.returncode == 0 else f"The tool failed with status {process.returncode}. {text}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Called:
+    """A turn that waits for what its calls return."""
+
+    turn: int
+    calls: list[dict[str, Any]]
+
+
+async def _show_turn(client: Client, screen: _Screen) -> _Called | None:
+    loop = asyncio.get_running_loop()
+    cancels: set[asyncio.Task[None]] = set()
+
+    def barge_in() -> None:
+        cancels.add(loop.create_task(client.send("cancel")))
+
+    loop.add_signal_handler(signal.SIGINT, barge_in)
+    calls: list[dict[str, Any]] = []
+    called = None
+    try:
+        async for frame in client.turn():
+            screen.show(frame)
+            if frame["type"] == "toolcall":
+                calls = frame["raw"]
+            elif frame.get("finish_reason") == "tool_calls":
+                called = _Called(frame["turn"], calls)
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        if cancels:
+            await asyncio.wait(cancels)
+    return called
+
+
+class _Screen:
+    def __init__(self, color: bool) -> None:
+        self._dim, self._bold, self._off = ("\033[2m", "\033[1m", "\033[0m") if color else ("", "", "")
+        self.prompt = f"{self._bold}you>{self._off} "
+
+    def note(self, text: str) -> None:
+        print(f"{self._dim}{text}{self._off}", flush=True)
+
+    def show(self, frame: dict[str, Any]) -> None:
+        match frame["type"]:
+            case "toolcall":
+                calls = ", ".join(f"{call['name']}({call['arguments']})" for call in frame["raw"])
+                self.note(f"[tool: {calls or 'none'}, {frame['tool_ms']:.0f} ms{self._reason(frame)}]")
+            case "token":
+                print(frame["text"], end="", flush=True)
+            case "done" if frame.get("finish_reason") == "tool_calls":
+                pass
+            case "done" if frame.get("cancelled"):
+                print()
+                self.note(f"[cancelled after {frame['tokens_sent']} tokens, in {frame['cancel_ms']:.1f} ms]")
+            case "done":
+                usage, timings = frame["usage"], frame["timings"]
+                print()
+                self.note(
+                    f"[first token {timings['ttft_ms']} ms, {usage['completion_tokens']} tokens in "
+                    f"{timings['total_ms']} ms, {usage['cached_tokens']}/{usage['prompt_tokens']} cached]"
+                )
+            case "error":
+                print()
+                self.note(f"[{frame['error_code']}: {frame['message']}]")
+
+    @staticmethod
+    def _reason(frame: dict[str, Any]) -> str:
+        return f", {frame['reason']}" if frame.get("reason") else ""
