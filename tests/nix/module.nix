@@ -147,6 +147,8 @@ let
       )
       (
         removeAttrs (readDir ../../systemd) [
+          "MIGRATING.md"
+          "README.md"
           "logrotate.conf"
           "yap-text.env"
           "yap-text-uvm.service"

@@ -1,1 +1,1 @@
-"""vLLM in this process: the only room that imports it."""
+"""vLLM, whose engines are processes of this one: the only room that imports it."""

@@ -24,8 +24,8 @@ class TokenStream:
 
     __slots__ = ("_send_queue", "pending", "pending_bytes", "pending_tokens", "queued", "sent", "sent_tokens", "turn")
 
-    def __init__(self, outbox: SendQueue, turn: int) -> None:
-        self._send_queue, self.turn = outbox, turn
+    def __init__(self, queue: SendQueue, turn: int) -> None:
+        self._send_queue, self.turn = queue, turn
         self.pending: list[str] = []
         self.pending_tokens = 0
         self.pending_bytes = 0
