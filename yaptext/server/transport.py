@@ -132,9 +132,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's WebSockets, with bounds where a client could fill the memory. A socket leaves the lobby when the
     app listens to it, and is back there when the app is done with it.
 
-    A text frame is written as it is, and by whom has it, without a task in between (`send_queue.WRITE_NOW`): there are no
-    extensions and no fragments that a library would have to think of. A close does not wait for a client that does not
-    read.
+    A text frame is written as it is, by the task that has it, with none in between (`send_queue.WRITE_NOW`): there are
+    no extensions and no fragments that a library would have to think of. A close does not wait for a client that does
+    not read.
     """
 
     _unread = b""
