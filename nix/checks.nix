@@ -13,6 +13,7 @@ let
     projects
     environments
     bases
+    compressor
     toolkit
     libraries
     units
@@ -77,6 +78,8 @@ let
 
     imports = pkgs.runCommand "yap-text-imports" { LD_LIBRARY_PATH = libraries; } ''
       ${projects.serve-cpu}/bin/python -c 'import yaptext.server.app, awq' > "$out"
+      PYTHONPATH=${compressor "serve-cpu"} ${projects.serve-cpu}/bin/python -P \
+        -c 'from llmcompressor.modifiers.transform.awq import AWQModifier' >> "$out"
       ${projects.client}/bin/python \
         -c 'import yaptext.commands.main, yaptext.commands.terminal, yaptext.commands.warmup, yaptext.bench.command' >> "$out"
     '';

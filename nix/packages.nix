@@ -319,6 +319,7 @@ in
 {
   inherit
     bases
+    compressor
     environments
     projects
     toolkit

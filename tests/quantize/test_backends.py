@@ -12,8 +12,15 @@ from yaptext.quantize import backends, compressor, mapping, recipes
 from yaptext.settings import Settings
 
 
+@pytest.fixture(autouse=True)
+def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that looks like llm-compressor's: nothing is run here."""
+    (tmp_path / "wheels" / f"llmcompressor-{compressor.VERSION}.dist-info").mkdir(parents=True)
+    monkeypatch.setenv("LLMCOMPRESSOR", str(tmp_path / "wheels"))
+
+
 def chosen(quantizer: str = "auto", **config: Any) -> str:
-    return backends.choose(Settings(quantizer=quantizer), config).name
+    return backends.choose(Settings.load(QUANTIZER=quantizer), config).name
 
 
 def test_autoawq_does_what_it_does_right() -> None:

@@ -21,6 +21,7 @@ from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused
 from yaptext.quantize import compressor, compressor_child, recipes, verify
 from yaptext.quantize.plan import LAYER
 
+pytestmark = pytest.mark.subprocess
 ALL = os.environ.get("YAP_TEXT_ARCHITECTURES") == "1"
 SOME = ("gemma3", "qwen3_moe", "mixtral", "qwen3_5")
 """Text and images, dense and routed layers in one stack, names of its own, attention and recurrence."""
@@ -167,7 +168,6 @@ def test_the_layers_of_a_name_are_those_of_the_plan() -> None:
     assert compressor_child.LAYER + r"\." == LAYER
 
 
-@pytest.mark.subprocess
 def test_a_job_takes_llm_compressor_where_autoawq_cannot(forge: Forge, routed: Path, tmp_path: Path) -> None:
     """With the same steps: measured, kept, described, found again."""
     bench = Bench(forge, tmp_path / "state", routed, AWQ_CALIBRATION_TOKENS="64")
