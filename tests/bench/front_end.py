@@ -89,7 +89,7 @@ def _bare(engine: PacedEngine) -> Any:
 
     from yaptext.engine.base import Sampling as EngineSampling
     from yaptext.server.pending import Lobby
-    from yaptext.wire.frames import Token, encode
+    from yaptext.wire.frames import Models, Token, encode
 
     async def talk(socket: WebSocket) -> None:
         await socket.accept()
@@ -105,7 +105,13 @@ def _bare(engine: PacedEngine) -> Any:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
-        yield {"service": SimpleNamespace(lobby=Lobby(100_000, 3600))}  # what the service's own protocols ask for
+        yield {  # what the service's own protocols ask for, and its line at the start
+            "service": SimpleNamespace(
+                lobby=Lobby(100_000, 3600),
+                runtime=SimpleNamespace(models=Models(None, None), engines=SimpleNamespace(distinct={})),
+                admission=SimpleNamespace(fitting=0),
+            )
+        }
 
     return Starlette(routes=[WebSocketRoute("/ws", talk)], lifespan=lifespan)
 
