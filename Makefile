@@ -9,7 +9,7 @@
 # make sbom    writes what this machine's environment is made of as CycloneDX, dist/ENV.cdx.json
 # make image   packs ENV into an OCI archive of three layers, dist/yap-text-ENV.oci.tar (root; IMAGE_USER, MIRROR)
 # make units   renders systemd/ and nix/settings.json (needs Nix)
-# make lock    resolves the locks anew (needs the registries)
+# make lock    resolves the locks again (needs the registries)
 # make clean   removes what these made
 
 SHELL := /bin/bash

@@ -11,7 +11,7 @@ def main() -> None:
         # It may be a reload of the keys, and waits until it is known whether it is, and until that can be done.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
-        from yaptext.commands.main import run  # engine processes import this module anew, and need no CLI
+        from yaptext.commands.main import run  # engine processes import this module, too, and need no CLI
     except KeyboardInterrupt:
         eval("0")  # if it came within an eval, Python would end by the signal, and not with 130
         print("yap-text: stopped by Ctrl-C (SIGINT)", file=sys.stderr)

@@ -41,7 +41,7 @@ class Conversation(Protocol):
         ...
 
     async def begin(self, utterance: str, *, part: str = "", again: bool = False) -> Turn:
-        """Sends an utterance; a running turn is cut by it. `again` tells the history anew, so that the prompt does
+        """Sends an utterance; a running turn is cut by it. `again` tells the history again, so that the prompt does
         not grow by what was said since."""
         ...
 

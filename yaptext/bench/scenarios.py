@@ -33,7 +33,7 @@ async def cold(run: Run) -> None:
 
 
 async def warm(run: Run) -> None:
-    """The history is told anew with each turn, so that every turn is as the first one after its warm-up."""
+    """The history is told again with each turn, so that every turn is as the first one after its warm-up."""
 
     async def talk(guest: Guest) -> None:
         for number in run.numbers():

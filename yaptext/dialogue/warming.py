@@ -37,7 +37,7 @@ _PRIMED_SAMPLINGS = (
 _REFRESH_S = 30.0
 _REWARM_WITHIN_S, _REWARM_SHARE, _REWARM_PAUSE_S = 600.0, 0.5, 0.02
 """Who spoke that long before a restart may well come back (a cold start takes minutes). The other half of the cache is
-for who comes anew."""
+for new users."""
 _NEXT_AFTER_S, _STEP_TOKENS = 0.1, 64
 """A turn that follows at once is not to wait for warming; one engine step cannot be interrupted, so each is small."""
 
@@ -147,7 +147,7 @@ async def _compute(runtime: Runtime, engine: Engine, prefix: list[int], key_name
 def rewarm(runtime: Runtime, most: int) -> AsyncGenerator[None, None]:
     """After a restart: computes the prefixes of the sessions that were last in use, step by step, each only while
     no engine has anything else to do. A session that has come back meanwhile does so itruntime."""
-    sessions = runtime.sessions.recent(_REWARM_WITHIN_S)[:most]  # now: who comes later was not there before
+    sessions = runtime.sessions.recent(_REWARM_WITHIN_S)[:most]  # now: a session that comes later was not there before
     return _rewarm(runtime, [(session, session.used_at) for session in sessions])
 
 

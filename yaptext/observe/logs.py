@@ -103,7 +103,7 @@ class _WithPriority(logging.Formatter):
 def configure(*, level: str, format: str, journald: bool, file: Path | None = None, text: bool = False) -> None:
     """Sends all logging of this process and its children through `formatter`. `format` is auto, json or
     console; auto is console where stderr is a terminal. `file` gets the JSON lines of this process as well, and
-    is opened anew when a rotation has moved it. With `text` nothing is held back. Raises `OSError` where the file
+    is opened again when a rotation has moved it. With `text` nothing is held back. Raises `OSError` where the file
     cannot be written."""
     if format == "auto":
         format = "console" if sys.stderr.isatty() else "json"

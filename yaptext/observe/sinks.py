@@ -37,7 +37,7 @@ class ToStderr(logging.StreamHandler[Any]):
 
 
 class ToFile(logging.Handler):
-    """The log file, a write a line, opened anew when a rotation has moved it. While it cannot be written stderr alone
+    """The log file, a write a line, opened again when a rotation has moved it. While it cannot be written stderr alone
     has the log, and tells once; lost lines are counted, not kept. Raises `OSError` where it cannot be opened."""
 
     def __init__(self, path: Path) -> None:

@@ -97,7 +97,7 @@ def quantize(
             file.unlink()
     copy_kept(source, target)
     how = written["quantization_config"] | {"ignore": recipe.ignored}  # transformers' names are not always vLLM's
-    for part in (config, config.get("text_config", {})):
+    for part in (config, config.get("text_config") or {}):
         if part.pop("torch_dtype", None) or "dtype" in part or part is config:
             part["dtype"] = compressor_child.DTYPE
     (target / "config.json").write_text(json.dumps(config | {"quantization_config": how}, indent=2) + "\n", "utf-8")

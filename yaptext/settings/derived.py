@@ -29,7 +29,7 @@ class Derived(Table):
 
     @property
     def reloads(self) -> bool:
-        """Whether SIGHUP means to read the key file anew. Without one and without a supervisor the terminal is gone."""
+        """Whether SIGHUP means to read the key file again. Without one or a supervisor the terminal is gone."""
         return bool(self.key_file or self.personas_dir or self.notify_socket)
 
     @property
