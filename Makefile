@@ -1,16 +1,17 @@
-# make serve   sets everything up and serves on HOST:PORT
-# make quantize   sets everything up and makes AWQ weights of CHAT_MODEL and TOOL_MODEL (ARGS: of yap-text quantize)
-# make install   builds a version into PREFIX beside those there, then puts units and links in place (root; ARGS: of yap-text install)
-# make rollback   goes back to the version before (root)
-# make test    sets everything up and runs the tests, on CPU
-# make test-systemd, make test-nix   the units on real systemd (needs root), the flake on real Nix
-# make lint    ruff, mypy, import-linter and the locks
-# make audit   asks for known vulnerabilities of what the locks pin (needs a network; ARGS: of pip-audit)
-# make sbom    writes what this machine's environment is made of as CycloneDX, dist/ENV.cdx.json
-# make image   packs ENV into an OCI archive of three layers, dist/yap-text-ENV.oci.tar (root; IMAGE_USER, MIRROR)
-# make units   renders systemd/ and nix/settings.json (needs Nix)
-# make lock    resolves the locks again (needs the registries)
-# make clean   removes what these made
+# make serve     sets everything up and serves on HOST:PORT
+# make quantize  sets everything up and makes AWQ weights of CHAT_MODEL and TOOL_MODEL (ARGS: of yap-text quantize)
+# make install   builds a version into PREFIX beside the older ones, then installs units and links (root; ARGS: of yap-text install)
+# make rollback  returns to the previous version (root)
+# make test      sets everything up and runs the tests, on CPU
+# make test-systemd, make test-nix   test the units on real systemd (root), the flake on real Nix
+# make lint      runs ruff, mypy, import-linter and the check of the locks
+# make audit     looks for known vulnerabilities of the locked packages (network; ARGS: of pip-audit)
+# make sbom      writes a bill of materials of this machine's environment, dist/ENV.cdx.json (CycloneDX)
+# make image     packs ENV into an OCI archive of three layers, dist/yap-text-ENV.oci.tar (root; IMAGE_USER, MIRROR)
+# make tables    writes what follows from settings and metrics: nix/settings.json, the tables of SETTINGS.md and observe/README.md
+# make units     does the same, and renders systemd/ (Nix)
+# make lock      resolves the locks again (network)
+# make clean     removes everything that these commands made
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -35,7 +36,7 @@ SIZE_serve-cuda := 3.7 GB to download, 9 GB installed, 2 to 10 minutes
 SIZE_test := 100 MB, half a minute
 SIZE_audit := 60 MB, half a minute
 
-.PHONY: serve quantize install rollback test test-systemd test-nix lint lock audit sbom image units clean venv venv-test
+.PHONY: serve quantize install rollback test test-systemd test-nix lint lock audit sbom image tables units clean venv venv-test
 
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
@@ -43,10 +44,10 @@ serve: venv
 quantize: venv $(VENV)/llmcompressor/lock.txt
 	@exec $(VENV)/bin/yap-text quantize $(ARGS)
 
-# A version is built at its final path, since a venv cannot be moved. Until its own `yap-text install` leads the link
-# `current` to it, a crash starts the version before. built.txt is a copy of the lock; it gets its name last.
-# A version with the same lock lends its wheels as hard links: uv replaces files, and writes into none. None are linked
-# to uv's cache, which may be another user's. A Python that uv has to bring goes into the version: units see no home.
+# A version is built at its final path, since a venv cannot be moved. Until its own `yap-text install` points the link
+# `current` to it, a crash starts the previous version. built.txt is a copy of the lock; it gets its name last.
+# A version with the same lock shares its wheels as hard links: uv replaces files and never writes into them. None are
+# linked to uv's cache, which may belong to another user. A Python that uv downloads goes into the version: units see no home.
 install:
 	@$(SETUP)
 	umask 022
@@ -55,10 +56,10 @@ install:
 	needs $(ENV)
 	use_uv
 	OUTSIDE_HOME=1 find_python "$$(python_of $$lock)" $(ENV) || python=
-	mkdir -p "$$prefix" || fail "root can; or name another folder: make install PREFIX=DIR"
+	mkdir -p "$$prefix" || fail "run it as root, or name another folder: make install PREFIX=DIR"
 	exec 9< "$$prefix"
-	flock -n 9 || fail "another make install builds in $$prefix"
-	for part in "$$prefix"/*/built.txt.part; do # of one that was killed
+	flock -n 9 || fail "another make install is running in $$prefix"
+	for part in "$$prefix"/*/built.txt.part; do # of a build that was killed
 	    folder=$${part%/*}
 	    if [ -e "$$part" ] && [ ! -L "$$folder" ]; then rm -rf "$$folder"; fi
 	done
@@ -145,10 +146,13 @@ sbom: .venv/audit/lock.txt $(VENV)/lock.txt
 image:
 	@ENV='$(ENV)' exec nix/image/build.sh
 
-units: venv-test
+tables: venv-test
 	@$(CPU)/bin/python nix/settings.py > nix/settings.json.part
 	mv nix/settings.json{.part,}
-	nix-instantiate --eval --strict --json -E 'import ./nix/render.nix {}' | $(or $(PYTHON),python3) -c '
+	$(CPU)/bin/python nix/pages.py
+
+units: tables
+	@nix-instantiate --eval --strict --json -E 'import ./nix/render.nix {}' | $(or $(PYTHON),python3) -c '
 	import json, pathlib, sys
 	for file in json.load(sys.stdin).items(): pathlib.Path("systemd", file[0]).write_text(file[1])'
 
@@ -160,9 +164,9 @@ clean:
 venv: $(VENV)/project
 venv-test: $(CPU)/project $(CPU)/test.txt $(CPU)/llmcompressor/lock.txt .venv/audit/lock.txt
 
-# A stamp is a copy of the lock that the venv holds: written last, so that an interrupted install counts as none, and
-# compared, so that a checkout that only touches the lock installs nothing. Static patterns: make would delete what an
-# implicit chain leaves in its middle.
+# A stamp is a copy of the lock that the venv holds. It is written last, so that an interrupted install leaves none, and
+# compared, so that a checkout that only touches the lock installs nothing. Static patterns: make would delete the
+# intermediate files of an implicit chain.
 
 $(VENVS:%=%/lock.txt) .venv/audit/lock.txt: .venv/%/lock.txt: nix/lock/%.txt
 	@if cmp -s $< $@; then touch $@; exit; fi

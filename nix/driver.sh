@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Part of the wrapper for GPUs: finds the NVIDIA driver's libraries, which belong to the machine and not to the store.
-# Exit status 75: the driver may come later, as at boot. 2: YAP_TEXT_DRIVER_LIB has to be mended.
+# Exit status 75: the driver may come later, as at boot. 2: YAP_TEXT_DRIVER_LIB must be corrected.
 if [[ "${1-}" == @(serve|quantize) && "${2-}" != @(-h|--help) ]]; then
   if [[ ! -e /proc/driver/nvidia/version && "${YAP_TEXT_DEVICE-}" != cuda ]]; then
     echo "yap-text: no NVIDIA driver is loaded on this machine; without a GPU: nix run .#$1-cpu" >&2
@@ -20,7 +20,7 @@ if [[ "${1-}" == @(serve|quantize) && "${2-}" != @(-h|--help) ]]; then
       done
     fi
     if [[ ! -e "$host/libcuda.so.1" ]]; then
-      echo "yap-text: no libcuda.so.1 in ${host:-what ldconfig lists}; name the driver's folder in YAP_TEXT_DRIVER_LIB, or do without a GPU: nix run .#$1-cpu" >&2
+      echo "yap-text: no libcuda.so.1 in ${host:-what ldconfig lists}; name the driver's folder in YAP_TEXT_DRIVER_LIB, or run without a GPU: nix run .#$1-cpu" >&2
       [[ -z "${YAP_TEXT_DRIVER_LIB-}" ]] || exit 2
       exit 75
     fi

@@ -88,7 +88,7 @@ let
   #   DefaultDependencies=no (systemd.target(5)).
   #
   # So yap-text.service keeps its socket at a restart, and a unit of our own, yap-text-switch.service, does what is left:
-  # it opens the socket at its new address, and, if nobody waits for READY, restarts the service in the background. It
+  # it opens the socket at its new address, and without waitForReady restarts the service in the background. It
   # differs (X-Restart-Triggers=) if the text of yap-text.socket or yap-text.service does, with all that an
   # administrator set there. PartOf= would be no substitute: a restart does not reach a unit that failed or is about to
   # start again.
@@ -130,7 +130,7 @@ let
     };
     script = switchScript;
   };
-  # systemd.service(5), "Default Dependencies", but for the order that makes multi-user.target wait.
+  # systemd.service(5), "Default Dependencies", except for the order that makes multi-user.target wait.
   unawaited = {
     restartIfChanged = lib.mkDefault false;
     requires = [ "sysinit.target" ];
@@ -182,11 +182,11 @@ in
         CONCURRENT_MODEL_CALL = true;
       };
       description = ''
-        The variables of `yap-text serve --help` by name; `null` leaves one at its default. Other variables of the
-        environment may be named, too: vLLM, NCCL and the hub client read their own.
+        The variables of `yap-text serve --help` by name; `null` keeps the default. Other environment variables are
+        allowed: vLLM, NCCL and the hub client read their own.
 
-        Every user of the machine can read them. So keys and tokens come in files (`apiKeyFile`, `hfTokenFile`,
-        `sessionKeyFile`), and paths in quotes: a path literal would put the file itself into the store.
+        Every user of the machine can read them. So put keys and tokens into files (`apiKeyFile`, `hfTokenFile`,
+        `sessionKeyFile`), and write paths in quotes: a path literal would copy the file into the store.
       '';
     };
 
@@ -248,7 +248,7 @@ in
         `quantize.enable` until the weights are made. A cold start of a large model takes minutes to an hour, a
         quantization hours.
 
-        If it is off, the service starts in the background. Its failure is then no failure of the switch: see
+        If it is off, the service starts in the background, and the switch succeeds even if the start fails: see
         `systemctl status yap-text`. The switch prints that it does not restart `yap-text.service`, since
         `yap-text-switch.service` does that.
       '';
@@ -277,8 +277,8 @@ in
       default = null;
       example = "/var/log/yap-text/yap-text.log";
       description = ''
-        Also write the log to this file, `*.log` in `/var/log/yap-text`, rotated at 100 MB. The journal has it in any
-        case, and needs no rotation.
+        Also write the log to this file, `*.log` in `/var/log/yap-text`, rotated at 100 MB. The journal always
+        has the log, and needs no rotation.
       '';
     };
   };

@@ -32,6 +32,7 @@ let
   };
   clientNames = [
     "annotated-types"
+    "msgspec"
     "pydantic"
     "pydantic-core"
     "pydantic-settings"
@@ -39,6 +40,18 @@ let
     "typing-extensions"
     "typing-inspection"
     "websockets"
+
+    # The load generator.
+    "contourpy"
+    "cycler"
+    "fonttools"
+    "httptools"
+    "kiwisolver"
+    "matplotlib"
+    "numpy"
+    "pillow"
+    "pyparsing"
+    "python-dateutil"
 
     "hatchling"
     "packaging"

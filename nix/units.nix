@@ -9,7 +9,7 @@
   apiKey ? "/etc/yap-text/api-key",
   hfToken ? "/etc/yap-text/hf-token",
   address ? "127.0.0.1:8000",
-  # Whether AWQ weights are made before a start where the settings ask for them.
+  # Whether AWQ weights are made before a start if the settings ask for them.
   quantize ? true,
   # The command that rotates YAP_TEXT_LOG_FILE; null: no such units.
   logrotate ? "/usr/sbin/logrotate",
@@ -57,7 +57,7 @@ let
 
   user = [
     "DynamicUser=yes"
-    "# By one name: two users could not own the same folders, and MPS serves clients of its own user alone."
+    "# One name for all units: two users could not own the same folders, and MPS serves only clients of its own user."
     "User=yap-text"
     "CapabilityBoundingSet="
     "AmbientCapabilities="
@@ -80,7 +80,7 @@ let
     "Environment=PATH=${path}"
   ]
   ++ when (apiKey != null) [
-    "# A file each, which must exist; with an empty one the environment counts, and then the default."
+    "# One file per secret, which must exist. If it is empty, the environment applies, then the default."
     "LoadCredential=YAP_TEXT_API_KEY:${apiKey}"
   ]
   ++ when (hfToken != null) [ "LoadCredential=HF_TOKEN:${hfToken}" ]
@@ -89,17 +89,17 @@ let
     "StateDirectory=yap-text"
     "CacheDirectory=yap-text"
     "LogsDirectory=yap-text"
-    "# Weights and compiled graphs outlive a restart."
+    "# Weights and compiled graphs survive a restart."
     "Environment=HF_HOME=%C/yap-text/hf VLLM_CACHE_ROOT=%C/yap-text/vllm"
     "Environment=TRITON_CACHE_DIR=%C/yap-text/triton TORCHINDUCTOR_CACHE_DIR=%C/yap-text/inductor"
     "Environment=FLASHINFER_WORKSPACE_BASE=%C/yap-text XDG_CACHE_HOME=%C/yap-text HOME=%S/yap-text"
     "Environment=CUDA_CACHE_PATH=%C/yap-text/nv"
-    "# Netlink and local sockets: torch and the engines' processes talk through them."
+    "# Netlink and local sockets: torch and the engine processes use them."
     "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"
     "SystemCallFilter=@system-service"
     "SystemCallFilter=~@privileged @resources"
-    "# Back from @resources: vLLM binds threads and memory to the CPU's node, tokenizing stands back, and ZeroMQ would end"
-    "# the process if it might not name its threads' scheduler, which is the usual one (RestrictRealtime=)."
+    "# Allowed again from @resources: vLLM binds threads and memory to the CPU's node, tokenizing lowers its priority, and ZeroMQ ends"
+    "# the process if it may not set its threads' scheduler, which is the default one (RestrictRealtime=)."
     "SystemCallFilter=sched_setaffinity sched_setscheduler setpriority set_mempolicy mbind migrate_pages"
     "SystemCallErrorNumber=EPERM"
   ]
@@ -134,7 +134,7 @@ let
         ]
         ++ afterNvidia
         ++ when quantize [
-          "# Only wanted: a push to the hub may fail where the weights are there all the same."
+          "# Wants=, not Requires=: an upload to the hub may fail although the weights are there."
           "Wants=yap-text-quantize.service"
           "After=yap-text-quantize.service"
         ]
@@ -150,7 +150,7 @@ let
           "Type=notify"
           "NotifyAccess=main"
           "ExecStart=${yap-text} serve"
-          "# Reads YAP_TEXT_KEY_FILE anew."
+          "# Reads YAP_TEXT_KEY_FILE and PERSONAS_DIR again."
           "ExecReload=/bin/sh -c 'kill -HUP $MAINPID'"
           "# A cold 24B model: download, load, compile."
           "TimeoutStartSec=3600"
@@ -158,37 +158,37 @@ let
           "TimeoutStopSec=45"
           "WatchdogSec=60"
           "Restart=on-failure"
-          "# 2: settings or models have to be mended first; so the socket goes, too, or its next client would start it again."
-          "# 75 (the hub, the driver, the disk, the port) and 1 (a crash) may mend themselves."
+          "# 2: settings or models must be corrected first. The socket stops, too: otherwise its next client would start the service."
+          "# 75 (the hub, the driver, the disk, the port) and 1 (a crash) may pass by themselves."
           "RestartPreventExitStatus=2"
           "ExecStopPost=-+/bin/sh -c 'test \"$$EXIT_STATUS\" != 2 || systemctl --job-mode=ignore-dependencies stop yap-text.socket'"
-          "# systemd 252 logs a line for each killed thread; this one comes last and names the reason."
+          "# systemd 252 logs a line for each killed thread. This line comes last and names the reason."
           "ExecStopPost=-/bin/sh -c 'test -z \"$$EXIT_CODE\" -o \"$$EXIT_CODE\" = exited || echo \"<4>The service was ended by $$EXIT_CODE $$EXIT_STATUS ($$SERVICE_RESULT).\" >&2'"
           "# A stop during the start."
           "SuccessExitStatus=143"
-          "# The waits between starts that fail grow from 5 s to a minute. systemd before 254 does not know RestartSteps=: there"
-          "# ExecStartPre= waits what is missing. A start that serves begins the row again."
+          "# The waits between starts that fail grow from 5 s to a minute. systemd before 254 does not know RestartSteps=; there"
+          "# ExecStartPre= waits for the rest of the time. A start that succeeds resets the waits."
           "RestartSec=5"
           "RestartSteps=6"
           "RestartMaxDelaySec=60"
           "ExecStartPre=-+/bin/sh -c '${waiting}'"
           "ExecStartPost=-+systemctl reset-failed yap-text.service"
-          "# Engine processes are not told to stop while the service drains."
+          "# Engine processes get no SIGTERM while the service drains."
           "KillMode=mixed"
-          "# A descriptor a socket: MAX_CONCURRENT_CONNECTIONS (100,000 at most) and MAX_PENDING_HANDSHAKES, and some 100 for files."
-          "# The service raises its soft limit to what its settings need; 1024 stay for programs that use select(2)."
+          "# One descriptor per socket: MAX_CONCURRENT_CONNECTIONS (100,000 at most) and MAX_PENDING_HANDSHAKES, and about 100 for files."
+          "# The service raises its soft limit to what its settings need. The soft limit of 1024 is for programs that use select(2)."
           "LimitNOFILE=1024:524288"
-          "# If the kernel kills one process for lack of memory, be it an engine, all of them end and the service starts again:"
+          "# If the kernel kills any process of the service for lack of memory, all of them end and the service starts again:"
           "# the journal then has `Failed with result 'oom-kill'`, and the kernel's log names the process."
           "OOMPolicy=stop"
-          "# No MemoryHigh= and no MemoryMax=: what a model takes is known only once it is loaded. MemoryHigh= would slow every"
-          "# turn down until the watchdog ends the service. To protect what else runs on this host, set MemoryMax= in"
+          "# No MemoryHigh= and no MemoryMax=: how much a model needs is known only once it is loaded. MemoryHigh= would slow every"
+          "# turn down until the watchdog ends the service. To protect other programs on this host, set MemoryMax= in"
           "# `systemctl edit yap-text`, well above the Memory: that `systemctl status yap-text` shows under load."
           "RuntimeDirectory=yap-text"
         ]
         ++ program
         ++ when (mps != null) [
-          "# Where MPS listens, as long as yap-text-mps.service runs."
+          "# The address of MPS, while yap-text-mps.service runs."
           "EnvironmentFile=-/run/yap-text-mps/environment"
         ]
         ++ service;
@@ -206,20 +206,20 @@ let
       {
         name = "Unit";
         lines = [
-          "Description=The port of Yap Text, held by systemd, also during a restart"
+          "Description=Listening socket of Yap Text, which stays open during a restart"
         ];
       }
       {
         name = "Socket";
         lines = [
-          "# Loopback, as long as the key is the default. Another address: systemctl edit yap-text.socket, where an"
+          "# Loopback, since the default key allows no other. Another address: systemctl edit yap-text.socket, where an"
           "# empty ListenStream= first clears this one."
           "ListenStream=${address}"
           "Backlog=1024"
           "NoDelay=yes"
-          "# The service runs all day, so a day has few activations: at most one a restart. If clients that reconnect activate a"
-          "# service that cannot start, the socket gives up after 20 starts. Restart= goes on, and opens it for each try. Mend what"
-          "# the journal names; then: systemctl reset-failed yap-text.socket; systemctl start yap-text.socket"
+          "# Activations are few: at most one per restart of the service. If clients that reconnect activate a"
+          "# service that cannot start, the socket fails after 20 activations. Restart= tries on, and opens the socket each time. Correct what"
+          "# the journal names, then: systemctl reset-failed yap-text.socket; systemctl start yap-text.socket"
           "TriggerLimitIntervalSec=10min"
           "TriggerLimitBurst=20"
         ];
@@ -237,7 +237,7 @@ let
           "Description=AWQ weights for Yap Text, made before it starts (QUANTIZATION=awq)"
           "Wants=network-online.target"
           "After=network-online.target"
-          "# `systemctl stop yap-text` means this, too."
+          "# `systemctl stop yap-text` stops this unit, too."
           "PartOf=yap-text.service"
         ]
         ++ afterNvidia;
@@ -245,12 +245,12 @@ let
       {
         name = "Service";
         lines = [
-          "# Not RemainAfterExit=: every start of the service asks again, which takes a second where nothing is to be done."
+          "# No RemainAfterExit=: every start of the service checks again, which takes a second if nothing has to be done."
           "Type=oneshot"
           "ExecStart=${yap-text} quantize --when-wanted"
           "# A layer at a time, hours for a large model."
           "TimeoutStartSec=infinity"
-          "# It stops between two steps, and deletes what is unfinished."
+          "# It stops between two steps, and deletes unfinished weights."
           "TimeoutStopSec=120"
           "SuccessExitStatus=143 SIGTERM"
         ]
@@ -262,14 +262,14 @@ let
       {
         name = "Unit";
         lines = [
-          "Description=NVIDIA's uvm module and its device nodes, there before Yap Text asks for them"
+          "Description=NVIDIA's uvm module and its device nodes, loaded before Yap Text starts"
           "ConditionFileIsExecutable=${toString nvidia-modprobe}"
         ];
       }
       {
         name = "Service";
         lines = [
-          "# Not RemainAfterExit=: every start of the service asks again, also after the driver was replaced."
+          "# No RemainAfterExit=: every start of the service checks again, also after the driver was replaced."
           "Type=oneshot"
           "# -c 0: the first card's node, and so the driver's own; -u: uvm."
           "ExecStart=${toString nvidia-modprobe} -c 0 -u"
@@ -293,8 +293,8 @@ let
         lines = [
           "Description=NVIDIA's Multi-Process Service for Yap Text: the kernels of both engines run side by side"
           "# Off until: systemctl enable --now yap-text-mps; systemctl restart yap-text"
-          "# An illegal memory access in the kernels of one engine ends both; the service ends with them, and starts again. If"
-          "# this unit stops under a running service, the same happens; then the service runs without it."
+          "# An illegal memory access in the kernels of one engine ends both engines; the service then ends and starts again. If"
+          "# this unit stops while the service runs, the same happens, and the service then runs without MPS."
           "Before=yap-text.service"
         ]
         ++ afterNvidia;
@@ -302,12 +302,12 @@ let
       {
         name = "Service";
         lines = [
-          "# The command returns when the daemon listens: a client that comes earlier would run without it, and say nothing."
+          "# The command returns when the daemon listens. A client that starts earlier would run without MPS, without a message."
           "Type=forking"
           "ExecStart=${toString mps} -d"
           "ExecStartPost=/bin/sh -c 'echo CUDA_MPS_PIPE_DIRECTORY=/run/yap-text-mps > /run/yap-text-mps/environment'"
           "ExecStop=/bin/sh -c 'echo quit | ${toString mps}'"
-          "# It waits for its clients; after this time they lose the card."
+          "# It waits for its clients. After this time they lose the GPU."
           "TimeoutStopSec=30"
           "Restart=on-failure"
           "RestartSec=5"
@@ -316,7 +316,7 @@ let
           "RuntimeDirectory=yap-text-mps"
           "RuntimeDirectoryMode=0700"
           "LogsDirectory=yap-text-mps"
-          "# Pipes and local sockets. No PrivateNetwork=: an abstract socket would be cut off from the clients."
+          "# Pipes and local sockets. No PrivateNetwork=: it would separate an abstract socket from the clients."
           "RestrictAddressFamilies=AF_UNIX AF_NETLINK"
           "IPAddressDeny=any"
           "SystemCallFilter=@system-service"
@@ -365,7 +365,7 @@ let
       {
         name = "Unit";
         lines = [
-          "Description=Looks every ten minutes whether the log file of Yap Text is due"
+          "Description=Checks every ten minutes whether the log file of Yap Text has to be rotated"
           "ConditionFileIsExecutable=${logrotate}"
         ];
       }

@@ -24,7 +24,8 @@ from yaptext.observe import systemd
 from yaptext.server.access.accounts import Account
 from yaptext.server.access.keyfile import NO_LIMITS, Key, Limits
 from yaptext.server.app import create_app
-from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.server.lifecycle import Lifecycle
+from yaptext.server.process import Server
 from yaptext.server.ws.connection import Connection
 from yaptext.server.ws.send_queue import WRITE_NOW
 from yaptext.settings import Settings
@@ -191,7 +192,7 @@ class Running:
     @property
     def active(self) -> int:
         """Slots in use."""
-        return len(self.server.lifespan.state["service"].admission.connections)
+        return len(self.server.lifespan.state["service"].admission.slots)
 
     def connect(self, key: str = "yap_token", **options: Any) -> Any:
         return websockets.connect(self.ws, additional_headers={"X-API-Key": key}, proxy=None, **options)
@@ -236,7 +237,7 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def vllm_engine(state_folder: Path) -> AsyncIterator[Any]:
     """The embedded model on real vLLM, opened once a test run (in the loop of the session)."""
-    from yaptext.engine.vllm.startup import open_engines
+    from yaptext.engine.registry import open_engines
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in os.environ.items():

@@ -1,4 +1,4 @@
-"""ScriptedEngine: an Engine that says what a test tells it to, and counts what was opened and aborted."""
+"""ScriptedEngine: an Engine that says what a test sets, and counts what was opened and aborted."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from yaptext.engine.base import CHAT, Delta, Load, Place, Reasoning, Sampling, Thinking
-from yaptext.errors import EngineDead, EngineFailed
+from yaptext.engine.base import CHAT, Codec, Delta, Load, Place, Reasoning, Sampling, Thinking
+from yaptext.errors import EngineDead, EngineFailed, EngineUnavailable
 
 _SPECIAL = re.compile(r"(<\|im_start\|>|<\|im_end\|>)")
 _DISGUISE = "\ufffe"
@@ -38,20 +38,11 @@ class Script:
 
 
 @dataclass
-class ScriptedEngine:
-    """`chat` answers free text, `decision` answers requests with a JSON schema. It keeps the rules of the Engine
-    protocol: a prefix cache in whole blocks, `max_tokens`, `stop`, errors for prompts that are too long."""
+class ScriptedCodec:
+    """A tokenizer that gives each new piece of text the next number, and templates in the manner of ChatML."""
 
-    chat: Script = field(default_factory=Script)
-    aborting: Pace = at_once
-    """How long an abort takes."""
-    decision: Script = field(default_factory=lambda: Script(("[]",)))
-    model: str = "scripted"
     max_model_len: int = 4096
     block_size: int = 16
-    weights: str = "float"
-    cache_tokens: int = 100_000
-    backlog_ms: float = 0.0
     leading: list[int] = field(default_factory=list)
     end_ids: list[int] = field(default_factory=list)
     ticks: bool = False
@@ -59,75 +50,10 @@ class ScriptedEngine:
     says: tuple[str, ...] = ()
     """What its template says of the date."""
     template: Literal["chatml", "tools", "no-system", "none"] = "chatml"
-    requests: list[tuple[list[int], Sampling, int]] = field(default_factory=list)
-    running: int = 0
-    finished: int = 0
-    aborted: int = 0
-    dead: bool = False
-    closed: bool = False
-    hurried: bool = False
 
     def __post_init__(self) -> None:
         self._ids: dict[str, int] = {}
         self._texts: list[str] = []
-        self._cache: set[tuple[str, tuple[int, ...]]] = set()
-
-    async def stream(
-        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
-    ) -> AsyncGenerator[Delta, None]:
-        self.requests.append((list(prompt), sampling, priority))
-        script = self.decision if sampling.json_schema is not None else self.chat
-        if sampling.json_schema is not None and "const" in (schema := json.loads(sampling.json_schema)):
-            script = Script(list(json.dumps(schema["const"], separators=(",", ":"))))
-        if sampling.json_schema is not None and script.calls is not None and '"minItems":1' in sampling.json_schema:
-            script = replace(script, pieces=script.calls, alternatives=())
-        if self.dead:
-            raise EngineDead("The engine died.")
-        if len(prompt) + 1 > self.max_model_len:
-            raise EngineFailed(f"The prompt is {len(prompt)} tokens; limit is {self.max_model_len - 1}")
-        cached = self._use_cache(list(prompt), sampling.cache_salt)
-        self.running += 1
-        done = False
-        text = ""
-        try:
-            for number, scripted in enumerate(script.pieces, 1):
-                piece = scripted
-                await script.pace()
-                if self.dead:
-                    raise EngineDead("The engine died.")
-                text += piece
-                last = number == len(script.pieces) and script.error is None
-                finish = script.finish if last else None
-                for stop in sampling.stop:
-                    if stop in text:
-                        piece, finish = piece[: max(0, len(piece) - len(text) + text.index(stop))], "stop"
-                if finish is None and number >= sampling.max_tokens:
-                    finish = "length"
-                done = finish is not None
-                told = script.alternatives[number - 1 : number] if sampling.alternatives else ()
-                yield Delta(piece, 1, len(prompt), cached, finish, told)
-                if done:
-                    return
-            if script.error is not None:
-                done = True
-                raise script.error
-        finally:
-            if not done:
-                await self.aborting()
-            self.running -= 1
-            self.finished += done
-            self.aborted += not done
-
-    def _use_cache(self, prompt: list[int], salt: str) -> int:
-        """Tokens of `prompt` found in the cache under the salt; like vLLM never all of them, and in whole blocks."""
-        size = self.block_size
-        ends = range(size, len(prompt) + 1, size)
-        hit = 0
-        for end in ends:
-            if (salt, tuple(prompt[:end])) in self._cache and end < len(prompt):
-                hit = end
-        self._cache.update((salt, tuple(prompt[:end])) for end in ends)
-        return hit
 
     def _pieces(self, text: str, special: bool) -> list[str]:
         parts = _SPECIAL.split(text) if special else [text]
@@ -151,16 +77,10 @@ class ScriptedEngine:
         return _SPECIAL.sub(lambda found: found[0][:1] + _DISGUISE + found[0][1:], text)
 
     def show(self, ids: Sequence[int]) -> str:
-        return self.decode(ids)
+        return "".join(self._texts[token] for token in ids)
 
     def thinking(self, wanted: bool) -> Thinking:
         return Thinking()
-
-    async def check_schema(self, schema: str) -> None:
-        pass
-
-    def check_reasoning(self, reasoning: Reasoning) -> None:
-        pass
 
     @property
     def has_template(self) -> bool:
@@ -181,10 +101,6 @@ class ScriptedEngine:
 
     async def encode_all(self, texts: Sequence[str], *, place: Place = "inside") -> list[list[int]]:
         return [await self.encode(text, place=place) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """For tests: the text that a prompt's ids stand for."""
-        return "".join(self._texts[token] for token in ids)
 
     async def clip(self, text: str, max_tokens: int, *, keep: Literal["start", "end"]) -> str:
         pieces = self._pieces(text, False)
@@ -211,6 +127,99 @@ class ScriptedEngine:
         told = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
         return f"{opening}{told}" + ("<|im_start|>assistant\n" if reply else "")
 
+
+@dataclass
+class ScriptedEngine:
+    """`chat` answers free text, `decision` answers requests with a JSON schema. It keeps the rules of the Engine
+    protocol: a prefix cache in whole blocks, `max_tokens`, `stop`, errors for prompts that are too long."""
+
+    chat: Script = field(default_factory=Script)
+    aborting: Pace = at_once
+    """How long an abort takes."""
+    decision: Script = field(default_factory=lambda: Script(("[]",)))
+    codec: Codec = field(default_factory=ScriptedCodec)
+    model: str = "scripted"
+    weights: str = "float"
+    cache_tokens: int = 100_000
+    backlog_ms: float = 0.0
+    requests: list[tuple[list[int], Sampling, int]] = field(default_factory=list)
+    running: int = 0
+    finished: int = 0
+    aborted: int = 0
+    dead: bool = False
+    away: str = ""
+    """Why it cannot be reached, for the log."""
+    closed: bool = False
+    hurried: bool = False
+
+    def __post_init__(self) -> None:
+        self._cache: set[tuple[str, tuple[int, ...]]] = set()
+
+    async def stream(
+        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
+    ) -> AsyncGenerator[Delta, None]:
+        self.requests.append((list(prompt), sampling, priority))
+        script = self.decision if sampling.json_schema is not None else self.chat
+        if sampling.json_schema is not None and "const" in (schema := json.loads(sampling.json_schema)):
+            script = Script(list(json.dumps(schema["const"], separators=(",", ":"))))
+        if sampling.json_schema is not None and script.calls is not None and '"minItems":1' in sampling.json_schema:
+            script = replace(script, pieces=script.calls, alternatives=())
+        await self.check()
+        if len(prompt) + 1 > self.codec.max_model_len:
+            raise EngineFailed(f"The prompt is {len(prompt)} tokens; limit is {self.codec.max_model_len - 1}")
+        cached = self._use_cache(list(prompt), sampling.cache_salt)
+        self.running += 1
+        done = False
+        text = ""
+        try:
+            for number, scripted in enumerate(script.pieces, 1):
+                piece = scripted
+                await script.pace()
+                await self.check()
+                text += piece
+                last = number == len(script.pieces) and script.error is None
+                finish = script.finish if last else None
+                for stop in sampling.stop:
+                    if stop in text:
+                        piece, finish = piece[: max(0, len(piece) - len(text) + text.index(stop))], "stop"
+                if finish is None and number >= sampling.max_tokens:
+                    finish = "length"
+                done = finish is not None
+                told = script.alternatives[number - 1 : number] if sampling.alternatives else ()
+                yield Delta(piece, 1, len(prompt), cached, finish, told)
+                if done:
+                    return
+            if script.error is not None:
+                done = True
+                raise script.error
+        finally:
+            if not done:
+                await self.aborting()
+            self.running -= 1
+            self.finished += done
+            self.aborted += not done
+
+    def _use_cache(self, prompt: list[int], salt: str) -> int:
+        """Tokens of `prompt` found in the cache under the salt; like vLLM never all of them, and in whole blocks."""
+        size = self.codec.block_size
+        ends = range(size, len(prompt) + 1, size)
+        hit = 0
+        for end in ends:
+            if (salt, tuple(prompt[:end])) in self._cache and end < len(prompt):
+                hit = end
+        self._cache.update((salt, tuple(prompt[:end])) for end in ends)
+        return hit
+
+    async def check_schema(self, schema: str) -> None:
+        pass
+
+    def check_reasoning(self, reasoning: Reasoning) -> None:
+        pass
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """For tests: the text that a prompt's ids stand for."""
+        return self.codec.show(ids)
+
     def load(self) -> Load:
         load = Load(self.running, 0.5 if self.running else 0.0, self.running, begun=len(self.requests))
         return replace(load, backlog_ms=self.backlog_ms)
@@ -218,6 +227,10 @@ class ScriptedEngine:
     async def check(self) -> None:
         if self.dead:
             raise EngineDead("The engine died.")
+        if self.away:
+            error = EngineUnavailable("The model server does not answer.")
+            error.add_note(self.away)
+            raise error
 
     async def aclose(self, *, at_once: bool = False) -> None:
         self.closed, self.hurried = True, at_once
@@ -242,20 +255,12 @@ class Gate:
             self._permits.release()
 
 
-_OF_A_CODEC = (
-    "encode", "encode_all", "clip", "disguise", "split", "encode_rendered", "show", "render", "thinking", "leading",
-    "end_ids", "ticks", "bounded_by_bytes", "block_size", "max_model_len",
-)  # fmt: skip
-
-
 class TokenizedEngine(ScriptedEngine):
     """With the tokenizer and template of a real codec, and no memory of what it was asked: for measuring the service
     in front of it."""
 
-    def __init__(self, codec: Any, chat: Script | None = None) -> None:
-        super().__init__(chat or Script())
-        for name in _OF_A_CODEC:
-            setattr(self, name, getattr(codec, name))
+    def __init__(self, codec: Codec, chat: Script | None = None) -> None:
+        super().__init__(chat or Script(), codec=codec)
 
     def _use_cache(self, prompt: list[int], salt: str) -> int:
         return 0

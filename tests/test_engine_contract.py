@@ -38,9 +38,9 @@ async def read(engine: Engine, prompt: list[int], sampling: Sampling, **options:
 
 
 async def prompt_of(engine: Engine, text: str = "Count from one to five hundred.") -> list[int]:
-    rendered = engine.render([{"role": "user", "content": text}])
+    rendered = engine.codec.render([{"role": "user", "content": text}])
     assert rendered is not None
-    return await engine.encode_rendered(rendered)
+    return await engine.codec.encode_rendered(rendered)
 
 
 async def freed(engine: Engine) -> None:
@@ -52,7 +52,7 @@ async def freed(engine: Engine) -> None:
 
 async def test_the_cache_holds_more_than_one_conversation(engine: Engine) -> None:
     """In tokens, as prompts are counted."""
-    assert engine.cache_tokens > 2 * engine.max_model_len
+    assert engine.cache_tokens > 2 * engine.codec.max_model_len
 
 
 async def test_a_stream_counts_its_tokens_and_ends_with_a_reason(engine: Engine) -> None:
@@ -94,25 +94,25 @@ async def test_cancelling_the_reader_aborts_the_stream(engine: Engine) -> None:
 
 async def test_a_repeated_prefix_is_cached_in_whole_blocks(engine: Engine) -> None:
     """`cached_tokens` is true: nothing at first, then the blocks that both prompts share."""
-    shared = (await engine.encode("A tall ship went to sea, and I shall tell you all about it. " * 30))[
-        : engine.block_size * 2
+    shared = (await engine.codec.encode("A tall ship went to sea, and I shall tell you all about it. " * 30))[
+        : engine.codec.block_size * 2
     ]
-    assert len(shared) == engine.block_size * 2
-    first = await read(engine, [*shared, *await engine.encode("one")], Sampling(max_tokens=1))
-    second = await read(engine, [*shared, *await engine.encode("two")], Sampling(max_tokens=1))
+    assert len(shared) == engine.codec.block_size * 2
+    first = await read(engine, [*shared, *await engine.codec.encode("one")], Sampling(max_tokens=1))
+    second = await read(engine, [*shared, *await engine.codec.encode("two")], Sampling(max_tokens=1))
     assert first[0].cached_tokens == 0
     assert second[0].cached_tokens == len(shared)
 
 
 async def test_a_salt_keeps_cached_prefixes_apart(engine: Engine) -> None:
     """What was computed under one is found under that one alone; to have none is one, too."""
-    prompt = await engine.encode("Salt is what nobody else shares with me, and never will. " * 30)
-    prompt = prompt[: engine.block_size * 2 + 1]
+    prompt = await engine.codec.encode("Salt is what nobody else shares with me, and never will. " * 30)
+    prompt = prompt[: engine.codec.block_size * 2 + 1]
     found = []
     for salt in ("", "a", "b", "", "a", "b"):
         deltas = await read(engine, prompt, Sampling(max_tokens=1, cache_salt=salt))
         found.append(deltas[0].cached_tokens)
-    assert found == [0, 0, 0, *[engine.block_size * 2] * 3]
+    assert found == [0, 0, 0, *[engine.codec.block_size * 2] * 3]
 
 
 async def test_a_schema_holds_whatever_the_model_would_say(engine: Engine) -> None:
@@ -164,7 +164,7 @@ async def test_a_bad_request_fails_alone(engine: Engine) -> None:
     prompt = await prompt_of(engine)
     beside = asyncio.create_task(read(engine, prompt, Sampling(max_tokens=20)))
     with pytest.raises(EngineFailed):
-        await read(engine, prompt * (engine.max_model_len // len(prompt) + 1), Sampling(max_tokens=1))
+        await read(engine, prompt * (engine.codec.max_model_len // len(prompt) + 1), Sampling(max_tokens=1))
     assert (await beside)[-1].finish_reason is not None
     await engine.check()
 
@@ -191,25 +191,25 @@ async def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
 
 async def test_control_tokens_in_a_users_text_are_only_text(engine: Engine) -> None:
     """`encode` makes them special only where the service itself wrote them."""
-    as_text, as_control = await engine.encode("<|im_end|>"), await engine.encode_rendered("<|im_end|>")
+    as_text, as_control = await engine.codec.encode("<|im_end|>"), await engine.codec.encode_rendered("<|im_end|>")
     assert len(as_control) == 1 and as_control[0] not in as_text
 
 
 async def test_many_texts_are_encoded_each_by_itself(engine: Engine) -> None:
     """Also where they are so long that a thread does it, and none at all."""
     for texts in (["one", "", "<|im_end|>", "one two"], ["a long text. " * 200, "and one more"], []):
-        assert await engine.encode_all(texts) == [await engine.encode(text) for text in texts]
+        assert await engine.codec.encode_all(texts) == [await engine.codec.encode(text) for text in texts]
 
 
 @pytest.mark.parametrize("text", ["", "hello", "naïve café — 東京 🚀🚀🚀", "a b c d e f g h " * 200])
 @pytest.mark.parametrize("limit", [0, 1, 3, 40])
 async def test_clip_keeps_the_start_or_the_end_within_the_limit(engine: Engine, text: str, limit: int) -> None:
     """What is kept is a true start or end of the text, and as long as fits."""
-    start = await engine.clip(text, limit, keep="start")
-    end = await engine.clip(text, limit, keep="end")
+    start = await engine.codec.clip(text, limit, keep="start")
+    end = await engine.codec.clip(text, limit, keep="end")
     assert text.startswith(start) and text.endswith(end)
-    assert len(await engine.encode(start)) <= limit and len(await engine.encode(end)) <= limit
-    if len(await engine.encode(text)) <= limit:
+    assert len(await engine.codec.encode(start)) <= limit and len(await engine.codec.encode(end)) <= limit
+    if len(await engine.codec.encode(text)) <= limit:
         assert start == end == text
 
 
@@ -221,7 +221,7 @@ async def test_render_keeps_contents_in_order_and_opens_the_reply(engine: Engine
         {"role": "assistant", "content": "REPLY"},
         {"role": "user", "content": "SECOND"},
     ]
-    text = engine.render(messages)
+    text = engine.codec.render(messages)
     assert text is not None
     places = [text.index(str(message["content"])) for message in messages]
     assert places == sorted(places) and text.endswith("assistant\n")

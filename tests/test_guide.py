@@ -76,4 +76,4 @@ async def test_eight_turns_are_each_warm_by_themselves(
             session.warming = None
         with capsys.disabled():
             print(f"\n{format}: tokens left to compute {left[1:]}, first token ms {[round(ms) for ms in first[1:]]}")
-        assert statistics.median(left[1:]) <= 40 + vllm_engine.block_size
+        assert statistics.median(left[1:]) <= 40 + vllm_engine.codec.block_size

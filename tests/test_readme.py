@@ -9,7 +9,7 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +17,8 @@ import websockets
 from prometheus_client import Metric
 
 from yaptext.observe.metrics import Metrics
-from yaptext.wire.frames import ClientMessage, ServerMessage, decode
+from yaptext.wire.frames import CLIENT_MESSAGES, SERVER_MESSAGES, PersonaFields
+from yaptext.wire.reading import decode
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -54,8 +55,7 @@ def test_the_first_page_is_short() -> None:
 def test_every_room_has_a_page() -> None:
     """It says what the room promises, its files, and what it may import."""
     rooms = [folder for folder in (ROOT / "yaptext").iterdir() if (folder / "__init__.py").is_file()]
-    assert [room.name for room in rooms if room.name != "settings" and not (room / "README.md").is_file()] == []
-    assert (ROOT / "yaptext" / "SETTINGS.md").is_file()
+    assert [room.name for room in rooms if not (room / "README.md").is_file()] == []
 
 
 def test_the_named_tests_are_many() -> None:
@@ -133,13 +133,19 @@ def test_the_frames_of_the_protocol_page_are_frames_of_the_protocol() -> None:
     lines = [json.loads(line) for text in blocks(page, "json") for line in text.splitlines()]
     assert [line["type"] for line in lines] == ["ack", "toolcall", "token", "final", "done"]
     for line in lines:
-        (cls,) = [cls for cls in get_args(ServerMessage) if cls.__struct_config__.tag == line["type"]]
+        (cls,) = [cls for cls in SERVER_MESSAGES if cls.__struct_config__.tag == line["type"]]
         message = msgspec.convert(line, cls)
         assert set(line) <= {"type", *cls.__struct_encode_fields__}
         assert msgspec.to_builtins(message).items() >= {name: line[name] for name in line if name != "usage"}.items()
     (table,) = re.findall(r"^\| you send \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.M)
-    sent = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    assert sent == {str(cls.__struct_config__.tag) for cls in get_args(ClientMessage)}
+    shown: dict[str, set[str]] = {}
+    for row in table.splitlines():
+        _, tags, fields, _ = row.split("|")
+        shown |= {tag: set(re.findall(r"`(\w+)", fields)) for tag in re.findall(r"`(\w+)`", tags)}
+    assert set(shown) == {str(cls.__struct_config__.tag) for cls in CLIENT_MESSAGES}
+    for cls in CLIENT_MESSAGES:
+        persona = set(PersonaFields.__struct_fields__) if issubclass(cls, PersonaFields) else set()
+        assert set(cls.__struct_encode_fields__) - persona <= shown[str(cls.__struct_config__.tag)]
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "yaptext" / "wire" / "README.md"], ids=["first", "wire"])
@@ -174,11 +180,15 @@ async def test_the_python_example_prints_a_reply(capsys: pytest.CaptureFixture[s
 
 
 def test_every_metric_is_documented() -> None:
-    """Under the name that Prometheus shows, and no other."""
+    """Under the name that Prometheus shows, with its labels and its help text. `make tables` writes the rows."""
     made: list[Metric] = list(Metrics().registry.collect())
     process = ("yaptext_process_", "yaptext_python_")
     names = {m.name + ("_total" if m.type == "counter" else "") for m in made if not m.name.startswith(process)}
     page = (ROOT / "yaptext" / "observe" / "README.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^\| metric \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.M)
-    documented = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
-    assert documented == names
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    documented = {name.strip("`"): (tuple(re.findall(r"`(\w+)`", labels)), meaning) for name, labels, meaning in rows}
+    assert len(rows) == len(documented)
+    assert sorted(names - set(documented)) == [], "exposed, not documented"
+    assert sorted(set(documented) - names) == [], "documented, not exposed"
+    assert documented == {name: (labels, meaning) for name, labels, meaning in Metrics().documented}

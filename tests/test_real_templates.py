@@ -56,7 +56,7 @@ def folder(state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 async def engine(folder: Path) -> AsyncIterator[Any]:
     import os
 
-    from yaptext.engine.vllm.startup import open_engines
+    from yaptext.engine.registry import open_engines
     from yaptext.settings import Settings
 
     with pytest.MonkeyPatch.context() as environment:
@@ -77,9 +77,8 @@ def dressed(engine: Any, folder: Path, template: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATES[template].replace("<s>", "")
     other = copy.copy(engine)
-    HubCodec.__init__(
-        other, tokenizer, max_model_len=engine.max_model_len, block_size=engine.block_size, end_ids=engine.end_ids
-    )
+    own = engine.codec
+    other.codec = HubCodec(tokenizer, max_model_len=own.max_model_len, block_size=own.block_size, end_ids=own.end_ids)
     return other
 
 
@@ -93,7 +92,7 @@ async def turn(socket: MemorySocket, utterance: str, **fields: Any) -> dict[str,
 
 async def test_a_reply_ends_with_its_template_whatever_the_config_calls_its_end(engine: Any) -> None:
     """Without that the model speaks the user's next line, up to the limit."""
-    assert engine.end_ids == [0]
+    assert engine.codec.end_ids == [0]
     async with talking(engine, DEPLOY_MODELS="chat", CHAT_TEMPERATURE="0", CHAT_MAX_OUT="60") as talk:
         done = await turn(talk.socket(), FRANCE)
         assert "Paris" in done["text"] and done["finish_reason"] == "stop"
@@ -129,7 +128,7 @@ async def test_tools_are_described_wherever_the_template_puts_them(engine: Any, 
     streamed = tool.stream
 
     def stream(prompt: Any, sampling: Any, **options: Any) -> Any:
-        asked.append(tool.show(prompt))
+        asked.append(tool.codec.show(prompt))
         return streamed(prompt, sampling, **options)
 
     tool.stream = stream
@@ -172,7 +171,7 @@ async def test_thinking_that_cannot_be_parsed_ends_the_start(engine: Any, folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATES["chatml"] + "{% if add_generation_prompt %}[THINK]{% endif %}"
     other = copy.copy(engine)
-    HubCodec.__init__(other, tokenizer, max_model_len=8192, block_size=32)
+    other.codec = HubCodec(tokenizer, max_model_len=8192, block_size=32)
     with pytest.raises(StartError, match=r"thinks before it speaks, .*REASONING_PARSER=none"):
         async with talking(other, DEPLOY_MODELS="chat"):
             pass
@@ -185,7 +184,7 @@ async def test_weights_of_llm_compressor_answer(state_folder: Path, tmp_path: Pa
     from compressed import compress
 
     from yaptext.engine import demo
-    from yaptext.engine.vllm.startup import open_engines
+    from yaptext.engine.registry import open_engines
     from yaptext.settings import Settings
 
     packed = compress(demo.folder(state_folder), tmp_path / "packed")

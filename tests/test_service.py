@@ -245,7 +245,7 @@ async def test_what_binds_refuses_new_sockets() -> None:
             metrics = (await client.get("/metrics")).text
         told = status["engines"]["chat+tool"]
         assert (status["session_tokens"], told["backlog_ms"], told["kv_tokens"]) == (10, 4000, 8000)
-        for line in ("connections_max 100.0", "session_tokens 10.0", 'engine_backlog_ms{engine="chat+tool"} 4000.0'):
+        for line in ("connections_max 100.0", "session_tokens 10.0", 'engine_backlog_seconds{engine="chat+tool"} 4.0'):
             assert f"yaptext_{line}" in metrics
 
 
@@ -286,7 +286,7 @@ async def test_metrics_count_turns_by_outcome() -> None:
             "yaptext_connections 1.0",
             "yaptext_sessions 1.0",
             'yaptext_engine_requests{engine="chat+tool"} 0.0',
-            "yaptext_ttft_ms_count 1.0",
+            "yaptext_time_to_first_token_seconds_count 1.0",
         ):
             assert line in text, line
         assert int(re.findall(r"^yaptext_tasks (\d+)", text, re.MULTILINE)[0]) > 3, "receiver, writer, request and test"
@@ -410,7 +410,7 @@ async def test_a_warmed_history_is_found_by_the_turn(engines: Engines) -> None:
         await say(socket, "warm_history", persona_style="scholar", history_text=history)
         warmed = (await until(socket, "warmed"))[-1]
         assert engines.chat is not None
-        assert warmed["prefix_tokens"] >= 512 and warmed["prefix_tokens"] % engines.chat.block_size == 0
+        assert warmed["prefix_tokens"] >= 512 and warmed["prefix_tokens"] % engines.chat.codec.block_size == 0
         frames = await turn(socket, "And 50 plus 50?", persona_style="scholar", history_text=history)
         assert frames[-1]["usage"]["cached_tokens"] >= warmed["prefix_tokens"]
 
@@ -435,8 +435,8 @@ async def test_one_model_alone(engines: Engines, deployed: str, kinds: list[str]
 async def test_two_engines_for_one_checkpoint(state_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SHARE_ENGINE=0: decision and chat on engines of their own, which open at once; where one cannot, nothing of
     either is left."""
+    from yaptext.engine.registry import open_engines
     from yaptext.engine.vllm.environment import engine_environment
-    from yaptext.engine.vllm.startup import open_engines
     from yaptext.settings import Settings
 
     for name in engine_environment(Settings.load(YAP_TEXT_DEVICE="cpu")):

@@ -129,7 +129,7 @@ def test_every_shown_default_can_be_set(env: pytest.MonkeyPatch, row: Any) -> No
 
 
 def test_settings_md_lists_every_variable() -> None:
-    """SETTINGS.md's table is the class: the same names in the same order, defaults and meanings."""
+    """Its rows are those of the class: names in order, defaults, meanings. `make tables` writes them."""
     rows = re.findall(r"^\| `([A-Z0-9_]+)` \| *(?:`([^`]*)`)? *\| (.*?) \|$", TABLE.read_text(encoding="utf-8"), re.M)
     assert rows == [tuple(row) for row in variables()]
 

@@ -25,10 +25,10 @@ BAD_ENGINES = """
 import sys, types
 from yaptext import errors
 from yaptext.__main__ import main
-def open_engines(_):
+def open_vllm(_):
     raise {error}
 sys.modules["yaptext.engine.vllm.startup"] = vllm = types.ModuleType("yaptext.engine.vllm.startup")
-vllm.open_engines = open_engines
+vllm.open_vllm = open_vllm
 sys.argv[1:] = ["serve"]
 main()
 """

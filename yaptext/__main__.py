@@ -16,6 +16,12 @@ def main() -> None:
         eval("0")  # if it came within an eval, Python would end by the signal, and not with 130
         print("yap-text: stopped by Ctrl-C (SIGINT)", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] == "yaptext":
+            raise
+        hint = "The package alone is the client; pip install 'yaptext[serve]' brings what the commands need."
+        print(f"yap-text: there is no Python package {error.name}. {hint}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -8,7 +8,7 @@ YapError
 ├── QuantizeError              a model cannot be quantized, verified or pushed; nothing half-made is left
 │   ├── QuantizeRefused        nor can it later: the settings, the model or the code have to change first
 │   └── QuantizeDelayed        the hub, the disk, the card or another job was in the way; a later try may do
-└── WireError                  told to the client as an `error` frame
+└── WireError                  sent to the client as an `error` frame
     ├── AuthenticationFailed   closes the socket, 1008
     ├── ServerAtCapacity       closes the socket, 1013; a retry helps
     ├── GoingAway              closes the socket, 1012; a retry helps
@@ -19,6 +19,7 @@ YapError
     ├── NotDeployed            the model that would do it is not deployed
     ├── RateLimited            a retry helps
     ├── EngineFailed           this request failed, the engine lives
+    │   ├── EngineUnavailable  the engine is away, and may come back; the process lives
     │   └── EngineDead         the engine is gone; the process will end
     └── Internal               a fault of ours; the journal has the traceback
 """
@@ -31,8 +32,8 @@ from typing import ClassVar
 class YapError(Exception):
     """The root: `except YapError` is every error that has a name here.
 
-    `exit_status` is that of a command which ends with the error: 2 stays wrong until somebody mends it, and systemd
-    does not try again (`RestartPreventExitStatus=`); 75 (EX_TEMPFAIL of sysexits.h) may pass by itself.
+    `exit_status` is that of a command which ends with the error: 2 stays wrong until something is corrected, and
+    systemd does not try again (`RestartPreventExitStatus=`); 75 (EX_TEMPFAIL of sysexits.h) may pass by itself.
     """
 
     exit_status: ClassVar[int] = 1
@@ -138,6 +139,10 @@ class RateLimited(WireError):
 
 class EngineFailed(WireError):
     code = "engine_failed"
+
+
+class EngineUnavailable(EngineFailed):
+    pass
 
 
 class EngineDead(EngineFailed):

@@ -23,7 +23,7 @@ class CouldNotAsk(Exception):
 
 
 def requirements(wheels: Sequence[Wheel]) -> str:
-    """What pip-audit reads. A local build counts as the release that it is built of: nobody knows 2.13.0+cpu."""
+    """What pip-audit reads. A local build counts as the release that it is built of: no advisory names 2.13.0+cpu."""
     return "".join(f"{wheel.name}=={wheel.version.partition('+')[0]}\n" for wheel in wheels)
 
 

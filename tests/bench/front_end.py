@@ -29,11 +29,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import uvloop
 from paced import PacedEngine, due_times
 
 from yaptext.bench.conversation import Conversation
-from yaptext.bench.figures import percentile
 from yaptext.bench.plan import Sampling
 from yaptext.bench.prompts import Story
 from yaptext.bench.service import Service
@@ -59,7 +59,8 @@ def serve(kind: str, rate: float, slots: int) -> None:
     from yaptext.engine.base import Engines
     from yaptext.observe import logs
     from yaptext.server.app import create_app
-    from yaptext.server.lifecycle import Lifecycle, Server
+    from yaptext.server.lifecycle import Lifecycle
+    from yaptext.server.process import Server
     from yaptext.settings import Settings
 
     logs.configure(level="warning", format="json", journald=False)
@@ -88,7 +89,7 @@ def _bare(engine: PacedEngine) -> Any:
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
     from yaptext.engine.base import Sampling as EngineSampling
-    from yaptext.server.pending import Lobby
+    from yaptext.server.pending import PendingConnections
     from yaptext.wire.frames import Models, Token, encode
 
     async def talk(socket: WebSocket) -> None:
@@ -107,7 +108,7 @@ def _bare(engine: PacedEngine) -> Any:
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         yield {  # what the service's own protocols ask for, and its line at the start
             "service": SimpleNamespace(
-                lobby=Lobby(100_000, 3600),
+                pending=PendingConnections(100_000, 3600),
                 runtime=SimpleNamespace(models=Models(None, None), engines=SimpleNamespace(distinct={})),
                 admission=SimpleNamespace(fitting=0),
             )
@@ -217,17 +218,15 @@ def _figures(streams: list[list[tuple[str, float]]], begun: float, ended: float,
                 seen += [(arrival, each) for each in due]
         delay += [(arrival - due) * 1000 for arrival, due in seen]
         jitter += [abs((b - a) - (due_b - due_a)) * 1000 for (a, due_a), (b, due_b) in itertools.pairwise(seen)]
-    jitter.sort()
-    delay.sort()
     return {
         "tokens_per_s": tokens / (ended - begun),
         "us_per_token": cpu_s / tokens * 1e6,
         "server_core": cpu_s / (ended - begun),
         "tokens_per_frame": tokens / frames,
-        "jitter_p50_ms": percentile(jitter, 0.50),
-        "jitter_p99_ms": percentile(jitter, 0.99),
-        "delay_p50_ms": percentile(delay, 0.50),
-        "delay_p99_ms": percentile(delay, 0.99),
+        "jitter_p50_ms": np.quantile(jitter, 0.50),
+        "jitter_p99_ms": np.quantile(jitter, 0.99),
+        "delay_p50_ms": np.quantile(delay, 0.50),
+        "delay_p99_ms": np.quantile(delay, 0.99),
     }
 
 

@@ -21,7 +21,7 @@ from conftest import talking
 
 from yaptext.bench.text import number, table
 from yaptext.dialogue import warming
-from yaptext.engine.vllm.startup import open_engines
+from yaptext.engine.registry import open_engines
 from yaptext.observe import logs
 from yaptext.settings import Settings
 

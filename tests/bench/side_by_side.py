@@ -30,9 +30,9 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvloop
 
-from yaptext.bench.figures import percentile
 from yaptext.bench.http import Getter
 from yaptext.bench.openai import OpenAI
 from yaptext.bench.plan import Sampling
@@ -142,7 +142,7 @@ async def raw_engine(arguments: dict[str, Any], settings: Settings, sampling: Sa
     try:
         opened = VllmEngine(llm, arguments["model"], "float", None)
         limits = Limits(persona=2000, history=4000, utterance=settings.user_utt_max_tokens, reply=settings.chat_max_out)
-        yield Raw(llm, await ChatPrompts.open(opened, settings.chat_prompt_format, limits), sampling)
+        yield Raw(llm, await ChatPrompts.open(opened.codec, settings.chat_prompt_format, limits), sampling)
     finally:
         llm.shutdown(timeout=5)
 
@@ -316,7 +316,7 @@ async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Pr
                 }
             for kind, said in kinds.items():
                 found.setdefault(kind, []).append(said)
-                told = ", ".join(f"{name} {percentile(milliseconds(said[name])['ttft'], 0.5):.0f}" for name in names)
+                told = ", ".join(f"{name} {np.quantile(milliseconds(said[name])['ttft'], 0.5):.0f}" for name in names)
                 print(f"round {number_of_round + 1}, {kind} sessions: TTFT p50 {told} ms", file=sys.stderr, flush=True)
     for opened in conversations.values():
         await asyncio.gather(*(conversation.close() for conversation in opened))
@@ -350,7 +350,7 @@ def figures(several: list[dict[str, list[Turn]]]) -> dict[str, Any]:
         for figure in FIGURES:
             for label, share in STATISTICS:
                 of_rounds = [
-                    percentile(each["service"][figure], share) / percentile(each[other][figure], share)
+                    np.quantile(each["service"][figure], share) / np.quantile(each[other][figure], share)
                     for each in by_round
                 ]
                 ratios[f"service/{other} {figure} {label}"] = {
@@ -361,7 +361,7 @@ def figures(several: list[dict[str, list[Turn]]]) -> dict[str, Any]:
     return {
         "targets": {
             name: {
-                f"{figure}_{label}_ms": percentile(whole[name][figure], share)
+                f"{figure}_{label}_ms": np.quantile(whole[name][figure], share)
                 for figure in FIGURES
                 for label, share in STATISTICS
             }

@@ -139,11 +139,11 @@ def _role(vllm_config: Any) -> str:
 
 # --- in the service's own process
 
-_turn: contextvars.ContextVar[Any] = contextvars.ContextVar("turn")
+_answer: contextvars.ContextVar[Any] = contextvars.ContextVar("answer")
 
 
 def _prepare() -> None:
-    from yaptext.dialogue import runtime, turn
+    from yaptext.dialogue import runtime
     from yaptext.engine.vllm import arguments, engine, environment, kv_blocks, request
 
     held = _Held(request.params_of)
@@ -174,11 +174,13 @@ def _prepare() -> None:
         kv_blocks.Sizes.recall = lambda self: sizes  # type: ignore[method-assign,assignment]
     notes: dict[str, list[Any]] = {"aborts": [], "turns": []}
     _note_aborts(notes["aborts"])
-    _note_turns(turn.Turn, engine.VllmEngine, notes["turns"])
+    turns = Turns(notes["turns"])
+    _note_engines(turns, engine.VllmEngine)
     open_stage = runtime.Runtime.open.__func__  # type: ignore[attr-defined]
 
     async def opened(cls: Any, settings: Any, *args: Any, **named: Any) -> Any:
         found = await open_stage(cls, settings, *args, **named)
+        found.observer = turns
         own, prompts = dict(settings.__dict__), found.decider.prompts
 
         def apply(knobs: dict[str, Any]) -> None:
@@ -226,48 +228,54 @@ def _note_aborts(aborts: list[Any]) -> None:
     AsyncLLM.abort = noted
 
 
-def _note_turns(turns: Any, engine: Any, notes: list[Any]) -> None:
-    """The points of a turn's way: the frame there, each engine asked (and under which id), the decision out, the chat
-    engine's first text, and that passed on."""
+class Turns:
+    """The points of a turn's way: the frame there, the decision out, the first text passed on. Registered as the
+    runtime's observer; a note is complete when its turn has ended."""
+
+    def __init__(self, ended: list[Any]) -> None:
+        self._ended = ended
+        self._running: dict[Any, dict[str, Any]] = {}
+
+    def of_task(self) -> dict[str, Any] | None:
+        """The note of the turn that this task is of."""
+        return self._running.get(_answer.get(None))
+
+    def began(self, answer: Any) -> None:
+        _answer.set(answer)
+        self._running[answer] = {"received": answer.received_at}
+
+    def decided(self, answer: Any) -> None:
+        self._running[answer]["decided"] = time.monotonic()
+
+    def ended(self, answer: Any) -> None:
+        if (note := self._running.pop(answer, None)) is not None:  # else it was cut before it began
+            if answer.reply.first_at is not None:
+                note["passed"] = answer.reply.first_at
+            self._ended.append(note)
+
+
+def _note_engines(turns: Turns, engine: Any) -> None:
+    """Into the notes of turns: each engine asked (and under which id), the chat engine's first text."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    answer, release, pass_on = turns.answer, turns.release, turns.pass_on
     stream, generate = engine.stream, AsyncLLM.generate
 
-    async def answered(self: Any) -> None:
-        _turn.set(self)
-        self.sweep = {"received": self.received_at}
-        try:
-            await answer(self)
-        finally:
-            notes.append(self.sweep)
-
     def generated(self: Any, prompt: Any, params: Any, request_id: str, **named: Any) -> Any:
-        if (speaker := _turn.get(None)) is not None:
-            speaker.sweep["tool" if request_id.startswith("0-") else "chat"] = (request_id, time.monotonic())
+        if (note := turns.of_task()) is not None:
+            note["tool" if request_id.startswith("0-") else "chat"] = (request_id, time.monotonic())
         return generate(self, prompt, params, request_id, **named)
 
-    def released(self: Any, decision: Any) -> None:
-        self.sweep["decided"] = time.monotonic()
-        release(self, decision)
-
-    def passed(self: Any, delta: Any) -> None:
-        pass_on(self, delta)
-        if "passed" not in self.sweep and delta.text:
-            self.sweep["passed"] = time.monotonic()
-
     async def streamed(self: Any, prompt: Any, sampling: Any, *, priority: int = 1) -> Any:
-        speaker = _turn.get(None) if priority == 1 else None
+        note = turns.of_task() if priority == 1 else None
         deltas = stream(self, prompt, sampling, priority=priority)
         try:
             async for delta in deltas:
-                if speaker is not None and delta.text:
-                    speaker.sweep["text"], speaker = time.monotonic(), None
+                if note is not None and delta.text:
+                    note["text"], note = time.monotonic(), None
                 yield delta
         finally:
             await deltas.aclose()
 
-    turns.answer, turns.release, turns.pass_on = answered, released, passed
     engine.stream, AsyncLLM.generate = streamed, generated
 
 

@@ -108,6 +108,20 @@ def test_it_needs_nothing_of_the_service() -> None:
     assert ended.returncode == 1 and "cannot connect to ws://127.0.0.1:9/ws" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "lacking"), [((), "httptools, numpy"), (("--html", "page.html"), "httptools, numpy, matplotlib")]
+)
+def test_a_package_that_is_missing_is_named(arguments: tuple[str, ...], lacking: str) -> None:
+    """With the command that installs it, before anything is measured; plots are needed for a page alone."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('httptools', 'numpy', 'matplotlib'))); "
+        f"from yaptext.commands.main import run; sys.exit(run(['bench', *{arguments!r}]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert f"bench needs {lacking}, not installed here: pip install 'yaptext[bench]'" in ended.stderr.splitlines()[-1]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -173,6 +173,6 @@ def test_the_page_holds_all_figures_and_loads_nothing() -> None:
 def test_the_report_of_a_terminal_tells_what_went_wrong() -> None:
     """Refusals, errors, notes, and a bench that was itself too busy, beside the figures."""
     told = text.report(content(result([[10.0]]) | {"client_cpu": 0.9}))
-    assert "7 turns, 2 cancelled, 1 refused; 1 x server_at_capacity; the bench itself took 90% of a core" in told
+    assert "7 turns, 2 cancelled, 1 refused; 1 x server_at_capacity; the bench itself used 90% of a core" in told
     assert "a <note> & more" in told
     assert told.splitlines()[-1].split() == ["ttft", "1", "10", "10", "10", "10"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yaptext.bench.figures import percentile, pooled, samples_of, summary
+from yaptext.bench.figures import pooled, samples_of, summary
 from yaptext.bench.turn import Turn
 
 values = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)
@@ -25,20 +25,22 @@ def spoken(*arrivals: float, text: str = "word", part: str = "", sent_at: float 
 
 def test_percentiles_are_those_of_the_textbook() -> None:
     """Interpolated between the nearest two; of one sample all are that sample."""
-    assert [percentile([1, 2, 3, 4, 5], share) for share in (0, 0.25, 0.5, 0.95, 1)] == [1, 2, 3, pytest.approx(4.8), 5]
-    assert percentile([7.0], 0.99) == 7.0
-    assert percentile([1.0, 2.0], 0.5) == 1.5
-    with pytest.raises(ValueError, match="no samples"):
-        percentile([], 0.5)
+    found = summary([5, 1, 4, 2, 3])
+    assert (found["count"], found["mean"], found["max"]) == (5, 3.0, 5.0)
+    assert [found["curve"][point] for point in (0, 10, 20, 40)] == [1, 2, 3, 5] and found["p95"] == 4.8
+    assert set(summary([7.0])["curve"]) == {summary([7.0])["p99"]} == {7.0}
+    assert summary([1.0, 2.0])["p50"] == 1.5
 
 
 @given(values)
 def test_percentiles_agree_with_the_standard_library(samples: list[float]) -> None:
     """`statistics.quantiles` with the inclusive method is the same definition."""
     if len(samples) > 1:
-        expected = statistics.quantiles(samples, n=100, method="inclusive")
-        found = [percentile(sorted(samples), share / 100) for share in range(1, 100)]
-        assert found == pytest.approx(expected)
+        found, expected = summary(samples), statistics.quantiles(samples, n=100, method="inclusive")
+        p = [found[name] for name in ("p50", "p95", "p99")]
+        assert p == pytest.approx([expected[share - 1] for share in (50, 95, 99)], abs=1e-3)
+        fortieths = statistics.quantiles(samples, n=40, method="inclusive")
+        assert found["curve"] == pytest.approx([min(samples), *fortieths, max(samples)], abs=1e-3)
 
 
 @given(values)

@@ -516,7 +516,12 @@ FAULTS: dict[str, tuple[str, str, str, Callable[[Box], None]]] = {
     "default key for all": ("keys.own", "fail", "default key", open_socket),
     "short key": ("keys.own", "warn", "6 characters", variable(YAP_TEXT_API_KEY="abc123")),
     "bad key file": ("keys.file", "fail", "line 1", variable(YAP_TEXT_KEY_FILE="/etc/os-release")),
-    "no key at all": ("keys.file", "fail", "nobody gets in", variable(YAP_TEXT_KEY_FILE="/usr/lib/libnuma.so.1")),
+    "no key at all": (
+        "keys.file",
+        "fail",
+        "no client can connect",
+        variable(YAP_TEXT_KEY_FILE="/usr/lib/libnuma.so.1"),
+    ),
     "closed key file": ("keys.file", "fail", "may not read", closed_keys),
     "open key": ("keys.modes", "warn", "0644", open_key),
     "port taken": ("network.port", "fail", "nginx: (process 4242)", listening),

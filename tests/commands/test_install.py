@@ -277,7 +277,7 @@ def test_a_version_becomes_current_and_the_one_before_is_kept(stage: Stage, vers
     said = versions.install("b")
     assert said["current"] == "updated" and said["previous"] == "installed"
     assert versions.links == {"current": "b", "previous": "a"}
-    assert "Current version: b. The version before: a (yap-text install --rollback).\n" in stage.printed
+    assert "Current version: b. Previous version: a (yap-text install --rollback).\n" in stage.printed
     assert set(versions.install("b").values()) == {"unchanged", "kept"}
     assert versions.links == {"current": "b", "previous": "a"}
     said = versions.install("c")
@@ -370,10 +370,10 @@ def test_a_file_in_the_way_of_the_command_is_refused(stage: Stage, versions: Ver
 
 def test_rollback_runs_the_install_of_the_version_before(stage: Stage, versions: Versioned, tmp_path: Path) -> None:
     """So that its own units and links come back, by its own code; a rollback of a rollback goes forward."""
-    with pytest.raises(InstallError, match="no version to go back to"):
+    with pytest.raises(InstallError, match="there is no previous version"):
         rollback(stage.root)
     versions.install("a")
-    with pytest.raises(InstallError, match="no version to go back to"):
+    with pytest.raises(InstallError, match="there is no previous version"):
         rollback(stage.root)
     versions.install("b")
     command = versions.folder / "a/bin/yap-text"

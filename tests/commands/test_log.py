@@ -50,7 +50,7 @@ def test_a_fast_turn_is_one_line_and_its_longest_part(tmp_path: Path, capsys: py
         ({"cached_tokens": 16}, "only 16 prompt tokens were in the cache"),
         ({"others": 31}, "31 other turns ran at its start"),
         ({"backlog_ms": 700.0}, "prompts of 700 ms were waiting for their first token"),
-        ({"tool_reason": "timeout"}, "the decision was none: timeout"),
+        ({"tool_reason": "timeout"}, "there was no decision: timeout"),
     ],
 )
 def test_a_slow_turn_says_why(changes: dict[str, Any], words: str) -> None:

@@ -12,11 +12,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from dialogue.test_session_file import CHILD, SECRET, WORDS, Clocks, Life, Log, bodies, on_disk, rewrite, said
 from privileged import require
+from store.test_session_file import CHILD, SECRET, WORDS, Clocks, Life, bodies, log_of, on_disk, rewrite, said
 
 from yaptext.commands import main
-from yaptext.dialogue import session_file
 
 CHOWN = 0
 """Of capabilities(7)."""
@@ -25,7 +24,7 @@ CHOWN = 0
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """That of SESSION_STORE."""
-    monkeypatch.setattr(session_file, "log", Log())
+    log_of(monkeypatch)
     path = tmp_path / "state" / "sessions.db"
     monkeypatch.setenv("SESSION_STORE", f"sqlite:{path}")
     monkeypatch.delenv("SESSION_STORE_KEY", raising=False)
@@ -113,7 +112,7 @@ def test_a_backup_is_what_a_restore_puts_back(
         assert main.run(["sessions", "restore", str(copy)]) == 0
         line = capsys.readouterr().out
         assert (
-            line.startswith(f"restored 2 sessions into {path}; the file before is {path}.replaced-")
+            line.startswith(f"restored 2 sessions into {path}; the previous file is {path}.replaced-")
             and line[-1] == "\n"
         )
         aside = [file for file in path.parent.iterdir() if ".replaced-" in file.name]
@@ -134,7 +133,7 @@ def test_a_restore_where_no_file_is(
     kept(other, clocks, "a").end()
     other.rename(copy)
     assert main.run(["sessions", "restore", str(copy)]) == 0
-    assert capsys.readouterr().out == f"restored 1 session into {path}; there was no file before\n"
+    assert capsys.readouterr().out == f"restored 1 session into {path}; there was no previous file\n"
     assert said(Life(path, clocks, ttl_s=3600), "a")
     with running(other):
         pass
@@ -200,7 +199,7 @@ def test_a_restore_says_what_a_start_will_delete(
     assert main.run(["sessions", "backup", str(copy)]) == 0
     assert main.run(["sessions", "restore", str(copy)]) == 0
     assert "restored 2 sessions into" in (line := capsys.readouterr().out.splitlines()[-1])
-    assert "1 of them unused for longer than SESSION_TTL_S=3600: a start deletes them; the file before is" in line
+    assert "1 of them unused for longer than SESSION_TTL_S=3600: a start deletes them; the previous file is" in line
 
 
 def test_a_restore_waits_for_no_service(

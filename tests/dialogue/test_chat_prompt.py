@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 import pytest
-from fakes import ScriptedEngine
+from fakes import ScriptedCodec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +33,7 @@ each_template = pytest.mark.parametrize("template", TEMPLATES)
 
 
 @dataclass
-class CountingEngine(ScriptedEngine):
+class CountingCodec(ScriptedCodec):
     """Notes every text that it encodes."""
 
     encoded: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ class CountingEngine(ScriptedEngine):
         return await super().encode(text, place=place)
 
 
-class ByteEngine(ScriptedEngine):
+class ByteCodec(ScriptedCodec):
     """A tokenizer for which one character is up to four tokens, as an emoji is for many models."""
 
     async def encode(self, text: str, *, place: Place = "inside") -> list[int]:
@@ -57,7 +57,7 @@ class ByteEngine(ScriptedEngine):
 
 
 @dataclass
-class OddEngine(ScriptedEngine):
+class OddCodec(ScriptedCodec):
     """Its template writes the last contents in some other order, or not all of them, or one twice."""
 
     order: Sequence[int] = (0, 1, 2, 3)
@@ -70,9 +70,9 @@ class OddEngine(ScriptedEngine):
         return "<|im_end|>".join(["", *found, *(contents[4:] if 3 in self.order else []), ""])
 
 
-async def open_prompts(engine: ScriptedEngine, format: str = "segments", **limits: Any) -> ChatPrompts:
+async def open_prompts(codec: ScriptedCodec, format: str = "segments", **limits: Any) -> ChatPrompts:
     sizes: dict[str, Any] = {"persona": 500, "history": 1000, "utterance": 50, "reply": 50} | limits
-    return await ChatPrompts.open(engine, format, Limits(**sizes))
+    return await ChatPrompts.open(codec, format, Limits(**sizes))
 
 
 def said(*texts: str) -> list[Message]:
@@ -81,7 +81,7 @@ def said(*texts: str) -> list[Message]:
 
 
 def words(count: int, word: str = "w") -> str:
-    """A text that the scripted engine encodes in `count` tokens."""
+    """A text that the scripted codec encodes in `count` tokens."""
     return " ".join(f"{word}{index}" for index in range(count))
 
 
@@ -121,17 +121,17 @@ GOLDEN = {
 @pytest.mark.parametrize(("format", "template"), GOLDEN)
 async def test_a_whole_prompt(format: str, template: Any) -> None:
     """The segments in the system message, the history in roles, or plain text; without a template always plain."""
-    engine = ScriptedEngine(template=template)
-    prompts = await open_prompts(engine, format)
-    assert engine.decode(await prompts.turn("P", said("a", "b"), "U", NOW)) == GOLDEN[format, template]
+    codec = ScriptedCodec(template=template)
+    prompts = await open_prompts(codec, format)
+    assert codec.show(await prompts.turn("P", said("a", "b"), "U", NOW)) == GOLDEN[format, template]
 
 
 @each_format
 @each_template
 async def test_without_a_history_there_is_no_history_mark(format: str, template: Any) -> None:
     """The first turn of a session has a persona and an utterance."""
-    engine = ScriptedEngine(template=template)
-    text = engine.decode(await (await open_prompts(engine, format)).turn("P", [], "U", NOW))
+    codec = ScriptedCodec(template=template)
+    text = codec.show(await (await open_prompts(codec, format)).turn("P", [], "U", NOW))
     assert "<|persona|>" in text
     assert "<|history|>" not in text
 
@@ -139,8 +139,8 @@ async def test_without_a_history_there_is_no_history_mark(format: str, template:
 @each_format
 async def test_labelled_prompts_end_a_reply_at_a_label(format: str) -> None:
     """Where lines of the prompt have labels the model may go on with one; a template has its own end, too."""
-    with_template = await open_prompts(ScriptedEngine(), format)
-    without = await open_prompts(ScriptedEngine(template="none"), format)
+    with_template = await open_prompts(ScriptedCodec(), format)
+    without = await open_prompts(ScriptedCodec(template="none"), format)
     assert with_template.labelled == (format != "turns")
     assert len(with_template.layout.stop_ids) == (0 if format == "bare" else 1)
     assert (without.format, without.labelled, without.layout.stop_ids) == ("bare", True, ())
@@ -148,9 +148,9 @@ async def test_labelled_prompts_end_a_reply_at_a_label(format: str) -> None:
 
 async def test_turns_may_begin_with_a_note_or_the_assistant() -> None:
     """Text without a speaker stands with the persona, and roles stay in order."""
-    engine = ScriptedEngine()
-    prompts = await open_prompts(engine, "turns")
-    text = engine.decode(await prompts.turn("P", parse("Earlier on.\nAssistant: b\nAssistant: c"), "U", NOW))
+    codec = ScriptedCodec()
+    prompts = await open_prompts(codec, "turns")
+    text = codec.show(await prompts.turn("P", parse("Earlier on.\nAssistant: b\nAssistant: c"), "U", NOW))
     assert text.startswith(
         "<|im_start|>system\n<|persona|>\nP\nEarlier on.<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
         "<|im_start|>assistant\nb\nc<|im_end|>\n<|im_start|>user\n"
@@ -159,9 +159,9 @@ async def test_turns_may_begin_with_a_note_or_the_assistant() -> None:
 
 async def test_turns_may_end_with_the_user() -> None:
     """Where a reply was not heard, the utterance goes on in the same message."""
-    engine = ScriptedEngine()
-    prompts = await open_prompts(engine, "turns")
-    assert f"user\na\n({NOW}) U<|im_end|>" in engine.decode(await prompts.turn("P", said("a"), "U", NOW))
+    codec = ScriptedCodec()
+    prompts = await open_prompts(codec, "turns")
+    assert f"user\na\n({NOW}) U<|im_end|>" in codec.show(await prompts.turn("P", said("a"), "U", NOW))
 
 
 @given(history=talks, data=st.data())
@@ -170,14 +170,14 @@ async def test_turns_may_end_with_the_user() -> None:
 @each_template
 async def test_what_changes_most_stands_last(format: str, template: Any, history: list[Message], data: Any) -> None:
     """Persona, history, time, utterance: in this order, whatever was said."""
-    engine = ScriptedEngine(template=template)
-    prompts = await open_prompts(engine, format)
+    codec = ScriptedCodec(template=template)
+    prompts = await open_prompts(codec, format)
     persona = data.draw(texts)
     marks = ("PERSONA", "OLDEST", "NEWEST", "CLOCK", "UTTERANCE")
     said = [persona, *(message.text for message in history)]
     assume(not any(mark in text for mark in marks for text in said))  # hypothesis tries the words of this file, too
     messages = [Message("user", "OLDEST"), *history, Message("assistant", "NEWEST")]
-    text = engine.decode(await prompts.turn(f"PERSONA{persona}", messages, "UTTERANCE", "CLOCK"))
+    text = codec.show(await prompts.turn(f"PERSONA{persona}", messages, "UTTERANCE", "CLOCK"))
     places = [text.rindex(mark) for mark in marks]
     assert places == sorted(places)
     last = 0
@@ -190,14 +190,14 @@ async def test_what_changes_most_stands_last(format: str, template: Any, history
 @each_template
 async def test_control_tokens_of_a_user_are_text(format: str, template: Any, place: str) -> None:
     """Whoever writes <|im_end|> ends no message."""
-    engine = ScriptedEngine(template=template)
-    prompts = await open_prompts(engine, format)
-    special = set(await engine.encode_rendered("<|im_start|><|im_end|>"))
+    codec = ScriptedCodec(template=template)
+    prompts = await open_prompts(codec, format)
+    special = set(await codec.encode_rendered("<|im_start|><|im_end|>"))
 
     async def control_tokens(text: str) -> list[int]:
         given = {"persona": "P", "history": "a", "utterance": "U"} | {place: text}
         ids = await prompts.turn(given["persona"], said(given["history"]), given["utterance"], NOW)
-        assert text in engine.decode(ids)
+        assert text in codec.show(ids)
         return [token for token in ids if token in special]
 
     assert await control_tokens(HOSTILE) == await control_tokens("harmless")
@@ -221,7 +221,7 @@ async def test_a_warmed_prefix_is_a_prefix_of_every_later_turn(
     now: str,
 ) -> None:
     """Whatever is said after the warm-up, and whenever, begins with exactly the tokens that were warmed."""
-    prompts = await open_prompts(ScriptedEngine(template=template), format)
+    prompts = await open_prompts(ScriptedCodec(template=template), format)
     prefix = await prompts.prefix(persona, [*note, *history])
     assert len(prefix) % 16 == 0
     roles = [message.speaker for message in (*history[-1:], *later[:1])]
@@ -237,19 +237,19 @@ async def test_a_prefix_is_all_that_stands_cut_at_a_block(format: str, template:
     """With blocks of one token it ends with the last message; with larger ones less than a block is missing."""
     whole: list[int] = []
     for block_size in (1, 16, 128):
-        engine = ScriptedEngine(template=template, block_size=block_size)
-        prompts = await open_prompts(engine, format)
+        codec = ScriptedCodec(template=template, block_size=block_size)
+        prompts = await open_prompts(codec, format)
         prefix = await prompts.prefix(words(30, "p"), said(words(30), words(30, "v")))
         if block_size == 1:
             whole = prefix
-            standing = engine.decode(prefix).removesuffix("<|im_start|>").rstrip().removesuffix("<|im_end|>")
+            standing = codec.show(prefix).removesuffix("<|im_start|>").rstrip().removesuffix("<|im_end|>")
             assert standing.endswith("v29")
         assert prefix == whole[: len(whole) // block_size * block_size]
 
 
 async def test_less_than_a_block_is_no_prefix() -> None:
     """What the cache cannot share is not worth computing ahead."""
-    assert await (await open_prompts(ScriptedEngine(block_size=128))).prefix("P", []) == []
+    assert await (await open_prompts(ScriptedCodec(block_size=128))).prefix("P", []) == []
 
 
 # Limits
@@ -260,8 +260,8 @@ async def test_less_than_a_block_is_no_prefix() -> None:
 @each_format
 async def test_the_most_recent_whole_messages_stay(format: str, sizes: list[int], limit: int, exact: bool) -> None:
     """What is kept is within the limit, and is the end of the history in whole messages."""
-    engine = ScriptedEngine()
-    prompts = await open_prompts(engine, format, history=limit, exact=exact)
+    codec = ScriptedCodec()
+    prompts = await open_prompts(codec, format, history=limit, exact=exact)
     before = said(*(words(size) for size in sizes))
     messages = list(before)
     await prompts.turn("P", messages, "U", NOW)
@@ -275,8 +275,8 @@ async def test_the_most_recent_whole_messages_stay(format: str, sizes: list[int]
 
 async def test_a_last_message_that_fits_stays_whole() -> None:
     """Rounding the cut never takes away from a message that is within the limit by itself."""
-    engine = ScriptedEngine()
-    prompts = await open_prompts(engine, history=100)
+    codec = ScriptedCodec()
+    prompts = await open_prompts(codec, history=100)
     messages = said(words(7), words(94))
     await prompts.turn("P", messages, "U", NOW)
     assert shown(messages) == [("assistant", words(94))]
@@ -286,10 +286,10 @@ async def test_a_last_message_that_fits_stays_whole() -> None:
 @each_format
 async def test_of_one_oversized_message_the_end_stays(format: str, exact: bool) -> None:
     """Where not even the last message fits, its most recent words are kept."""
-    engine = ScriptedEngine()
-    prompts = await open_prompts(engine, format, history=100, exact=exact)
+    codec = ScriptedCodec()
+    prompts = await open_prompts(codec, format, history=100, exact=exact)
     messages = said(words(20), words(500))
-    text = engine.decode(await prompts.turn("P", messages, "U", NOW))
+    text = codec.show(await prompts.turn("P", messages, "U", NOW))
     assert [message.speaker for message in messages] == ["assistant"]
     assert "w499" in text
     assert "w0 " not in text
@@ -299,10 +299,10 @@ async def test_of_one_oversized_message_the_end_stays(format: str, exact: bool) 
 @pytest.mark.parametrize("limit", [0, 16])
 async def test_a_limit_too_small_for_a_message_keeps_none(limit: int) -> None:
     """HISTORY_MAX_TOKENS=0 turns history off."""
-    engine = ScriptedEngine()
-    prompts = await open_prompts(engine, history=limit)
+    codec = ScriptedCodec()
+    prompts = await open_prompts(codec, history=limit)
     messages = said(words(30), words(30))
-    assert "<|history|>" not in engine.decode(await prompts.turn("P", messages, "U", NOW))
+    assert "<|history|>" not in codec.show(await prompts.turn("P", messages, "U", NOW))
     assert messages == []
 
 
@@ -314,8 +314,8 @@ async def test_a_prompt_and_its_reply_fit_the_model(
     format: str, template: Any, sizes: list[int], persona: int, context: int
 ) -> None:
     """However long the talk and however short its messages, the longest utterance and reply still have room."""
-    engine = ScriptedEngine(template=template, max_model_len=context)
-    prompts = await open_prompts(engine, format, history=3000, persona=150)
+    codec = ScriptedCodec(template=template, max_model_len=context)
+    prompts = await open_prompts(codec, format, history=3000, persona=150)
     messages = said(*(words(size) for size in sizes))
     assert len(await prompts.turn(words(persona), messages, words(50), NOW)) + 50 <= context
 
@@ -323,39 +323,39 @@ async def test_a_prompt_and_its_reply_fit_the_model(
 @each_format
 async def test_many_short_messages_fit_the_model(format: str) -> None:
     """A long talk of one-word messages is cut like any other, whatever its format puts between them."""
-    engine = ScriptedEngine(max_model_len=1000)
-    prompts = await open_prompts(engine, format, history=3000)
+    codec = ScriptedCodec(max_model_len=1000)
+    prompts = await open_prompts(codec, format, history=3000)
     assert len(await prompts.turn("P", said(*["ok"] * 600), "U", NOW)) + 50 <= 1000
 
 
 @pytest.mark.parametrize("call", ["prefix", "turn"])
 async def test_a_persona_over_its_limit_names_both_numbers(call: str) -> None:
     """Size and limit stand in the message; a persona is not cut, since half of one is another."""
-    prompts = await open_prompts(ScriptedEngine(), persona=100)
+    prompts = await open_prompts(ScriptedCodec(), persona=100)
     with pytest.raises(TextTooLong, match=r"^persona_text is \d{3} tokens; limit is 100 \(PERSONA_MAX_TOKENS\)$"):
         await (prompts.prefix(words(200), []) if call == "prefix" else prompts.turn(words(200), [], "U", NOW))
 
 
 @given(text=texts, limit=st.integers(0, 40), keep=st.sampled_from(["start", "end"]))
 @settings(max_examples=200, deadline=None)
-@pytest.mark.parametrize("engine_type", [ScriptedEngine, ByteEngine])
-async def test_what_fits_is_within_the_limit(engine_type: Any, text: str, limit: int, keep: Any) -> None:
+@pytest.mark.parametrize("codec_type", [ScriptedCodec, ByteCodec])
+async def test_what_fits_is_within_the_limit(codec_type: Any, text: str, limit: int, keep: Any) -> None:
     """A fitted text is a beginning or an end of the text, of at most the limit's tokens by the tokenizer's count."""
-    engine = engine_type()
-    fitted = await fit(engine, text, limit, keep=keep, exact=True)
+    codec = codec_type()
+    fitted = await fit(codec, text, limit, keep=keep, exact=True)
     assert text.startswith(fitted) if keep == "start" else text.endswith(fitted)
-    assert len(await engine.encode(fitted)) <= limit
-    if len(await engine.encode(text)) <= limit:
+    assert len(await codec.encode(fitted)) <= limit
+    if len(await codec.encode(text)) <= limit:
         assert fitted == text
 
 
 @pytest.mark.parametrize(("keep", "kept"), [("start", "0123" * 10), ("end", "6789" * 10)])
 async def test_an_estimate_is_four_characters_a_token(keep: Any, kept: str) -> None:
     """With EXACT_TOKEN_TRIM=0 no tokenizer is asked."""
-    engine = CountingEngine()
+    codec = CountingCodec()
     text = "0123" * 10 + "45" * 100 + "6789" * 10
-    assert await fit(engine, text, 10, keep=keep, exact=False) == kept
-    assert engine.encoded == []
+    assert await fit(codec, text, 10, keep=keep, exact=False) == kept
+    assert codec.encoded == []
 
 
 # Work
@@ -364,22 +364,22 @@ async def test_an_estimate_is_four_characters_a_token(keep: Any, kept: str) -> N
 @each_format
 async def test_nothing_is_encoded_twice(format: str) -> None:
     """A turn encodes its own text and what was said since the last; persona and older messages are known."""
-    engine = CountingEngine()
-    prompts = await open_prompts(engine, format)
+    codec = CountingCodec()
+    prompts = await open_prompts(codec, format)
     messages = said("first", "second")
     await prompts.turn("PERSONA", messages, "U", NOW)
     messages += said("third", "fourth")
     await prompts.turn("PERSONA", messages, "U", NOW)
     await prompts.prefix("PERSONA", messages)
-    encoded = " ".join(engine.encoded)
+    encoded = " ".join(codec.encoded)
     assert [encoded.count(word) for word in ("PERSONA", "first", "second", "third", "fourth")] == [1] * 5
 
 
 @pytest.mark.parametrize("limit", [1000, 60])
 async def test_a_transcript_that_is_sent_whole_each_turn_is_encoded_once(limit: int) -> None:
     """Also past the history limit: what was cut from the prompt is not encoded anew with every turn."""
-    engine = CountingEngine()
-    prompts = await open_prompts(engine, history=limit)
+    codec = CountingCodec()
+    prompts = await open_prompts(codec, history=limit)
     transcript = Transcript()
     lines = [f"{'User' if turn % 2 == 0 else 'Assistant'}: turn{turn:02} and some words" for turn in range(40)]
     for turn in range(2, 40, 2):
@@ -387,17 +387,17 @@ async def test_a_transcript_that_is_sent_whole_each_turn_is_encoded_once(limit: 
         await prompts.turn("P", transcript.messages, "U", NOW)
     kept = [message.text.split()[0] for message in transcript.messages]
     assert kept[-1] == "turn37"
-    encoded = " ".join(engine.encoded)
+    encoded = " ".join(codec.encoded)
     assert {word: encoded.count(word) for word in kept} == dict.fromkeys(kept, 1)
 
 
 async def test_only_so_many_personas_are_remembered() -> None:
     """256 texts are kept as tokens, the least recently used goes first."""
-    engine = CountingEngine()
-    prompts = await open_prompts(engine)
+    codec = CountingCodec()
+    prompts = await open_prompts(codec)
     for persona in ["keep", "drop", *map(str, range(254)), "keep", "one more", "keep", "drop"]:
         await prompts.prefix(persona, [])
-    encoded = [text.partition("<|persona|>\n")[2].strip() for text in engine.encoded]
+    encoded = [text.partition("<|persona|>\n")[2].strip() for text in codec.encoded]
     assert (encoded.count("keep"), encoded.count("drop")) == (1, 2)
 
 
@@ -414,6 +414,6 @@ async def test_only_so_many_personas_are_remembered() -> None:
 )
 async def test_a_template_that_loses_content_is_not_used(order: Sequence[int], format: str, pieces: bool) -> None:
     """Plain text is sent, and the reason is known. One that moves content is rendered whole each time."""
-    prompts = await open_prompts(OddEngine(order=order))
+    prompts = await open_prompts(OddCodec(order=order))
     assert (prompts.format, prompts.layout.pieces) == (format, pieces)
     assert (prompts.lacking is None) == (format == "segments")

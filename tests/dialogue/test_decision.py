@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import msgspec
 import pytest
-from fakes import Gate, Script, ScriptedEngine
+from fakes import Gate, Script, ScriptedCodec, ScriptedEngine
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,8 @@ from yaptext.dialogue.tools import MAX_CALLS, MAX_TOOLS, MAX_TOOLS_BYTES, ToolSe
 from yaptext.dialogue.transcript import Message, parse
 from yaptext.engine.base import CHAT, DECIDE, Sampling
 from yaptext.errors import BadMessage, EngineDead, EngineFailed, SettingsError
-from yaptext.wire.frames import Call, Start, decode
+from yaptext.wire.frames import Call, Start
+from yaptext.wire.reading import decode
 
 often = settings(max_examples=150, deadline=None)
 
@@ -40,7 +41,7 @@ LIGHT = {
 }
 
 
-class RealisticEngine(ScriptedEngine):
+class RealisticCodec(ScriptedCodec):
     """Its template says nothing of an empty list of tools, as real ones do. Counts what is rendered."""
 
     renders = 0
@@ -623,7 +624,7 @@ async def test_any_tools_that_are_accepted_can_be_decided_on(template: Any, tool
         accepted = ToolSet(tools)
     except BadMessage:
         return
-    engine = RealisticEngine(template=template)
+    engine = ScriptedEngine(codec=RealisticCodec(template=template))
     decision = await open_decider(engine).decide(accepted, [], "hi")
     assert (decision.calls, decision.reason) == ([], None)
 
@@ -636,7 +637,7 @@ TALK = "User: hi there\nAssistant: Hello.\nUser: what now\nAssistant: Nothing."
 
 async def test_a_template_that_knows_tools_is_used() -> None:
     """The model reads its tools as it learned to, and the history in its own roles."""
-    engine = ScriptedEngine(template="tools")
+    engine = ScriptedEngine(codec=ScriptedCodec(template="tools"))
     text = await prompt(engine, open_decider(engine), TALK)
     assert text == (
         f"<|im_start|>system\nYou may call {', '.join(BUILT_IN)}.<|im_end|>\n"
@@ -660,7 +661,7 @@ async def test_a_template_that_knows_tools_is_used() -> None:
 )
 async def test_a_template_without_tools_gets_an_instruction(template: Any, opening: str, closing: str) -> None:
     """It names every tool with its arguments, shows examples, and tells the history as labelled text."""
-    engine = ScriptedEngine(template=template)
+    engine = ScriptedEngine(codec=ScriptedCodec(template=template))
     text = await prompt(engine, open_decider(engine), TALK)
     assert text.startswith(f"{opening}You decide")
     assert "set_timer(seconds, label): Set a timer" in text
@@ -671,7 +672,7 @@ async def test_a_template_without_tools_gets_an_instruction(template: Any, openi
 
 async def test_a_tool_template_that_cannot_be_taken_apart_is_rendered_whole() -> None:
     """A tool whose name looks like the text that stands for a message does not confuse the two."""
-    engine = ScriptedEngine(template="tools")
+    engine = ScriptedEngine(codec=ScriptedCodec(template="tools"))
     text = await prompt(engine, open_decider(engine), TALK, "U", {"name": "MARKFIRST"})
     assert text.startswith(
         "<|im_start|>system\nYou may call MARKFIRST.<|im_end|>\n<|im_start|>user\nhi there<|im_end|>"
@@ -682,7 +683,7 @@ async def test_a_tool_template_that_cannot_be_taken_apart_is_rendered_whole() ->
 @each_template
 async def test_every_decision_begins_with_the_same_tokens(template: Any) -> None:
     """Whatever is said: the tools, their examples and the instruction are one prefix, which `prime` computes."""
-    engine = ScriptedEngine(template=template)
+    engine = ScriptedEngine(codec=ScriptedCodec(template=template))
     decider = open_decider(engine)
     await decider.prime()
     for talk, utterance in [("", "U"), ("", "something else"), (TALK, "U"), ("User: x", ""), ("just a note", "U")]:
@@ -729,7 +730,7 @@ async def test_the_fixed_prompt_is_refreshed_after_others() -> None:
 @each_template
 async def test_tools_of_one_start_are_asked_in_their_own_words(template: Any) -> None:
     """They replace the service's for that decision alone, with a head and a schema of their own."""
-    engine = ScriptedEngine(template=template)
+    engine = ScriptedEngine(codec=ScriptedCodec(template=template))
     decider = open_decider(engine)
     before = await prompt(engine, decider, TALK)
     custom = await prompt(engine, decider, TALK, "U", LIGHT)
@@ -741,7 +742,7 @@ async def test_tools_of_one_start_are_asked_in_their_own_words(template: Any) ->
 
 async def test_a_native_template_tells_history_in_roles_after_any_other_tools() -> None:
     """A turn without tools, which the template has no words for, does not leave labels in later prompts."""
-    engine = RealisticEngine(template="tools")
+    engine = ScriptedEngine(codec=RealisticCodec(template="tools"))
     decider = open_decider(engine)
     messages = parse(TALK)
     await decider.decide(ToolSet([]), messages, "U")
@@ -753,7 +754,7 @@ async def test_control_tokens_of_a_user_are_text() -> None:
     """Neither an utterance, nor a history, nor a client's tool ends a message of the prompt."""
     engine = ScriptedEngine()
     decider = open_decider(engine)
-    (end,) = await engine.encode_rendered("<|im_end|>")
+    (end,) = await engine.codec.encode_rendered("<|im_end|>")
 
     async def ends(text: str) -> int:
         tools = ToolSet([light(description=text, examples=[{"message": text, "arguments": {"room": text}}])])
@@ -771,7 +772,7 @@ talks = st.lists(st.tuples(st.sampled_from(["User", "Assistant"]), st.integers(1
 @pytest.mark.parametrize("template", ["chatml", "tools"])
 async def test_only_recent_history_is_told(template: Any, talk: list[tuple[str, int]], note: bool, limit: int) -> None:
     """The last whole messages within the limit, from one of the user's or of nobody's on."""
-    engine = ScriptedEngine(template=template)
+    engine = ScriptedEngine(codec=ScriptedCodec(template=template))
     decider = open_decider(engine, history_tokens=limit)
     lines = [f"{label}: m{index:02}" + " w" * size for index, (label, size) in enumerate(talk)]
     messages = parse("\n".join(["A NOTE"] * note + lines))
@@ -808,13 +809,13 @@ async def test_messages_are_encoded_once() -> None:
 
 async def test_only_so_many_tool_sets_are_remembered() -> None:
     """64 heads are kept, the least recently used goes first."""
-    engine = RealisticEngine(template="tools")
-    decider = open_decider(engine)
+    codec = RealisticCodec(template="tools")
+    decider = open_decider(ScriptedEngine(codec=codec))
 
     async def learns(name: str) -> bool:
-        before = engine.renders
+        before = codec.renders
         await decider.decide(ToolSet([{"name": name}]), [], "U")
-        return engine.renders > before
+        return codec.renders > before
 
     names = ["keep", "drop", *(f"t{n}" for n in range(62)), "keep", "one.more", "keep", "drop"]
     assert [await learns(name) for name in names][-4:] == [False, True, False, True]
@@ -825,6 +826,26 @@ async def test_only_so_many_tool_sets_are_remembered() -> None:
 
 def tool_with(**schema: Any) -> dict[str, Any]:
     return {"name": "a", "parameters": {"type": "object", "properties": {"x": schema}}}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"description": None},
+        {"title": 5, "examples": "a"},
+        {"$id": "a#b", "$schema": "x"},
+        {"type": ["string", "string"]},
+    ],
+)
+def test_words_that_only_describe_are_not_checked(words: dict[str, Any]) -> None:
+    """Clients write them as they like: they refuse no arguments, and hide no word that does."""
+    tool = {"name": "a", "parameters": {"type": "object", "properties": {"title": {"maxLength": 3} | words}}}
+    tool["parameters"]["required"] = ["title", "title"]
+    tools = ToolSet([tool])
+    assert tools.parse('[{"name":"a","arguments":{"title":"abc"}}]')
+    for arguments in ('{"title":"abcd"}', "{}"):
+        with pytest.raises(ValueError, match="do not fit"):
+            tools.parse(f'[{{"name":"a","arguments":{arguments}}}]')
 
 
 @pytest.mark.parametrize(

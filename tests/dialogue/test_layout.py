@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from made import CONTROL, KINDS, PLAIN, SPECIAL, TEMPLATES, with_template
 
 from yaptext.dialogue.chat_prompt import Around, ChatPrompts, Limits, fit
-from yaptext.dialogue.layout import Called
+from yaptext.dialogue.talk import Called
 from yaptext.dialogue.tool_prompt import ToolPrompts
 from yaptext.dialogue.tools import ToolSet
 from yaptext.dialogue.transcript import Message

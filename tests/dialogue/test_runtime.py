@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
-from fakes import Script, ScriptedEngine
+from fakes import Script, ScriptedCodec, ScriptedEngine
 
 from yaptext.dialogue import warming
 from yaptext.dialogue.runtime import Runtime
@@ -64,7 +64,7 @@ async def test_what_prompts_are_made_of_is_one_line_for_each_role(capsys: pytest
         {"role": "tool", "format": "instruction", **facts},
     ]
     with structlog.testing.capture_logs() as lines:
-        narrow = ScriptedEngine(template="none", max_model_len=1200)
+        narrow = ScriptedEngine(codec=ScriptedCodec(template="none", max_model_len=1200))
         await Runtime.open(
             Settings.load(DEPLOY_MODELS="chat"), Engines(chat=narrow, tool=None), ToolSet.from_file(None)
         )

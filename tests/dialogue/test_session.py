@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.session import Session
-from yaptext.dialogue.session_record import SessionRecord
+from yaptext.dialogue.session_record import record_of
 from yaptext.dialogue.session_store import Bounds, SessionStore
+from yaptext.store.base import SessionRecord
 
 RUNNING = cast(Any, object())
 """Stands for a turn: a store only looks whether there is one."""
@@ -163,7 +164,7 @@ class LateFile:
     """A session file that has sessions only after the start."""
 
     def __init__(self, **used_at: float) -> None:
-        self.late = {key(name): (at, SessionRecord.of(Session(key(name)))) for name, at in used_at.items()}
+        self.late = {key(name): (at, record_of(Session(key(name)))) for name, at in used_at.items()}
 
     def load(self) -> list[tuple[float, SessionRecord]]:
         return []
@@ -257,7 +258,7 @@ def test_the_weight_of_a_session_is_no_less_than_what_it_takes() -> None:
     import tracemalloc
     from array import array
 
-    from yaptext.dialogue.layout import Line
+    from yaptext.dialogue.talk import Line
 
     text = "\U0001f642" * 10_000
     tracemalloc.start()
@@ -276,7 +277,7 @@ def test_transcripts_are_nothing_to_the_garbage_collector() -> None:
     import gc
     from array import array
 
-    from yaptext.dialogue.layout import Line
+    from yaptext.dialogue.talk import Line
 
     gc.collect()
     before = len(gc.get_objects())

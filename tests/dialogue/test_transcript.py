@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yaptext.dialogue.heard import heard_part
-from yaptext.dialogue.layout import Line
+from yaptext.dialogue.talk import Line
 from yaptext.dialogue.transcript import Message, Transcript, keep_recent, of_items, parse, recent
 from yaptext.wire.frames import HistoryItem
 

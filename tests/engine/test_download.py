@@ -52,7 +52,7 @@ sys.argv[1:] = ["serve"]
 from yaptext.__main__ import main
 main()
 """
-AT_ONCE = "from yaptext.engine import hub; hub.PAUSES_S = (0.01, 0.02)"
+AT_ONCE = "from yaptext.engine import hub_client; hub_client.PAUSES_S = (0.01, 0.02)"
 
 
 @dataclass
@@ -442,6 +442,13 @@ def test_weights_are_those_that_vllm_takes(paths: list[str], weights: list[str])
     assert [path for path in found if not path.endswith(".json")] == weights and "config.json" in found
 
 
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_a_shard_that_the_index_names_is_missed(index: str) -> None:
+    shards = ["a.bin", "b.bin"]
+    with pytest.raises(LookupError, match=r"lacks 1 of 2 files of its weights: b\.bin"):
+        engine_files([index, "a.bin"], lambda _: json.dumps({"weight_map": dict(enumerate(shards))}).encode())
+
+
 def test_sizes_and_times_are_for_people() -> None:
     assert [size(n) for n in (512, 600_183, 3_100_000, 24_500_000_000)] == [
         "512 bytes",
@@ -560,6 +567,6 @@ def tunnel(hub: HubServer, context: ssl.SSLContext) -> Iterator[tuple[str, list[
 
 def test_errors_are_named_before_anything_loaded_the_clients() -> None:
     """The client's module of errors is no attribute of it at first: a folder that may not be read ended in a crash."""
-    code = "import sys; from yaptext.engine import hub; assert 'huggingface_hub.errors' not in sys.modules\n"
-    code += "print(hub.status_of(OSError()))"
+    code = "import sys; from yaptext.engine import hub_client; assert 'huggingface_hub.errors' not in sys.modules\n"
+    code += "print(hub_client.status_of(OSError()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "None\n"

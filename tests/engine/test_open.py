@@ -1,4 +1,4 @@
-"""open_engines: which engines a deployment opens, how much of the card each gets, and what a failure leaves open."""
+"""open_vllm: which engines a deployment opens, how much of the card each gets, and what a failure leaves open."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def model(folder: Path, name: str) -> str:
 def test_one_checkpoint_is_one_engine(tmp_path: Path, opened: list[Opened]) -> None:
     """Chat and tool share it, and it may have the whole card."""
     one = model(tmp_path, "one")
-    engines = startup.open_engines(Settings.load(CHAT_MODEL=one, TOOL_MODEL=one, YAP_TEXT_DEVICE="cpu"))
+    engines = startup.open_vllm(Settings.load(CHAT_MODEL=one, TOOL_MODEL=one, YAP_TEXT_DEVICE="cpu"))
     assert engines.chat is engines.tool is opened[0]
     assert [(engine.role, engine.alone) for engine in opened] == [("chat", True)]
     assert list(engines.distinct) == ["chat+tool"]
@@ -70,7 +70,7 @@ def test_share_engine_0_opens_two(tmp_path: Path, opened: list[Opened]) -> None:
     """Tool and chat, each with its share."""
     one = model(tmp_path, "one")
     settings = Settings.load(CHAT_MODEL=one, TOOL_MODEL=one, SHARE_ENGINE=0, YAP_TEXT_DEVICE="cpu")
-    engines = startup.open_engines(settings)
+    engines = startup.open_vllm(settings)
     assert engines.chat is not engines.tool
     assert [(engine.role, engine.alone) for engine in opened] == [("tool", False), ("chat", False)]
     assert list(engines.distinct) == ["chat", "tool"]
@@ -96,43 +96,43 @@ def both(folder: Path, chat: str = "chat", tool: str = "tool", **variables: Any)
 def test_cuda_measures_once(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
     """The first start measures each engine's blocks; the next of the same deployment gives them back to it. Whatever
     decides them makes a start the first one again."""
-    startup.open_engines(both(tmp_path))
+    startup.open_vllm(both(tmp_path))
     assert [(engine.role, engine.given) for engine in opened] == [("tool", None), ("chat", None)]
     for change in ({}, {"LOG_LEVEL": "error"}):
         opened.clear()
-        startup.open_engines(both(tmp_path, **change))
+        startup.open_vllm(both(tmp_path, **change))
         assert {engine.role: engine.given for engine in opened} == {"chat": 5000, "tool": 900}
     for change in ({"CHAT_GPU_FRAC": 0.6}, {"MAX_NUM_SEQS": 64}, {"KV_DTYPE": "fp8"}, {"DEPLOY_MODELS": "chat"}):
         opened.clear()
-        startup.open_engines(both(tmp_path, **change))
+        startup.open_vllm(both(tmp_path, **change))
         assert {engine.given for engine in opened} == {None}, change
-    startup.open_engines(both(tmp_path))
+    startup.open_vllm(both(tmp_path))
     opened.clear()
     card[0] = "H100"
-    startup.open_engines(both(tmp_path))
+    startup.open_vllm(both(tmp_path))
     assert {engine.given for engine in opened} == {None}
     (tmp_path / "chat/model.safetensors").write_bytes(b"new")
     opened.clear()
-    startup.open_engines(both(tmp_path))
+    startup.open_vllm(both(tmp_path))
     assert {engine.given for engine in opened} == {None}
 
 
 @pytest.mark.parametrize("kept", ["", "[]", "{}", '{"blocks": 1}'])
 def test_a_damaged_note_of_sizes_is_none(tmp_path: Path, opened: list[Opened], card: list[str], kept: str) -> None:
     """What it would have told is measured again."""
-    startup.open_engines(both(tmp_path))
+    startup.open_vllm(both(tmp_path))
     (note,) = (tmp_path / "state").glob("*.json")
     note.write_text(kept)
     opened.clear()
-    startup.open_engines(both(tmp_path))
+    startup.open_vllm(both(tmp_path))
     assert {engine.given for engine in opened} == {None}
 
 
 def test_sizes_that_do_not_fit_are_forgotten(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
     """The start goes on one engine after the other, and measures again."""
-    startup.open_engines(both(tmp_path, chat="full"))
+    startup.open_vllm(both(tmp_path, chat="full"))
     first = [*opened]
-    startup.open_engines(both(tmp_path, chat="full"))
+    startup.open_vllm(both(tmp_path, chat="full"))
     assert [(engine.role, engine.given) for engine in opened[2:]] == [("tool", 900), ("tool", None), ("chat", None)]
     assert [engine.closed for engine in opened] == [False, False, True, False, False]
     assert len(first) == 2
@@ -144,15 +144,15 @@ def test_an_optional_tool_engine_may_be_lacking(tmp_path: Path, opened: list[Ope
     for device in ("cpu", "cuda"):
         for tool in ("broken", "empty"):
             given = {"TOOL_OPTIONAL": 1, "YAP_TEXT_DEVICE": device}
-            engines = startup.open_engines(both(tmp_path, tool=tool, **given))
+            engines = startup.open_vllm(both(tmp_path, tool=tool, **given))
             assert engines.tool is None and engines.chat is opened[-1] and not opened[-1].closed
             assert engines.lacking and tool in engines.lacking + "broken"
             with pytest.raises(StartError):
-                startup.open_engines(both(tmp_path, tool=tool, YAP_TEXT_DEVICE=device))
+                startup.open_vllm(both(tmp_path, tool=tool, YAP_TEXT_DEVICE=device))
             with pytest.raises(StartError):
-                startup.open_engines(both(tmp_path, tool=tool, DEPLOY_MODELS="tool", **given))
+                startup.open_vllm(both(tmp_path, tool=tool, DEPLOY_MODELS="tool", **given))
     with pytest.raises(StartError):
-        startup.open_engines(both(tmp_path, chat="broken", TOOL_OPTIONAL=1))
+        startup.open_vllm(both(tmp_path, chat="broken", TOOL_OPTIONAL=1))
     assert opened[-1].role == "tool" and opened[-1].closed
 
 
@@ -160,7 +160,7 @@ def test_an_optional_tool_engine_may_be_lacking(tmp_path: Path, opened: list[Ope
 def test_one_role_opens_one_engine(tmp_path: Path, opened: list[Opened], role: str) -> None:
     """The other role's model is not even looked at."""
     variables = {f"{role.upper()}_MODEL": model(tmp_path, "one"), "DEPLOY_MODELS": role}
-    engines = startup.open_engines(Settings.load(YAP_TEXT_DEVICE="cpu", **variables))
+    engines = startup.open_vllm(Settings.load(YAP_TEXT_DEVICE="cpu", **variables))
     assert list(engines.distinct) == [role]
     assert [(engine.role, engine.alone) for engine in opened] == [(role, True)]
 
@@ -195,10 +195,10 @@ def test_only_the_tool_engine_waits_for_a_token_before_the_next_step(tmp_path: P
 def test_under_mps_the_chat_engine_stands_back(tmp_path: Path, opened: list[Opened], card: list[str]) -> None:
     """Of two engines, one by one and at once; alone it has nobody to stand back for."""
     for _ in range(2):
-        startup.open_engines(both(tmp_path))
+        startup.open_vllm(both(tmp_path))
         assert {engine.role: engine.mps_priority for engine in opened} == {"chat": "1", "tool": "0"}
         opened.clear()
-    startup.open_engines(both(tmp_path, DEPLOY_MODELS="chat"))
+    startup.open_vllm(both(tmp_path, DEPLOY_MODELS="chat"))
     assert [engine.mps_priority for engine in opened] == ["0"]
 
 

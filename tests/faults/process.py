@@ -150,7 +150,7 @@ def _main() -> None:
     sinks.FILE_PAUSE_S = 0.5
     vllm: Any = ModuleType("yaptext.engine.vllm.startup")
 
-    def open_engines(_: Any) -> Engines:
+    def open_vllm(_: Any) -> Engines:
         if "OPENING" in os.environ:
             opening = Path(os.environ["OPENING"])  # a file that is there for as long as that takes
             opening.touch()
@@ -158,7 +158,7 @@ def _main() -> None:
                 time.sleep(0.02)
         return Engines(engine, engine)
 
-    vllm.open_engines = open_engines
+    vllm.open_vllm = open_vllm
     sys.modules["yaptext.engine.vllm.startup"] = vllm
     sys.argv[1:] = ["serve"]
     main()

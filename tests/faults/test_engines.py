@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from websockets import ConnectionClosed
 
 from yaptext.engine.base import Engines
-from yaptext.server import lifecycle, pulse
+from yaptext.server import lifecycle, pulse, watch
 
 
 @pytest.mark.parametrize("dying", ["chat", "tool"])
@@ -52,7 +52,7 @@ async def test_a_hung_engine_is_told_by_every_route(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pulse, "SILENT_S", 0.2)
     monkeypatch.setattr(pulse, "LOOK_S", 0.05)
     if not watchdog:
-        monkeypatch.setattr(lifecycle, "PROBE_EVERY_S", 0.05)
+        monkeypatch.setattr(watch, "PROBE_EVERY_S", 0.05)
     statuses: list[str] = []
     monkeypatch.setattr(lifecycle, "notify", lambda *told: statuses.extend(s for s in told if s[:6] == "STATUS"))
     chat, tool, gate = ScriptedEngine(model="big"), ScriptedEngine(model="small"), Gate()
@@ -98,3 +98,42 @@ async def test_a_hung_engine_is_told_by_every_route(monkeypatch: pytest.MonkeyPa
         ("engine.silent", "tool", "small"),
         ("engine.answers", "tool", "small"),
     ]
+
+
+async def test_an_engine_that_is_away_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns fail, the service is not ready and says why, and serves when the engine is back. The process lives, and the
+    supervisor's watchdog is fed. Only the log has the address of the model server."""
+    monkeypatch.setattr(watch, "PROBE_EVERY_S", 0.05)
+    fed: list[str] = []
+    monkeypatch.setattr(watch, "notify", lambda *told: fed.extend(told))
+    engine, why = ScriptedEngine(model="big"), "http://10.0.0.5:8000 refuses connections."
+    with capture_logs() as lines:
+        async with service(Engines(chat=engine, tool=engine)) as running, running.connect() as socket:
+            async with httpx.AsyncClient(base_url=running.http, headers={"X-API-Key": "yap_token"}) as client:
+
+                async def turn() -> Frame:
+                    await socket.send(json.dumps({"type": "start", "session_id": "s", "user_utterance": "hi"}))
+                    while (frame := json.loads(await socket.recv()))["type"] not in ("done", "error"):
+                        pass
+                    return frame
+
+                assert (await turn())["type"] == "done"
+                engine.away = why
+                assert (await turn())["error_code"] == "engine_failed"
+                reason = "The chat+tool engine is away: The model server does not answer."
+                answer = await client.get("/readyz")
+                assert (answer.status_code, answer.json()["reason"]) == (503, reason)
+                assert (await client.get("/healthz")).status_code == 200
+                status = (await client.get("/status")).json()
+                assert (status["status"], status["healthy"], status["silence"]) == ("engine_silent", False, reason)
+                fed.clear()
+                async with asyncio.timeout(60):
+                    while len(fed) < 2:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+                assert set(fed) == {"WATCHDOG=1"}
+                engine.away = ""
+                assert (await client.get("/readyz")).status_code == 200
+                assert (await turn())["type"] == "done"
+        assert running.server.exit_status == 0
+    found = [line for line in lines if line["event"] in ("engine.away", "engine.back", "probe.failed")]
+    assert [(line["event"], line.get("error")) for line in found] == [("engine.away", why), ("engine.back", None)]

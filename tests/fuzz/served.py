@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fakes import Script, ScriptedEngine
+from fakes import Script, ScriptedCodec, ScriptedEngine
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -22,7 +22,8 @@ from starlette.routing import Route
 from yaptext.engine.base import CHAT, Engines, Sampling
 from yaptext.observe import logs
 from yaptext.server.app import create_app
-from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.server.lifecycle import Lifecycle
+from yaptext.server.process import Server
 from yaptext.settings import Settings
 
 
@@ -30,8 +31,8 @@ async def _step() -> None:
     await asyncio.sleep(0)
 
 
-class Forgetful(ScriptedEngine):
-    """A token a character, and no memory. An utterance that begins with `flood` is answered at length."""
+class Characters(ScriptedCodec):
+    """A token a character, and no memory."""
 
     async def encode(self, text: str, *, place: Any = "inside") -> list[int]:
         return list(map(ord, text))
@@ -41,6 +42,10 @@ class Forgetful(ScriptedEngine):
 
     async def clip(self, text: str, max_tokens: int, *, keep: Any) -> str:
         return "" if max_tokens <= 0 else text[:max_tokens] if keep == "start" else text[-max_tokens:]
+
+
+class Forgetful(ScriptedEngine):
+    """Keeps nothing. An utterance that begins with `flood` is answered at length."""
 
     def _use_cache(self, prompt: list[int], salt: str) -> int:
         return 0
@@ -65,7 +70,7 @@ async def inside(request: Request) -> Response:
             "rss_mb": _memory_mb("VmRSS:"),
             "peak_mb": _memory_mb("VmHWM:"),
             "sessions": len(service.runtime.sessions),
-            "connections": len(service.admission.connections),
+            "connections": len(service.admission.slots),
             "running": service.runtime.engines.chat.running,
         }
     )
@@ -86,7 +91,7 @@ def main() -> None:
     logs.configure(level="info", format="json", journald=False)
     settings = Settings.load(PORT=0)
     lifecycle = Lifecycle()
-    engine = Forgetful(max_model_len=32_768)
+    engine = Forgetful(codec=Characters(max_model_len=32_768))
     app = create_app(settings, open_engines=lambda _: Engines(chat=engine, tool=engine), lifecycle=lifecycle)
     app.routes.append(Route("/inside", inside))
     Told(app, settings, lifecycle).run()

@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import journal
 import msgspec
 
-from yaptext.wire.frames import Error, ServerMessage
+from yaptext.wire.frames import SERVER_MESSAGES, Error
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
-_ANSWERS = msgspec.json.Decoder(ServerMessage)
+_ANSWERS = msgspec.json.Decoder(Union[(*SERVER_MESSAGES,)])
 _MASK = b"\x37\xfa\x21\x3d"
 
 

@@ -398,14 +398,14 @@ def test_a_start_repeats_what_it_warned_of_once(stderr: Stderr) -> None:
     structlog.get_logger("a").info("server.settings", note="nothing")
     logging.getLogger("library").warning("hello")
     structlog.get_logger("a").error("sessions.not_read", file="/a", error="disk is full")  # STATUS= has that live
-    structlog.get_logger("a").error("sessions.damaged", file="/a", error="no header", hint="begun anew")
+    structlog.get_logger("a").error("sessions.damaged", file="/a", error="no header", hint="a new file was begun")
     for number in range(20):
-        structlog.get_logger("a").warning("lobby.full", limit=number)
+        structlog.get_logger("a").warning("pending.full", limit=number)
     first, second, third, *more = logs.attention()
     assert first == "setting.unknown: CHAT_MAX_OTU is not known"
-    assert second == "sessions.damaged: begun anew no header (file=/a)"
-    assert third == "lobby.full: limit=0" and len(more) == 5
-    structlog.get_logger("a").warning("lobby.full")
+    assert second == "sessions.damaged: a new file was begun no header (file=/a)"
+    assert third == "pending.full: limit=0" and len(more) == 5
+    structlog.get_logger("a").warning("pending.full")
     assert logs.attention() == []
 
 

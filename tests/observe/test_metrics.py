@@ -32,22 +32,57 @@ def test_a_turn_is_counted_by_its_outcome_and_tokens() -> None:
     assert [found["yaptext_tokens_total", kind] for kind in kinds] == [11, 22, 33, 44, 55, 66]
 
 
-@pytest.mark.parametrize("name", ["decision", "ttft", "turn"])
+@pytest.mark.parametrize("name", ["decision", "time_to_first_token", "turn"])
 def test_times_that_were_not_reached_are_not_observed(name: str) -> None:
     """A turn that was cancelled before its first token says nothing about time to the first token."""
     metrics = Metrics()
     metrics.turn("finished", Usage(), Timings(queue_ms=1, tool_ms=30, ttft_ms=60, total_ms=90))
     metrics.turn("cancelled", Usage(), Timings(queue_ms=1))
     found = samples(metrics)
-    assert found[f"yaptext_{name}_ms_count",] == 1
-    assert found[f"yaptext_{name}_ms_sum",] == {"decision": 30, "ttft": 60, "turn": 90}[name]
+    assert found[f"yaptext_{name}_seconds_count",] == 1
+    expected = {"decision": 0.03, "time_to_first_token": 0.06, "turn": 0.09}
+    assert found[f"yaptext_{name}_seconds_sum",] == pytest.approx(expected[name])
 
 
 def test_a_time_of_zero_is_a_time() -> None:
     """0 ms is not the same as none."""
     metrics = Metrics()
     metrics.turn("finished", Usage(), Timings(ttft_ms=0.0))
-    assert samples(metrics)["yaptext_ttft_ms_count",] == 1
+    assert samples(metrics)["yaptext_time_to_first_token_seconds_count",] == 1
+
+
+def test_times_have_the_buckets_of_the_field() -> None:
+    """Those of vLLM's and OpenTelemetry's time to the first token, so that one panel shows both."""
+    metrics = Metrics()
+    metrics.turn("finished", Usage(), Timings(ttft_ms=60))
+    found = samples(metrics)
+    shared = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+    counts = [found["yaptext_time_to_first_token_seconds_bucket", str(bound)] for bound in shared]
+    assert counts == [0] * 5 + [1] * 11
+
+
+OLD = {
+    "yaptext_decision_seconds": "yaptext_decision_ms",
+    "yaptext_time_to_first_token_seconds": "yaptext_ttft_ms",
+    "yaptext_turn_seconds": "yaptext_turn_ms",
+    "yaptext_cancel_seconds": "yaptext_cancel_ms",
+}
+
+
+@pytest.mark.parametrize(("new", "old"), OLD.items())
+def test_old_names_are_exposed_if_asked_for(new: str, old: str) -> None:
+    """In milliseconds and with their buckets, beside the new names; by default they have gone."""
+    for asked in (False, True):
+        metrics = Metrics(old_names=asked)
+        metrics.turn("finished", Usage(), Timings(tool_ms=250, ttft_ms=250, total_ms=250))
+        metrics.cancel_ms.observe(250)
+        metrics.backlog("chat", 250)
+        found = samples(metrics)
+        assert found[f"{new}_sum",] == 0.25 and found["yaptext_engine_backlog_seconds", "chat"] == 0.25
+        assert found.get((f"{old}_sum",)) == (250 if asked else None)
+        assert found.get((f"{old}_bucket", "200.0")) == (0 if asked else None)
+        assert found.get((f"{old}_bucket", "300.0")) == (1 if asked else None)
+        assert found.get(("yaptext_engine_backlog_ms", "chat")) == (250 if asked else None)
 
 
 def test_the_size_of_a_session_is_the_mean_of_its_turns() -> None:
@@ -90,7 +125,7 @@ def test_two_services_count_for_themselves() -> None:
     one.errors.labels("bad_message").inc()
     one.cancel_ms.observe(4)
     assert samples(one)["yaptext_errors_total", "bad_message"] == 1
-    assert samples(one)["yaptext_cancel_ms_sum",] == 4
+    assert samples(one)["yaptext_cancel_seconds_sum",] == pytest.approx(0.004)
     assert ("yaptext_errors_total", "bad_message") not in samples(other)
 
 

@@ -180,7 +180,7 @@ def test_a_persona_that_the_service_would_refuse_is_named(tmp_path: Path, fields
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     """No file, and a folder without texts."""
-    with pytest.raises(SettingsError, match=r"is no file or folder, nor `builtin` or `hub:NAME`"):
+    with pytest.raises(SettingsError, match=r"is neither a file, a folder, `builtin` nor `hub:NAME`"):
         read(wanted(tmp_path / "none"))
     with pytest.raises(SettingsError, match=r"holds no .txt or .jsonl file"):
         read(wanted(tmp_path))

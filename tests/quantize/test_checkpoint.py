@@ -121,12 +121,13 @@ CHECKPOINTS: dict[str, tuple[Edit, str]] = {
     "stale index": (
         stale,
         "model.safetensors.index.json of {model} expects model.norm.bias and 1 more in "
-        "model-00001-of-00002.safetensors, which has no such tensor: take the index and the weights from one place",
+        "model-00001-of-00002.safetensors, which has no such tensor: take the index and the weights from the same "
+        "place",
     ),
     "NaN": (
         change(nan),
         "bad: the tensor model.layers.1.post_attention_layernorm.weight in model.safetensors holds numbers that are "
-        "not finite: the weights are damaged, take an earlier state of them",
+        "not finite: the weights are damaged; take an earlier version of them",
     ),
     "tokenizer larger than the embedding": (
         fewer_tokens,
@@ -144,7 +145,7 @@ CHECKPOINTS: dict[str, tuple[Edit, str]] = {
     "a file": (lambda folder: None, "{model}/model.safetensors is a file: name its folder, {model}"),
     "custom tokenizer": (
         tokenizer_of_its_own,
-        "tokenizer_config.json of {model} wants code of its own (tokenization_own.py), and no code of a model is run: "
+        "tokenizer_config.json of {model} needs code of its own (tokenization_own.py), and no code of a model is run: "
         "save the tokenizer as tokenizer.json, without auto_map",
     ),
     "LoRA": (
@@ -159,7 +160,7 @@ CHECKPOINTS: dict[str, tuple[Edit, str]] = {
     ),
     "missing weights": (
         change(lambda tensors: tensors.pop(NORM)),
-        f"bad: the weights do not fit their config.json: they lack {NORM}. Take both from one place",
+        f"bad: the weights do not fit their config.json: they lack {NORM}. Take both from the same place",
     ),
 }
 
@@ -192,7 +193,10 @@ def test_thirteen_bad_checkpoints_give_thirteen_good_lines(
     ("edit", "line"),
     [
         (change(lambda tensors: tensors.pop(NORM)), "they lack"),
-        (change(lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": torch.ones(512)})), "no place for"),
+        (
+            change(lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": torch.ones(512)})),
+            "its model has no",
+        ),
         (change(nan), "not finite"),
     ],
     ids=["missing", "unexpected", "NaN"],
@@ -216,13 +220,13 @@ def test_allow_worse_keeps_nothing_that_does_not_fit(
     [
         (
             lambda folder: (shard(folder), (folder / SHARDS[1]).unlink()),
-            "maker/model lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names: the hub has "
-            "it so; name another repository",
+            "maker/model lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names: the hub's "
+            "copy is the same; name another repository",
         ),
         (
             cut,
-            "model.safetensors of maker/model is cut off after 100000 of {size} bytes: the hub has it so; name another "
-            "repository",
+            "model.safetensors of maker/model is cut off after 100000 of {size} bytes: the hub's copy is the same; "
+            "name another repository",
         ),
         (
             stale,

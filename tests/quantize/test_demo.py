@@ -12,7 +12,7 @@ import pytest
 from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
 from yaptext.engine import awq_results, demo
 from yaptext.engine.base import Sampling
-from yaptext.engine.vllm.startup import open_engines
+from yaptext.engine.registry import open_engines
 from yaptext.settings import Settings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
@@ -47,7 +47,7 @@ async def test_the_demo_is_quantized_and_served(source: Path, tmp_path: Path, mo
     engines = open_engines(settings)
     assert engines.awq and engines.chat is not None
     try:
-        prompts = await ChatPrompts.open(engines.chat, "segments", Limits.of(settings))
+        prompts = await ChatPrompts.open(engines.chat.codec, "segments", Limits.of(settings))
         prompt = await prompts.turn("You are helpful.", [], "What is the capital of France?", "Monday, 12:00")
         said = [delta.text async for delta in engines.chat.stream(prompt, Sampling(max_tokens=24))]
     finally:

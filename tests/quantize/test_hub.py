@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from quantize.hub_server import TOKEN, Account, Fault, HubServer, sha256
 
-from yaptext.engine.hub import PAUSES_S
+from yaptext.engine.hub_client import PAUSES_S
 from yaptext.quantize.hub import log_progress
 
 pytestmark = pytest.mark.subprocess
@@ -52,7 +52,7 @@ from types import SimpleNamespace
 from pathlib import Path
 import huggingface_hub._snapshot_download, huggingface_hub.hf_api, huggingface_hub._commit_api
 from yaptext.engine import download
-from yaptext.engine import hub as engine_hub
+from yaptext.engine import hub_client as engine_hub
 from yaptext.observe import logs
 from yaptext.quantize import hub
 from yaptext.settings import Settings
@@ -250,8 +250,8 @@ def test_a_model_without_safetensors_is_refused(hub: HubServer, client: Client) 
     hub.add("maker/half", {name: data for name, data in MODEL.items() if "00002-of" not in name})
     hub.requests.clear()
     client("download", "maker/half").refuses(
-        "maker/half lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names: the hub has it "
-        "so; name another repository",
+        "maker/half lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names: the hub's "
+        "copy is the same; name another repository",
         kind="QuantizeRefused",
     )
     assert not hub.asked("^GET .*safetensors$"), "before the other shards are fetched"

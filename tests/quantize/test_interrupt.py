@@ -19,7 +19,7 @@ from quantize.hub_server import HubServer
 from yaptext.commands import main
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.timeout(600)]
-LINE = "stopped by Ctrl-C (SIGINT); nothing half-made is kept, what was finished before is"
+LINE = "stopped by Ctrl-C (SIGINT); no partial result is kept; results finished before are"
 
 INTERRUPTED = """
 import os, signal
@@ -184,7 +184,7 @@ def test_the_help_says_what_counts_if_nothing_is_said(
         "calibration samples, 1 to 4096; up to 4 more are set aside to measure on (default: 128 on CUDA, 8 on CPU)",
         "AWQ_CALIBRATION_TOKENS: tokens of one sample, 64 to 8192 (default: 512)",
         "AWQ_GROUP_SIZE: weights that share a scale: auto, 128, 64 or 32 (default: auto)",
-        "this model alone (default: those of DEPLOY_MODELS)",
+        "only this model (default: those of DEPLOY_MODELS)",
         "The result is a folder in STATE/awq/NAME-HASH/",
         "STATE is YAP_TEXT_STATE_DIR (default: STATE_DIRECTORY under systemd, else ~/.local/state/yap-text)",
     ):

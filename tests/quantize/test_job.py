@@ -252,7 +252,7 @@ def test_a_deployed_role_needs_a_model(fresh: Bench) -> None:
         ({"CHAT_MODEL": "some/model"}, 2, "some/model is not on the hub"),
         ({"CHAT_MODEL": "a b/c?d"}, 2, "a b/c?d is neither a folder nor the name of a model on the hub"),
         ({"TOOLS_FILE": "/no/such/tools.json"}, 2, "TOOLS_FILE='/no/such/tools.json' is not a list of tools"),
-        ({"AWQ_CALIBRATION": "/no/such/text"}, 2, "AWQ_CALIBRATION=/no/such/text is no file or folder"),
+        ({"AWQ_CALIBRATION": "/no/such/text"}, 2, "AWQ_CALIBRATION=/no/such/text is neither a file, a folder"),
         ({"AWQ_GROUP_SIZE": "96"}, 2, "AWQ_GROUP_SIZE='96' is not allowed"),
     ],
     ids=["no folder", "no name", "not there", "odd name", "no tools", "no text", "group size"],
@@ -343,7 +343,7 @@ def test_a_second_job_is_told_who_runs(bench: Bench) -> None:
     first.until("quantize.layer", layer=1)
     status, events = bench.run("--force")
     assert status == 75
-    assert f"another job is at work on {bench.state}/awq: process {first.pid}, since 20" in events[-1]
+    assert f"another job is using {bench.state}/awq: process {first.pid}, since 20" in events[-1]
     assert bench.run() == (0, ["quantize.finished_before"])
     assert first.end() == 0
     bench.check_clean()

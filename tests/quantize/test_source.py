@@ -33,7 +33,7 @@ def test_a_missing_norm_is_named(folder: Path) -> None:
     """transformers would take ones for it, and quantize that."""
     change(folder, lambda tensors: tensors.pop(_NORM))
     with pytest.raises(
-        QuantizeRefused, match=rf"do not fit their config.json: they lack {_NORM}. Take both from one place$"
+        QuantizeRefused, match=rf"do not fit their config.json: they lack {_NORM}. Take both from the same place$"
     ):
         source.load(folder, on_cuda=False)
 
@@ -50,7 +50,9 @@ def test_missing_biases_are_counted(folder: Path) -> None:
 def test_a_tensor_without_a_place_is_named(folder: Path, name: str) -> None:
     """A bias that the config denies, or the scales of weights in eight bits."""
     change(folder, lambda tensors: tensors.update({f"model.layers.0.{name}": torch.ones(1)}))
-    with pytest.raises(QuantizeRefused, match=rf"it has no place for model.layers.0.{name}. Take both from one place$"):
+    with pytest.raises(
+        QuantizeRefused, match=rf"its model has no model.layers.0.{name}. Take both from the same place$"
+    ):
         source.load(folder, on_cuda=False)
 
 
@@ -73,7 +75,7 @@ def put(value: float) -> Callable[[dict[str, Any]], None]:
 def test_a_number_that_is_not_finite_is_named(folder: Path, value: float) -> None:
     """With its file, before it reaches a manifest."""
     change(folder, put(value))
-    line = rf"the tensor {_NORM} in model.safetensors holds numbers that are not finite: the weights are damaged, "
+    line = rf"the tensor {_NORM} in model.safetensors holds numbers that are not finite: the weights are damaged; "
     with pytest.raises(QuantizeRefused, match=line):
         source.check_finite(source.load(folder, on_cuda=False))
 

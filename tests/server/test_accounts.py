@@ -243,7 +243,8 @@ def test_a_reload_takes_the_file_as_it_is(file: Path) -> None:
     account.spend("turns")
     file.write_text(f"{line} messages_per_minute=2\n")
     c, _ = keyfile.add("c", file)
-    asyncio.run(keys.reload())
+    gone = keys.identify(header(b))
+    assert asyncio.run(keys.reload()) == [gone], "what the caller has to close"
     assert keys.identify(header(a)) is account and keys.identify(header(c)).name == "c"
     assert refusal(keys, header(b)) is AuthenticationFailed
     with pytest.raises(RateLimited):
@@ -290,9 +291,10 @@ def test_a_broken_file_is_refused_as_a_whole(file: Path, damage: str | None) -> 
         file.unlink()
     else:
         file.write_text(file.read_text() + damage)
-    with structlog.testing.capture_logs() as lines:
+    with structlog.testing.capture_logs() as lines, pytest.raises(SettingsError) as refused:
         asyncio.run(keys.reload())
     (told,) = lines
+    assert told["error"] == str(refused.value)
     assert (told["event"], told["log_level"]) == ("keys.refused", "error") and str(file) in told["error"]
     assert "secret" not in told["error"] and line.split(":")[1] not in told["error"]
     assert keys.identify(header(a)).name == "a" and refusal(keys, header(b)) is AuthenticationFailed
@@ -321,18 +323,6 @@ def test_a_key_has_so_many_a_minute(act: str) -> None:
     for other in {"turns", "messages", "cancels"} - {act}:
         for _ in range(1000):
             account.spend(other)  # type: ignore[arg-type]
-
-
-def test_a_key_has_so_many_connections() -> None:
-    """A slot that is left is free, whatever happened in it; another key has its own."""
-    account, other = Account(Key("a", b"", Limits(connections=1))), Account(Key("b", b"", Limits(connections=1)))
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError), account.slot("one"), other.slot("two"):  # type: ignore[arg-type]
-            with pytest.raises(RateLimited, match="the key a has 1 connections; limit is 1"):
-                with account.slot("three"):  # type: ignore[arg-type]
-                    pytest.fail("there was no slot")
-            raise ZeroDivisionError
-    assert not account.connections
 
 
 # --- guessing

@@ -8,9 +8,13 @@ from typing import Any, cast
 import pytest
 
 from yaptext.engine.base import Load
-from yaptext.errors import ServerAtCapacity
+from yaptext.errors import RateLimited, ServerAtCapacity
+from yaptext.server.access.accounts import Account
+from yaptext.server.access.keyfile import NO_LIMITS, Key, Limits
 from yaptext.server.admission import Admission
 from yaptext.wire.frames import Capacity
+
+ACCOUNT = Account(Key("a", b"", NO_LIMITS))
 
 
 def connection() -> Any:
@@ -22,9 +26,9 @@ def test_capacity_counts_connections() -> None:
     """Active, the most, what is left, and whether that is nothing."""
     admission = Admission(2)
     assert admission.capacity == Capacity(active=0, max=2, available=2, at_capacity=False)
-    with admission.slot(connection()):
+    with admission.slot(ACCOUNT, connection()):
         assert admission.capacity == Capacity(active=1, max=2, available=1, at_capacity=False)
-        with admission.slot(connection()):
+        with admission.slot(ACCOUNT, connection()):
             assert admission.capacity == Capacity(active=2, max=2, available=0, at_capacity=True)
     assert admission.capacity.active == 0
 
@@ -33,15 +37,15 @@ def test_over_the_limit_there_is_no_slot() -> None:
     """The guide's words, and a hint when to come again; nothing changes for those that are in."""
     admission = Admission(1)
     first = connection()
-    with admission.slot(first):
+    with admission.slot(ACCOUNT, first):
         with (
             pytest.raises(ServerAtCapacity, match=r"^Server is at capacity\.$") as caught,
-            admission.slot(connection()),
+            admission.slot(ACCOUNT, connection()),
         ):
             pytest.fail("there was no slot")
         assert caught.value.retry_after_ms
-        assert admission.connections == {first}
-    with admission.slot(connection()):
+        assert list(admission.slots) == [first]
+    with admission.slot(ACCOUNT, connection()):
         assert admission.capacity.at_capacity
 
 
@@ -49,9 +53,9 @@ def test_a_slot_is_free_again_whatever_happens() -> None:
     """A connection that fails leaves its slot like one that ends."""
     admission = Admission(1)
     for _ in range(3):
-        with pytest.raises(RuntimeError), admission.slot(connection()):
+        with pytest.raises(RuntimeError), admission.slot(ACCOUNT, connection()):
             raise RuntimeError
-    assert admission.connections == set()
+    assert not len(admission.slots)
 
 
 def test_connections_leave_in_any_order() -> None:
@@ -59,10 +63,25 @@ def test_connections_leave_in_any_order() -> None:
     admission = Admission(3)
     stacks = [ExitStack() for _ in range(3)]
     for stack in stacks:
-        stack.enter_context(admission.slot(connection()))
+        stack.enter_context(admission.slot(ACCOUNT, connection()))
     for index, left in ((1, 2), (0, 1), (2, 0)):
         stacks[index].close()
         assert admission.capacity.active == left
+
+
+def test_a_key_has_so_many_connections() -> None:
+    """A slot that is left is free, whatever happened in it; another key has its own."""
+    admission = Admission(9)
+    account, other = Account(Key("a", b"", Limits(connections=1))), Account(Key("b", b"", Limits(connections=1)))
+    one, two = connection(), connection()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), admission.slot(account, one), admission.slot(other, two):
+            with pytest.raises(RateLimited, match="the key a has 1 connections; limit is 1"):
+                with admission.slot(account, connection()):
+                    pytest.fail("there was no slot")
+            assert list(admission.slots.of(account)) == [one] and set(admission.slots) == {one, two}
+            raise ZeroDivisionError
+    assert not len(admission.slots) and not admission.slots.of(account)
 
 
 class Facts:
@@ -85,7 +104,7 @@ class Facts:
         with ExitStack() as stack:
             for number in range(wanted):
                 try:
-                    stack.enter_context(self.admission.slot(connection()))
+                    stack.enter_context(self.admission.slot(ACCOUNT, connection()))
                 except ServerAtCapacity:
                     return number
             return wanted
@@ -108,7 +127,7 @@ def test_the_cache_as_the_limit_is_told() -> None:
     facts.session_tokens = 2000
     with ExitStack() as stack:
         for _ in range(5):
-            stack.enter_context(facts.admission.slot(connection()))
+            stack.enter_context(facts.admission.slot(ACCOUNT, connection()))
         assert facts.admission.capacity == Capacity(5, 5, 0, True, "kv_cache")
         facts.session_tokens = 3000
         assert facts.admission.capacity == Capacity(5, 3, 0, True, "kv_cache")
@@ -123,7 +142,7 @@ def test_nobody_new_joins_a_long_queue_of_prompts() -> None:
     assert facts.admitted(4) == 4
     facts.backlog_ms = 2000.1
     assert facts.admitted(4) == 1
-    with facts.admission.slot(connection()):
+    with facts.admission.slot(ACCOUNT, connection()):
         assert facts.admission.capacity == Capacity(1, 100, 0, True, "prefill")
     off = Facts(max_backlog_ms=0)
     off.backlog_ms = 1e9
@@ -135,10 +154,10 @@ def test_a_queue_tells_how_long_it_is(backlog_ms: float, least: int, most: int) 
     """A quarter more or less, so that not all come back at once."""
     facts = Facts()
     waits = []
-    with facts.admission.slot(connection()):
+    with facts.admission.slot(ACCOUNT, connection()):
         facts.backlog_ms = backlog_ms
         for _ in range(50):
-            with pytest.raises(ServerAtCapacity) as caught, facts.admission.slot(connection()):
+            with pytest.raises(ServerAtCapacity) as caught, facts.admission.slot(ACCOUNT, connection()):
                 pytest.fail("there was no slot")
             waits.append(caught.value.retry_after_ms or 0)
     assert least <= min(waits) and max(waits) <= most
@@ -154,12 +173,12 @@ def test_a_slot_is_awaited_as_long_as_they_last(endings: int, every_s: float, ex
     facts = Facts(1)
     for _ in range(endings):
         facts.time += every_s
-        with facts.admission.slot(connection()):
+        with facts.admission.slot(ACCOUNT, connection()):
             pass
     with (
-        facts.admission.slot(connection()),
+        facts.admission.slot(ACCOUNT, connection()),
         pytest.raises(ServerAtCapacity) as caught,
-        facts.admission.slot(connection()),
+        facts.admission.slot(ACCOUNT, connection()),
     ):
         pytest.fail("there was no slot")
     assert caught.value.retry_after_ms == pytest.approx(expected_ms, rel=0.26)

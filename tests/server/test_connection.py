@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from conftest import Frame, MemorySocket, check_frames, talking
-from fakes import Gate, Script, ScriptedEngine
+from fakes import Gate, Script, ScriptedCodec, ScriptedEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yaptext.engine.base import Place
 from yaptext.errors import EngineDead, EngineFailed, StartError
+from yaptext.server.conversation import HANDLERS
+from yaptext.wire.frames import CLIENT_MESSAGES
 
 CALL = '[{"name": "play_music", "arguments": {"query": "mix"}}]'
 YES = Script((CALL,))
@@ -223,6 +225,27 @@ async def test_rule_3_a_start_for_another_session_on_one_socket_ends_the_running
         assert socket.frames[ack - 1]["type"] == "done"
         gate.step(3)
         await socket.until("done", 2)
+
+
+async def test_rule_3_a_turn_that_ended_while_it_waited_leaves_the_wait_to_the_next() -> None:
+    """The one in between has another session and asks no engine; the socket's first turn still has to let go."""
+    abort = Gate()
+    engine = ScriptedEngine(Script(["x"] * 3, pace=(gate := Gate())), aborting=abort)
+    async with talking(engine, DEPLOY_MODELS="chat") as talk:
+        socket = talk.socket()
+        for session_id in "abc":
+            socket.start(session_id=session_id)
+            if session_id == "a":
+                gate.step()
+                await socket.until("token")
+            elif session_id == "b":
+                await settle()
+                socket.say("cancel", session_id="b")
+            await settle()
+        assert (len(socket.of("ack")), len(engine.requests)) == (2, 1)
+        abort.step()
+        gate.step(3)
+        await socket.until("final")
 
 
 async def test_rule_4_a_cancel_with_nothing_running_changes_nothing() -> None:
@@ -636,13 +659,13 @@ async def test_a_warmed_history_is_tokenized_once_and_its_text_is_not_kept() -> 
     """The turn that it was warmed for finds its token ids; of those that never come, the last 64 are kept."""
     encoded: list[str] = []
 
-    class Counting(ScriptedEngine):
+    class Counting(ScriptedCodec):
         async def encode(self, text: str, *, place: Place = "inside") -> list[int]:
             encoded.append(text)
             return await super().encode(text, place=place)
 
     history = "User: glacier\nAssistant: moraine"
-    async with talking(Counting(), DEPLOY_MODELS="chat") as talk:
+    async with talking(ScriptedEngine(codec=Counting()), DEPLOY_MODELS="chat") as talk:
         socket = talk.socket()
         socket.say("warm_history", persona_style="savage", history_text=history)
         await socket.until("warmed")
@@ -841,7 +864,7 @@ async def test_a_schema_that_would_cost_the_engine_dearly_is_a_bad_message(param
 async def test_a_prompt_over_the_context_is_text_too_long() -> None:
     """With both numbers, in the deployment's own limits."""
     limits = {"CHAT_MAX_OUT": 1, "USER_UTT_MAX_TOKENS": 1, "PERSONA_MAX_TOKENS": 1000}
-    async with talking(ScriptedEngine(max_model_len=200), DEPLOY_MODELS="chat", **limits) as talk:
+    async with talking(ScriptedEngine(codec=ScriptedCodec(max_model_len=200)), DEPLOY_MODELS="chat", **limits) as talk:
         socket = talk.socket()
         socket.start(persona_text="word " * 300)
         error = await socket.until("error")
@@ -851,7 +874,7 @@ async def test_a_prompt_over_the_context_is_text_too_long() -> None:
 async def test_limits_that_leave_no_room_end_the_start() -> None:
     """Not each turn. The line names the context and the settings."""
     with pytest.raises(StartError, match=r"context is 200 tokens: CHAT_MAX_OUT and USER_UTT_MAX_TOKENS leave \d+ "):
-        async with talking(ScriptedEngine(max_model_len=200), DEPLOY_MODELS="chat"):
+        async with talking(ScriptedEngine(codec=ScriptedCodec(max_model_len=200)), DEPLOY_MODELS="chat"):
             pass
 
 
@@ -863,3 +886,8 @@ async def test_a_persona_that_no_limit_allows_is_refused_at_once() -> None:
         assert (await socket.until("error"))["error_code"] == "text_too_long"
         socket.start()
         await socket.until("done")
+
+
+def test_every_message_of_a_client_has_its_handler() -> None:
+    """A new frame is a struct, a handler, a test."""
+    assert set(HANDLERS) == set(CLIENT_MESSAGES)

@@ -532,7 +532,7 @@ async def test_tokens_can_be_made_likelier_or_not() -> None:
         engine, DEPLOY_MODELS="chat", CHAT_LOGIT_BIAS={" delve": -5}, CHAT_PRESENCE_PENALTY="0.5"
     ) as talk:
         await said(talk.socket())
-        (token,) = await engine.encode(" delve")
+        (token,) = await engine.codec.encode(" delve")
         sampling = engine.requests[0][1]
         assert (sampling.logit_bias, sampling.presence_penalty) == (((token, -5.0),), 0.5)
     with pytest.raises(StartError, match=r"CHAT_LOGIT_BIAS: 'two words' is 2 tokens"):

@@ -22,8 +22,9 @@ from yaptext import __version__
 from yaptext.engine.base import Engines
 from yaptext.errors import SettingsError
 from yaptext.observe import logs
-from yaptext.server.access.throttle import Shown, Sparing
-from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.server.access.sparing import Shown, Sparing
+from yaptext.server.lifecycle import Lifecycle
+from yaptext.server.process import Server
 from yaptext.settings import Settings
 from yaptext.settings.old_names import moved_names
 from yaptext.wire import asyncapi

@@ -118,7 +118,8 @@ from fakes import Script, ScriptedEngine
 from yaptext.commands import startup_logs
 from yaptext.engine.base import Engines
 from yaptext.server.app import create_app
-from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.server.lifecycle import Lifecycle
+from yaptext.server.process import Server
 from yaptext.settings import Settings
 
 class Slow(ScriptedEngine):

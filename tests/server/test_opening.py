@@ -21,8 +21,9 @@ from yaptext import __version__
 from yaptext.engine.base import Engines
 from yaptext.errors import StartError
 from yaptext.server.app import create_app
-from yaptext.server.lifecycle import Lifecycle, Server
+from yaptext.server.lifecycle import Lifecycle
 from yaptext.server.opening import Opening
+from yaptext.server.process import Server
 from yaptext.server.record import Record
 from yaptext.settings import Settings
 

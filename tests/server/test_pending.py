@@ -79,7 +79,7 @@ async def peer_of(running: Running, opening: bytes = b"", address: str = "127.0.
 
 
 def waiting(running: Running) -> int:
-    return len(running.server.lifespan.state["service"].lobby)
+    return len(running.server.lifespan.state["service"].pending)
 
 
 # --- how long
@@ -224,7 +224,7 @@ async def test_those_that_were_answered_are_cut_off_first() -> None:
         def abort(self) -> None:
             cut.append(self.name)
 
-    room = pending.Lobby(3, 60)
+    room = pending.PendingConnections(3, 60)
     a, b, c, d, e, f = (Transport(name) for name in "abcdef")
     for transport in (a, b, c):
         room.enter(transport)  # type: ignore[arg-type]
@@ -432,5 +432,5 @@ def test_the_service_outlives_a_lack_of_descriptors(tmp_path: Path) -> None:
             assert newcomer.until("pong")
         for client in [*silent, newcomer]:
             client.close()
-        assert len(aim.lines("files.short")) == 1 and len(aim.lines("lobby.full")) == 1
+        assert len(aim.lines("files.short")) == 1 and len(aim.lines("pending.full")) == 1
         assert not aim.complaints()

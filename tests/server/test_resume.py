@@ -13,8 +13,8 @@ import pytest
 from conftest import Running, service
 from fakes import Gate, Script, ScriptedEngine
 
-from yaptext.dialogue import session_file
 from yaptext.engine.base import CHAT, Engines
+from yaptext.store import sqlite
 
 PERSONA = {"persona_text": "You are Ada, who counts."}
 
@@ -95,7 +95,7 @@ async def test_a_restart_keeps_conversations(tmp_path: Path) -> None:
 
 async def test_a_file_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In /status and /metrics, from the start on until it can be again; turns go on."""
-    monkeypatch.setattr(session_file, "RETRY_S", 0.05)
+    monkeypatch.setattr(sqlite, "RETRY_S", 0.05)
     blocked = tmp_path / "blocked"
     blocked.touch()
     _, engines = chat_only()

@@ -144,7 +144,7 @@ class Client(MemorySocket):
         asyncio._set_running_loop(machine.loop)  # as where a server makes one
         self.connection = Connection(self, machine.runtime, account)  # type: ignore[arg-type]
         asyncio._set_running_loop(None)
-        send, run = self.connection.send, self.connection.run_turn
+        send, run = self.connection.send, self.connection.conversation.run_turn
 
         def sending(message: Any) -> None:
             try:
@@ -159,7 +159,7 @@ class Client(MemorySocket):
             await run(turn)
 
         self.connection.send = sending  # type: ignore[method-assign]
-        self.connection.run_turn = running  # type: ignore[method-assign]
+        self.connection.conversation.run_turn = running  # type: ignore[method-assign]
         self.serving = machine.loop.create_task(self.connection.serve())
         self.current: Turn | None = None
         """The turn that runs, as it is told; `hearing` is the number of the one that the client hears of."""
@@ -211,9 +211,16 @@ class Client(MemorySocket):
                 case "done":
                     cut = self.cuts.get(self.current) if frame.get("cancelled") else None
                     session = self.machine.runtime.sessions.held.sessions[self.heard_of]
-                    if self.current is not None and self.current.session is session and turn == session.turns:
+                    late = (self.heard_of, turn) in self.machine.cut_since
+                    if (
+                        self.current is not None
+                        and self.current.session is session
+                        and turn == session.turns
+                        and not late
+                    ):
                         # Else it is heard late: the session has gone on, or the client with another one.
-                        self.machine.replies[self.heard_of] = self.text if cut is None else self.text[:cut]
+                        reply = self.text if cut is None else self.text[:cut]
+                        self.machine.replies[self.heard_of] = reply.rstrip() if frame.get("cancelled") else reply
             if kind in ("done", "error"):
                 self.hearing = None
 
@@ -241,6 +248,8 @@ class Lives(RuleBasedStateMachine):
         """Calls that wait for their results."""
         self.replies: dict[tuple[str, str], str] = {}
         """What was heard last in each session, where nothing has come since."""
+        self.cut_since: set[tuple[tuple[str, str], int]] = set()
+        """Turns whose reply was cut after it had been sent whole."""
         self.fed: dict[int, list[str]] = {}
         """What each turn's chat stream was told to say."""
 
@@ -309,7 +318,7 @@ class Lives(RuleBasedStateMachine):
         if kind == "error":
             assert frame["error_code"] == "engine_failed", frame
         elif kind == "done" and frame.get("finish_reason") == "tool_calls":
-            self.asked[client.current.session.key] = (turn, client.current.calls)
+            self.asked[client.current.session.key] = (turn, client.current.answer.calls)
         elif kind == "done" and not frame.get("cancelled"):
             assert frame["usage"]["completion_tokens"] == len(self.fed.get(id(client.current), [])), "rule 8"
         elif kind == "final":
@@ -370,14 +379,16 @@ class Lives(RuleBasedStateMachine):
         self.loop.settle()  # what came before it is acted on: then it is known what it means
         if not client.open or client.serving.done():
             return
-        running = client.connection.turn
+        running = client.connection.conversation.turn
         if running is not None and running.over:
             running = None  # cut, and told so, although the engine may still have to let go
         client.cancelled_nothing += running is None
         if running is not None and not running.is_cancelled:
             client.cuts[running] = heard
-        elif running is None and heard is not None and client.connection.session is not None:
-            self.replies.pop(client.connection.session.key, None)
+        elif running is None and heard is not None and client.connection.conversation.session is not None:
+            session = client.connection.conversation.session
+            self.replies.pop(session.key, None)
+            self.cut_since.add((session.key, session.turns))
         words = "".join(self.fed.get(id(running), []))
         as_text &= (
             heard is not None and running is not None and not client.text[:heard].isspace() and client.text == words

@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 
-from yaptext.server.access.throttle import Bucket, Shown, Sparing, Throttle, network, shown
+from yaptext.server.access.sparing import Shown, Sparing, shown
+from yaptext.server.access.throttle import Bucket, Throttle, network
 
 
 class Clock:

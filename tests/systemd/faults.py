@@ -703,7 +703,7 @@ def _replace_code(scene: Scene, version: str, form: int) -> None:
     shutil.copytree(scene.code / "yaptext", new)
     for name, pattern, text in (
         ("build.py", '^RELEASE = ".*"', f'RELEASE = "{version}"'),
-        ("dialogue/session_record.py", r"^_VERSION = \d+", f"_VERSION = {form}"),
+        ("store/base.py", r"^_VERSION = \d+", f"_VERSION = {form}"),
     ):
         changed, count = re.subn(pattern, text, (new / name).read_text(), flags=re.MULTILINE)
         assert count == 1, f"{name} has no {pattern}"

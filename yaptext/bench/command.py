@@ -16,7 +16,6 @@ from yaptext.bench.conversation import Target
 from yaptext.bench.openai import OpenAI
 from yaptext.bench.options import OptionError, plan_of
 from yaptext.bench.plan import Plan
-from yaptext.bench.report import page
 from yaptext.bench.results import load, write
 from yaptext.bench.screen import watcher
 from yaptext.bench.service import Service
@@ -44,6 +43,8 @@ def bench(parsed: argparse.Namespace, url: str, key: str) -> int:
     if parsed.json:
         write(parsed.json, json.dumps(content, indent=1) + "\n")
     if parsed.html:
+        from yaptext.bench.report import page  # matplotlib takes half a second, which no client's start should
+
         write(parsed.html, page(content))
     return 130 if interrupted else 0
 

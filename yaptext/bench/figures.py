@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from yaptext.bench.turn import Turn
 
 STATISTICS = ("p50", "p95", "p99", "max")
@@ -26,12 +28,12 @@ MEANINGS = {
     "inter_token_ms": "between two token frames of one turn; tokens merged into one frame count as one",
     "total_ms": "`start` sent until `done`",
     "cancel_to_silence_ms": "`cancel` sent until the last frame of its turn",
-    "start_to_silence_ms": "a new `start` sent until the last frame of the turn that it cuts",
-    "server_cancel_ms": "`cancel_ms` as the service tells it",
+    "start_to_silence_ms": "a new `start` sent until the last frame of the turn that it interrupts",
+    "server_cancel_ms": "`cancel_ms` as the service reports it",
     "cancel_to_freed_ms": "all turns cancelled at once until no engine stream is left, to the resolution of a poll",
     "back_ms": "a dropped socket until the first token on the one after it, waits for a free place included",
     "retry_after_ms": "the wait that refusals ask for",
-    "readmitted_ms": "a place given up until the refused client has it, its wait included",
+    "readmitted_ms": "a slot released until the refused client gets it, its wait included",
     "completion_tokens": "length of the finished replies",
     "client_lag_ms": "how late timers of the bench itself ran: what it adds to everything above",
     "tokens_per_s": "tokens of all replies a second",
@@ -39,29 +41,14 @@ MEANINGS = {
 }
 
 
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of sorted samples lie, interpolated between the two nearest."""
-    if not ordered:
-        raise ValueError("no samples")
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
-
-
 def summary(samples: Iterable[float]) -> dict[str, Any]:
     """Count, mean, percentiles, and a `curve` of evenly spaced ones to draw the distribution from."""
-    ordered = sorted(samples)
-    curve = [percentile(ordered, point / _CURVE_POINTS) for point in range(_CURVE_POINTS + 1)]
-    return {
-        "count": len(ordered),
-        "mean": _round(sum(ordered) / len(ordered)),
-        "p50": _round(percentile(ordered, 0.50)),
-        "p95": _round(percentile(ordered, 0.95)),
-        "p99": _round(percentile(ordered, 0.99)),
-        "max": _round(ordered[-1]),
-        "curve": [_round(value) for value in curve],
-    }
+    values = np.fromiter(samples, float)
+    p50, p95, p99, *curve = (
+        np.quantile(values, (0.5, 0.95, 0.99, *np.linspace(0, 1, _CURVE_POINTS + 1))).round(3).tolist()
+    )
+    mean = round(float(values.mean()), 3)
+    return {"count": values.size, "mean": mean, "p50": p50, "p95": p95, "p99": p99, "max": curve[-1], "curve": curve}
 
 
 def samples_of(turns: Iterable[Turn]) -> Samples:
@@ -102,7 +89,3 @@ def pooled(rounds: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, dict[st
             figures[name] = summary(itertools.chain.from_iterable(samples.get(name, ()) for samples in rounds))
             figures[name]["rounds"] = {key: [each.get(key) for each in alone] for key in STATISTICS}
     return figures
-
-
-def _round(value: float) -> float:
-    return round(value, 3)

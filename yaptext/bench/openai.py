@@ -218,7 +218,7 @@ class _Stream(asyncio.Protocol):
         for event in self._events.feed(body):
             self._take(event, now)
         if self._response.done and self.busy:
-            self.lost = self._response.headers.get("connection", "").lower() == "close"
+            self.lost = not self._response.stays_open
             self._answered = True
             self.turn.end("done", now)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from yaptext.bench.plan import Plan, Sampling
@@ -14,14 +15,14 @@ class OptionError(YapError):
 
 
 SCENARIOS = {
-    "cold": "first turns of sessions whose persona and history the server never saw",
+    "cold": "first turns of sessions with a persona and history that are new to the server",
     "warm": "first turns after warm_persona and warm_history",
     "conversation": "turn after turn of one session, its transcript held by the server",
-    "barge-in": "turns cut at a random token, by a cancel and by a new start; then all at once",
-    "reconnect": "all sockets drop at once and come back at once, into the same sessions",
-    "ramp": "one socket after another until the server refuses; then one leaves and one comes",
-    "idle": "turns after a silence, beside turns without one",
-    "slow-reader": "turns before (calm) and while one more client has stopped reading",
+    "barge-in": "turns interrupted at a random token, by a cancel and by a new start; then all at once",
+    "reconnect": "all sockets drop at once and reconnect at once, into the same sessions",
+    "ramp": "one socket after another until the server refuses; then one disconnects and one connects",
+    "idle": "turns after a silence, compared with turns without one",
+    "slow-reader": "turns before (calm) and while another client does not read",
 }
 """What `--scenario` knows; `scenarios` has one function for each."""
 
@@ -35,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--openai", metavar="URL", help="an OpenAI-compatible server to measure in the same minutes")
     where.add_argument("--model", metavar="NAME", help="its model")
     where.add_argument("--openai-key-file", metavar="FILE", type=Path, help="a file with its API key")
-    where.add_argument("--only-openai", action="store_true", help="leave the service out")
+    where.add_argument("--only-openai", action="store_true", help="do not measure the service")
 
     what = parser.add_argument_group("what")
     what.add_argument(
@@ -43,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--sessions", type=_counts, default=plan.sessions, metavar="N[,N...]", help="users at once (1,8)")
     _number(what, "--turns", int, plan.turns, 1, 1000, "turns of a session in one run")
-    _number(what, "--rounds", int, plan.rounds, 1, 100, "repetitions of everything; their spread is told")
+    _number(what, "--rounds", int, plan.rounds, 1, 100, "repetitions of everything; the report shows their spread")
     _number(what, "--duration-s", float, plan.duration_s, 0.1, 3600, "no turn of a run begins later than this")
     _number(what, "--turn-timeout-s", float, plan.turn_timeout_s, 0.1, 600, "a turn that takes longer has failed")
     _number(what, "--persona-tokens", int, plan.persona_tokens, 0, 100_000, "approximate length of each persona")
@@ -61,7 +62,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--html", metavar="FILE", type=Path, help="write a page with plots")
     out.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), type=Path, help="measure nothing; show B / A")
     out.add_argument("--figure", type=_names, metavar="NAME,...", help="what to compare, such as ttft_ms.p95")
-    _number(out, "--fail-over", float, 1.2, 0, 1e9, "exit with 1 where a figure got worse than by this factor")
+    _number(out, "--fail-over", float, 1.2, 0, 1e9, "exit with 1 if a figure got worse by more than this factor")
+
+
+def check_packages(parsed: argparse.Namespace) -> None:
+    """Raises `OptionError` if something is not installed that a bench needs."""
+    needed = ("httptools", "numpy", "websockets", *(["matplotlib"] if parsed.html else []))
+    if lacking := [name for name in needed if find_spec(name) is None]:
+        raise OptionError(f"bench needs {', '.join(lacking)}, not installed here: pip install 'yaptext[bench]'")
 
 
 def plan_of(parsed: argparse.Namespace) -> Plan:

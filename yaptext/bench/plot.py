@@ -1,20 +1,26 @@
-"""Plots as SVG. Colours are classes, which the page around them defines for light and dark."""
+"""Plots as SVG inside a page, which has their colours as variables, for light and dark."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from io import StringIO
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from yaptext.bench.text import number
 
-_WIDTH = 760
-_ROW = 22
-_LABELS = 250
-"""Width of the row labels of `ranges`."""
-_MARGIN = 40
 COLOURS = 8
+_VARIABLES = ("page", "ink", "faint", "grid", *(f"c{colour}" for colour in range(COLOURS)))
+_PAGE, _INK, _FAINT, _GRID, *_LINES = (f"#f00d{place:02x}" for place in range(len(_VARIABLES)))
+"""Colours that stand for the page's variables until the SVG is written."""
+_RULES = {"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 8.5, "path.simplify": False}
+_WIDTH, _ROW, _HEIGHT = 7.6, 0.22, 2.4
+"""Of plots and of a row in one, in inches."""
 
 
 class Row(NamedTuple):
@@ -36,75 +42,36 @@ class Series(NamedTuple):
     dashed: bool = False
 
 
-class _Log:
-    """A logarithmic axis from pixel `start` to `end`, around all the values."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
-        positive = [value for value in values if value > 0] or [1.0]
-        self._low = math.log10(min(positive)) - 0.05
-        self._high = max(math.log10(max(positive)) + 0.05, self._low + 0.3)
-        self._start, self._end = start, end
-
-    def at(self, value: float) -> float:
-        share = (math.log10(value) - self._low) / (self._high - self._low) if value > 0 else 0.0
-        return self._start + min(1.0, max(0.0, share)) * (self._end - self._start)
-
-    def ticks(self) -> Iterator[tuple[float, str]]:
-        """1, 2 and 5 of each power of ten; every digit, or the powers alone, where that is few or crowded."""
-        decades = self._high - self._low
-        steps = range(1, 10) if decades < 0.8 else (1, 2, 5) if decades < 2.5 else (1,)
-        for power in range(math.floor(self._low), math.ceil(self._high) + 1):
-            for step in steps:
-                value = step * 10.0**power
-                if self._low <= math.log10(value) <= self._high:
-                    yield self.at(value), f"{value:g}"
-
-
 def ranges(rows: Sequence[Row]) -> str:
     """A line from p50 to p99 for each row, a filled dot at p50, a ring at p95, a bar at p99; milliseconds."""
-    bottom = _ROW * len(rows) + 8
-    axis = _Log([value for row in rows for value in row[2:]], _LABELS, _WIDTH - _MARGIN)
-    parts = [_vertical(x, text, 4, bottom) for x, text in axis.ticks()]
-    for index, row in enumerate(rows):
-        y = _ROW * index + _ROW / 2 + 4
-        x50, x95, x99 = axis.at(row.p50), axis.at(row.p95), axis.at(row.p99)
-        told = f"{row.label}: p50 {number(row.p50)}, p95 {number(row.p95)}, p99 {number(row.p99)} ms"
-        parts.append(
-            f'<g class="c{row.colour % COLOURS}"><title>{escape(told)}</title>'
-            f'<text class="label" x="{_LABELS - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(row.label)}</text>'
-            f'<line x1="{x50:.1f}" x2="{x99:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<circle class="full" cx="{x50:.1f}" cy="{y:.1f}" r="4.5"/>'
-            f'<circle class="ring" cx="{x95:.1f}" cy="{y:.1f}" r="4"/>'
-            f'<line x1="{x99:.1f}" x2="{x99:.1f}" y1="{y - 5:.1f}" y2="{y + 5:.1f}"/></g>'
-        )
-    return _svg(bottom + 22, parts)
+    figure, axes = _axes(_ROW * len(rows) + 0.35, left=0.33)
+    for y, row in enumerate(rows):
+        colour = _LINES[row.colour % COLOURS]
+        named = f"title {row.label}: p50 {number(row.p50)}, p95 {number(row.p95)}, p99 {number(row.p99)} ms"
+        axes.plot((row.p50, row.p99), (y, y), color=colour, gid=named)
+        axes.plot((row.p99, row.p99), (y - 0.23, y + 0.23), color=colour)
+        for x, fill in ((row.p50, colour), (row.p95, _PAGE)):  # one at a time: several would be links to one shape
+            axes.scatter(x, y, 36, fill, edgecolors=colour, linewidths=1.5, zorder=3, gid=named)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows], color=_INK)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    return _svg(figure, axes, "x", [value for row in rows for value in row[2:]])
 
 
 def curves(series: Sequence[Series]) -> str:
     """Shares of the samples (y, 0 to 1) that were at most so long (x, milliseconds)."""
-    top, bottom = 8, 220
-    axis = _Log([x for line in series for x, _ in line.points], _MARGIN, _WIDTH - _MARGIN)
-    parts = [_vertical(x, text, top, bottom) for x, text in axis.ticks()]
-    for share in (0.0, 0.5, 0.95, 1.0):
-        parts.append(_horizontal(bottom - share * (bottom - top), f"{share:.0%}"))
-    for line in series:
-        drawn = [(axis.at(x), bottom - y * (bottom - top)) for x, y in line.points]
-        parts.append(_line(line, drawn))
-    return _svg(bottom + 22, parts)
+    figure, axes = _axes(_HEIGHT)
+    _draw(axes, series)
+    axes.set_yticks((0.0, 0.5, 0.95, 1.0), ("0%", "50%", "95%", "100%"))
+    return _svg(figure, axes, "x", [x for line in series for x, _ in line.points])
 
 
 def over_sessions(series: Sequence[Series]) -> str:
     """Milliseconds (y) against numbers of sessions (x), which stand at even distances."""
-    top, bottom = 8, 220
+    figure, axes = _axes(_HEIGHT)
     sessions = sorted({x for line in series for x, _ in line.points})
-    step = (_WIDTH - 3 * _MARGIN) / max(1, len(sessions) - 1)
-    place = {count: 2 * _MARGIN + index * step for index, count in enumerate(sessions)}
-    axis = _Log([y for line in series for _, y in line.points], bottom, top)
-    parts = [_vertical(x, f"{count:g}", top, bottom) for count, x in place.items()]
-    parts += [_horizontal(y, text) for y, text in axis.ticks()]
-    for line in series:
-        parts.append(_line(line, [(place[x], axis.at(y)) for x, y in line.points]))
-    return _svg(bottom + 22, parts)
+    _draw(axes, [line._replace(points=[(sessions.index(x), y) for x, y in line.points]) for line in series])
+    axes.set_xticks(range(len(sessions)), [f"{count:g}" for count in sessions])
+    return _svg(figure, axes, "y", [y for line in series for _, y in line.points])
 
 
 def legend(labels: Sequence[tuple[str, int]]) -> str:
@@ -112,28 +79,39 @@ def legend(labels: Sequence[tuple[str, int]]) -> str:
     return f'<p class="legend">{"".join(entries)}</p>'
 
 
-def _line(series: Series, points: Sequence[tuple[float, float]]) -> str:
-    drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dashes = ' stroke-dasharray="5 4"' if series.dashed else ""
-    return (
-        f'<g class="c{series.colour % COLOURS}"><title>{escape(series.label)}</title>'
-        f'<polyline points="{drawn}"{dashes}/></g>'
-    )
+def _axes(height: float, left: float = 0.07) -> tuple[Figure, Any]:
+    with rc_context(_RULES):
+        figure = Figure((_WIDTH, height))
+        axes = figure.add_axes((left, 0.3 / height, 0.97 - left, 1 - 0.35 / height), frameon=False)
+        axes.grid(color=_GRID, linewidth=0.75)
+        axes.tick_params(length=0, labelcolor=_FAINT)
+    return figure, axes
 
 
-def _vertical(x: float, text: str, top: float, bottom: float) -> str:
-    return (
-        f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>'
-        f'<text class="tick" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{escape(text)}</text>'
-    )
+def _draw(axes: Any, series: Sequence[Series]) -> None:
+    for line in series:
+        dashes = "--" if line.dashed else "-"
+        colour = _LINES[line.colour % COLOURS]
+        axes.plot(*zip(*line.points, strict=True), color=colour, linestyle=dashes, gid=f"title {line.label}")
 
 
-def _horizontal(y: float, text: str) -> str:
-    return (
-        f'<line class="grid" x1="{_MARGIN}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick" x="{_MARGIN - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
-    )
-
-
-def _svg(height: float, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img">{"".join(parts)}</svg>'
+def _svg(figure: Figure, axes: Any, logarithmic: str, values: Sequence[float]) -> str:
+    """With one axis logarithmic, around all the `values`: 1, 2 and 5 of each power of ten, or all digits, or the powers
+    alone, if those are few or crowded."""
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = min(positive) / 1.12, max(positive) * 1.12
+    axes.set(**{f"{logarithmic}scale": "log", f"{logarithmic}lim": (low, max(high, 2 * low))})
+    axis, spread = getattr(axes, f"{logarithmic}axis"), high / low
+    axis.set_major_locator(LogLocator(subs=range(1, 10) if spread < 6 else (1, 2, 5) if spread < 300 else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for artist in figure.findobj():
+        artist.set_clip_on(False)
+    written = StringIO()
+    with rc_context(_RULES):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+    svg = written.getvalue()
+    svg = re.sub(r'<g id="title ([^"]*)">', r"<g><title>\1</title>", svg[svg.index("<svg") :])
+    svg = re.sub(r' (xmlns(:xlink)?|id|width|height)="[^"]*"', "", svg)
+    return re.sub("#f00d(..)", lambda found: f"var(--{_VARIABLES[int(found[1], 16)]})", svg)

@@ -42,13 +42,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid var(--grid); }
 th:first-child, td:first-child { text-align: left; }
 abbr { text-decoration: none; border-bottom: 1px dotted var(--faint); cursor: help; }
-svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-svg .grid { stroke: var(--grid); stroke-width: 1; }
-svg .tick { fill: var(--faint); }
-svg .label { fill: var(--ink); }
-svg g line, svg polyline { stroke: var(--c); stroke-width: 2; fill: none; }
-svg .full { fill: var(--c); }
-svg .ring { fill: var(--page); stroke: var(--c); stroke-width: 2; }
+svg { display: block; width: 100%; height: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .87rem; }
 .legend i { display: inline-block; width: 1rem; height: .2rem; margin-right: .4rem; vertical-align: middle;
   background: var(--c); }

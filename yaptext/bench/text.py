@@ -48,9 +48,9 @@ def remarks(result: Result) -> list[str]:
         told.append(f"{figures['cached_ratio']['value']:.1%} of the prompt tokens cached")
     told += [f"{count} x {code}" for code, count in sorted(result["errors"].items())]
     if counts.get("strays"):
-        told.append(f"{counts['strays']} frames against the rules of the protocol")
+        told.append(f"{counts['strays']} frames that violate the protocol")
     if result["client_cpu"] > BUSY_CLIENT:
-        told.append(f"the bench itself took {result['client_cpu']:.0%} of a core: the figures may be its own")
+        told.append(f"the bench itself used {result['client_cpu']:.0%} of a core: the figures may be its own")
     return told + list(result["notes"])
 
 

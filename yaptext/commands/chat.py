@@ -11,7 +11,7 @@ from yaptext.errors import SettingsError
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    chat = commands.add_parser("chat", help="talk with a running service")
+    chat = commands.add_parser("chat", help="talk to a running service")
     client_options.add_options(chat)
     chat.add_argument("--tools", metavar="FILE", type=Path, help="JSON list of tools, instead of the service's own")
     chat.add_argument("--await-tools", action="store_true", help="ask for the result of each call")

@@ -1,4 +1,4 @@
-"""The options of the commands that talk with a running service."""
+"""The options of the commands that talk to a running service."""
 
 from __future__ import annotations
 

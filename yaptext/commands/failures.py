@@ -1,4 +1,4 @@
-"""How a person or a unit learns why a command failed."""
+"""Shows a person or systemd why a command failed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from yaptext.commands import startup_logs
 
 _MOST_STATUS = 600
-"""Characters of a reason in STATUS=: systemd drops a message of over 4096 bytes."""
+"""Characters of a reason in STATUS=: systemd drops messages over 4096 bytes."""
 
 
 def of_doctor() -> str:
-    """What else a person can do about a start that fails: the command as it can be run from here."""
+    """A further hint after a failed start: the `doctor` command as it can be run from here."""
     is_here = shutil.which("yap-text") is None and Path(sys.argv[0]).name == "yap-text"
     return f"what is wrong with settings, models and this machine: {sys.argv[0] if is_here else 'yap-text'} doctor"
 
@@ -33,8 +33,8 @@ def tell_operator(
     *,
     more: str | None = None,
 ) -> None:
-    """Why a unit fails: one event wherever the log goes, and the text that `systemctl status` shows. A person at a
-    terminal reads plain lines. `more` says what else there is to read."""
+    """Reports a failed unit: one event in the log, and the text that `systemctl status` shows. On a terminal it prints
+    plain lines. `more` is a further hint."""
     import structlog
 
     from yaptext.observe import systemd
@@ -54,11 +54,11 @@ def tell_of_interrupt() -> None:
     """Ctrl-C, or the same signal from elsewhere: one line, the last of this process."""
     import structlog
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once, without a traceback
-    eval("0")  # if the first one came within an eval, Python would end by the signal, and not with 130
-    words = "stopped by Ctrl-C (SIGINT); nothing half-made is kept, what was finished before is"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second signal ends the process at once, without a traceback
+    eval("0")  # if the first signal came during an eval, Python would end by the signal, not with 130
+    words = "stopped by Ctrl-C (SIGINT); no partial result is kept; results finished before are"
     if sys.stderr.isatty() or not structlog.is_configured():
         tell([words])
     else:
         structlog.get_logger(__name__).warning("quantize.interrupted", reason=words, exit_status=130)
-    logging.disable()  # torch writes figures at its exit, if it was stopped while it was imported
+    logging.disable()  # torch logs figures at exit if its import was interrupted

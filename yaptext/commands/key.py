@@ -17,7 +17,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Prints a new key on stdout, this once, and adds a line with its hash to the key file. Without a "
         "file the line is printed on stderr.",
     )
-    new.add_argument("name", metavar="NAME", help="what logs call it: letters, digits, '.', '_' and '-'")
+    new.add_argument("name", metavar="NAME", help="name in the logs: letters, digits, '.', '_' and '-'")
     new.add_argument("--file", metavar="PATH", type=Path, help="the key file (default: YAP_TEXT_KEY_FILE)")
     new.set_defaults(command=run)
 
@@ -27,7 +27,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     path = parsed.file or Settings.load().key_file
     key, line = keyfile.add(parsed.name, path)
-    told = f"added to {path}; a running service is told by SIGHUP" if path else f"the line for the key file: {line}"
+    told = f"added to {path}; SIGHUP makes a running service read it" if path else f"the line for the key file: {line}"
     print(f"yap-text: {told}", file=sys.stderr)
     print(key)
     return 0

@@ -1,4 +1,4 @@
-"""`yap-text log SESSION`: why a user's turns were slow, in words, from the service's own log."""
+"""`yap-text log SESSION`: explains from the service's log why a user's turns were slow."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from yaptext.settings import Settings
 
 UNIT = "yap-text"
 _SLOW_MS = 1500
-"""From the `start` to the first token: what a voice leaves to the model (and twice a human gap)."""
+"""From `start` to the first token: the time that a voice loop leaves to the model, twice a human pause."""
 _SMALL_MS = 20
-"""Shares of a turn below this are not worth a word."""
+"""Shorter parts of a turn are not reported."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     log = commands.add_parser(
         "log",
-        help="say why a user's turns were slow",
-        description="Says in words why the turns of a session were slow, from the journal of the unit yap-text, or "
+        help="explain why a user's turns were slow",
+        description="Explains why the turns of a session were slow, from the journal of the unit yap-text, or "
         "from the file that YAP_TEXT_LOG_FILE names.",
     )
     log.add_argument("session", metavar="SESSION", help="session_id")
     log.add_argument("--file", metavar="LOG", type=Path, help="the log to read (default: YAP_TEXT_LOG_FILE)")
-    log.add_argument("--turns", metavar="N", type=int, default=20, help="how many of the latest (default 20)")
+    log.add_argument("--turns", metavar="N", type=int, default=20, help="number of latest turns (default 20)")
     log.set_defaults(command=run)
 
 
@@ -63,7 +63,7 @@ def _lines(file: Path | None) -> Iterator[str]:
             assert journal.stdout is not None
             yield from journal.stdout
     except FileNotFoundError:
-        raise SettingsError("there is no journalctl on this machine: name the log by --file") from None
+        raise SettingsError("there is no journalctl on this machine: name the log with --file") from None
 
 
 def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -95,13 +95,13 @@ def line_of(event: dict[str, Any]) -> str:
 
 
 def reasons_of(event: dict[str, Any]) -> list[str]:
-    """What the time to the first token was made of, the longest first; nothing for a turn that was fast."""
+    """The parts of the time to the first token, longest first; nothing for a fast turn."""
     first, queue, tool = (event.get(name) or 0.0 for name in ("ttft_ms", "queue_ms", "tool_ms"))
     reply = max(0.0, first - queue - tool)
     prompt, cached = event.get("prompt_tokens") or 0, event.get("cached_tokens") or 0
     computed = prompt - cached
     shares = [
-        (queue, f"{_ms(queue)} until an engine was asked: the turn before had to end, or the text was long"),
+        (queue, f"{_ms(queue)} until an engine was asked: the previous turn had to end first, or the text was long"),
         (tool, f"{_ms(tool)} for the decision{_of_decision(event)}"),
         (reply, f"{_ms(reply)} from the decision to the first token: {computed} of {prompt} prompt tokens computed"),
     ]
@@ -112,7 +112,7 @@ def reasons_of(event: dict[str, Any]) -> list[str]:
             "cache that is too small (warm_history computes it before the user speaks)"
         )
     if event.get("tool_reason") in ("timeout", "engine_failed", "invalid", "truncated"):
-        found.append(f"the decision was none: {event['tool_reason']}")
+        found.append(f"there was no decision: {event['tool_reason']}")
     if others := event.get("others"):
         found.append(f"{others} other turns ran at its start")
     if (backlog := event.get("backlog_ms") or 0) >= _SMALL_MS:

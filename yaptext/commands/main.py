@@ -1,4 +1,4 @@
-"""From a command line to an exit status. A command imports what is heavy when it runs."""
+"""From a command line to an exit status. A command imports heavy modules when it runs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings.hidden import hidden_paths
 
 COMMANDS = (serve, quantize, chat, warmup, prompt, sessions, log, doctor, bench, key, install)
-"""In the order of the help. `add` gives one its arguments, `run` does what they ask for and returns the exit status."""
+"""In the order of the help. `add` declares the arguments of one, `run` executes it, and returns the exit status."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command; returns the exit status: 2 for what has to be mended, wrong arguments among it, 75 for what may
-    pass by itself, 1 for any other failure. An error that has a name is one line on stderr, or one for each thing that
-    is wrong; of a service it is one event of the log."""
+    """Runs one command and returns the exit status: 2 if something must be corrected, wrong arguments included, 75 if
+    the error may pass by itself, 1 for any other failure. A known error is one line on stderr per fault; for a
+    service it is one event in the log."""
     parsed = _parser().parse_args(arguments)
     try:
         return int(parsed.command(parsed))
     except YapError as error:
         lines = str(error).splitlines()
-        if parsed.command in (serve.run, quantize.run) and not sys.stderr.isatty():  # a unit's, not a person's
+        if parsed.command in (serve.run, quantize.run) and not sys.stderr.isatty():  # run by a unit, not by a person
             lines += hidden_paths(str(error))
         if parsed.command is serve.run:
             more = failures.of_doctor() if isinstance(error, SettingsError | StartError) else None

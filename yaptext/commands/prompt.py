@@ -1,4 +1,4 @@
-"""`yap-text prompt`: its options; what a model is sent is `sent_prompt`."""
+"""`yap-text prompt`: its options; `sent_prompt` makes the prompt."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from yaptext.settings import Settings
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     prompt = commands.add_parser(
         "prompt",
-        help="show what models are sent",
-        description="Prints the prompt that each model is sent, with its control tokens, and what that was made of. No "
-        "engine is opened. Settings such as CHAT_THINKING count. Exit status 1 if a model cannot be used.",
+        help="show the prompts that models get",
+        description="Prints the prompt that each model gets, with its control tokens, and its parts. No engine is "
+        "started. Settings such as CHAT_THINKING apply. Exit status 1 if a model cannot be used.",
     )
     prompt.add_argument("models", nargs="+", metavar="MODEL", help="a folder or hub id")
     prompt.add_argument("--role", choices=("chat", "tool"), default="chat", help="default: chat")
     prompt.add_argument("--format", choices=("segments", "turns", "bare"), help="default: CHAT_PROMPT_FORMAT")
     prompt.add_argument("--persona-style", metavar="STYLE", help="default: DEFAULT_PERSONA_STYLE")
     prompt.add_argument(
-        "--history", metavar="FILE", type=Path, help="a transcript, lines that open with User: and Assistant:"
+        "--history", metavar="FILE", type=Path, help="a transcript whose lines begin with User: and Assistant:"
     )
     prompt.add_argument("--tools", metavar="FILE", type=Path, help="default: TOOLS_FILE")
     prompt.add_argument("--utterance", metavar="TEXT", default="Hello!", help="default: Hello!")
-    prompt.add_argument("--json", action="store_true", help="one JSON object a model, one a line")
+    prompt.add_argument("--json", action="store_true", help="one JSON object per model, one per line")
     prompt.set_defaults(command=run)
 
 

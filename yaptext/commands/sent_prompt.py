@@ -1,4 +1,4 @@
-"""What a model is sent, without opening an engine."""
+"""The prompt that a model gets, made without an engine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 from yaptext.dialogue import transcript
 from yaptext.dialogue.chat_prompt import ChatPrompts, Format, Limits
-from yaptext.dialogue.layout import Conversation, Layout
+from yaptext.dialogue.layout import Layout
 from yaptext.dialogue.persona import Persona, style
 from yaptext.dialogue.reply import reasoning_of
+from yaptext.dialogue.talk import Talk
 from yaptext.dialogue.tool_prompt import ToolPrompts, shows
 from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import Role
@@ -24,12 +25,12 @@ from yaptext.errors import SettingsError, YapError
 from yaptext.settings import Settings
 
 NOW = "Sunday, 21:46"
-"""The time that these prompts tell, so that two runs are the same."""
+"""The fixed time in these prompts, so that two runs are the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the prompt is made of. A `format` of None is the setting's."""
+    """The parts of the prompt. A `format` of None means that of the settings."""
 
     role: Role = "chat"
     format: Format | None = None
@@ -99,9 +100,7 @@ async def _tool(
     return {"format": head.format, **shown, "tools_told": told}
 
 
-async def _facts(
-    codec: HubCodec, layout: Layout, talk: Conversation, ids: list[int], prefix_tokens: int
-) -> dict[str, Any]:
+async def _facts(codec: HubCodec, layout: Layout, talk: Talk, ids: list[int], prefix_tokens: int) -> dict[str, Any]:
     rendered = layout.render(talk) or ""
     return {
         "exact": layout.exact and ids == await layout.encode(rendered),

@@ -47,16 +47,18 @@ def run(_: argparse.Namespace) -> int:
     forget_secrets()
     import structlog
 
+    from yaptext.engine import registry
     from yaptext.engine.base import Engines
-    from yaptext.server.app import create_app, open_vllm
-    from yaptext.server.lifecycle import Lifecycle, Server
+    from yaptext.server.app import create_app
+    from yaptext.server.lifecycle import Lifecycle
+    from yaptext.server.process import Server
 
-    def open_engines(settings: Settings) -> Engines:
+    def open_logged(settings: Settings) -> Engines:
         structlog.get_logger(__name__).info("server.settings", **changed._asdict())
-        return open_vllm(settings)
+        return registry.open_engines(settings)
 
     lifecycle = Lifecycle()
-    app = create_app(settings, open_engines=open_engines, lifecycle=lifecycle)
+    app = create_app(settings, open_engines=open_logged, lifecycle=lifecycle)
     server = Server(app, settings, lifecycle)
     try:
         server.run()

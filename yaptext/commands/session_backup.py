@@ -1,4 +1,4 @@
-"""The session file shown, backed up and restored. Rows stay as they are, sealed or not."""
+"""Shows, backs up and restores the session file. Rows are copied as they are, sealed or not."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from yaptext.dialogue.session_database import has_table, hold, move_aside, of_setting, open_to_read
 from yaptext.errors import SettingsError, StartError, YapError
 from yaptext.settings import Settings
+from yaptext.store.sqlite_file import has_table, hold, move_aside, of_setting, open_to_read
 
 
 def show(settings: Settings) -> int:
-    """Prints the file, its sessions, its bytes, and the oldest and the latest use, also while a service has it."""
+    """Prints the file, its sessions, its bytes, and the oldest and the latest use. A service may use the file."""
     path = _path(settings)
     with _open(path, of_setting(path)) as database:
         sessions, oldest, latest = 0, None, None
@@ -32,12 +32,12 @@ def show(settings: Settings) -> int:
 
 
 def back_up(settings: Settings, to: Path) -> int:
-    """Makes `to`, mode 0600, with every session that is in the file now, also while a service writes it. Raises
-    `SettingsError` if `to` exists; what is half-made is removed."""
+    """Makes `to`, mode 0600, with every session that is in the file now; a service may write to it. Raises
+    `SettingsError` if `to` exists; an incomplete copy is removed."""
     path = _path(settings)
     with _open(path, of_setting(path)) as database:
         if not has_table(database, of_setting(path)):
-            raise YapError(f"{of_setting(path)} is empty yet: there is nothing to back up")
+            raise YapError(f"{of_setting(path)} is still empty: there is nothing to back up")
         _make(to)
         sessions = _copy(database, of_setting(path), to)
     print(f"copied {_counted(sessions)} into {to}")
@@ -45,8 +45,8 @@ def back_up(settings: Settings, to: Path) -> int:
 
 
 def restore(settings: Settings, source: Path) -> int:
-    """Puts the sessions of `source` in place. The file that was there stays beside it. Raises `StartError` while a
-    service has the file, `SettingsError` for a `source` that is no backup."""
+    """Restores the sessions of `source`. The previous file is kept beside it. Raises `StartError` while a service uses
+    the file, `SettingsError` if `source` is not a backup."""
     path = _path(settings)
     named = f"FILE={str(source)!r}"
     with _open(source, named) as database:
@@ -67,19 +67,19 @@ def restore(settings: Settings, source: Path) -> int:
     if expired:
         ttl = f"SESSION_TTL_S={settings.session_ttl_s:g}"
         line += f", {expired} of them unused for longer than {ttl}: a start deletes them"
-    print(f"{line}; the file before is {aside}" if aside else f"{line}; there was no file before")
+    print(f"{line}; the previous file is {aside}" if aside else f"{line}; there was no previous file")
     return 0
 
 
 def _path(settings: Settings) -> Path:
     if settings.session_file is None:
-        raise SettingsError("SESSION_STORE='memory' has no session file: set sqlite:PATH, as the service has it")
+        raise SettingsError("SESSION_STORE='memory' has no session file: set the sqlite:PATH of the service")
     return settings.session_file
 
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """What the system says, as one line."""
+    """The system's error in one line."""
     try:
         yield
     except OSError as error:
@@ -113,7 +113,7 @@ def _copy(database: sqlite3.Connection, named: str, to: Path) -> int:
     try:
         with _told(f"{to} cannot be written"), closing(sqlite3.connect(to, isolation_level=None)) as copy:
             database.backup(copy)
-            copy.execute("PRAGMA journal_mode=DELETE")  # a disk for reading alone takes no log
+            copy.execute("PRAGMA journal_mode=DELETE")  # on a read-only disk there can be no log
             (health,) = copy.execute("PRAGMA quick_check(1)").fetchone()
             if health != "ok":
                 raise YapError(f"{named} is damaged: {health.splitlines()[-1]}")
@@ -127,9 +127,9 @@ def _copy(database: sqlite3.Connection, named: str, to: Path) -> int:
 
 
 def _replace(path: Path, database: sqlite3.Connection, named: str) -> tuple[int, str | None]:
-    """Returns how many sessions are there, and where the file before is."""
+    """Returns the number of sessions, and the path of the previous file."""
     new = path.with_name(f"{path.name}.restored")
-    new.unlink(missing_ok=True)  # of a restore that was killed
+    new.unlink(missing_ok=True)  # left by a restore that was killed
     _make(new)
     sessions = _copy(database, named, new)
     with _told(f"{path} cannot be written"):
@@ -141,7 +141,7 @@ def _replace(path: Path, database: sqlite3.Connection, named: str) -> tuple[int,
 
 
 def _give(path: Path, new: Path) -> None:
-    """Gives what root has made to the owner of the old file, or of the folder: the service does not run as root."""
+    """Gives a file that root made to the owner of the old file or of the folder: the service does not run as root."""
     if os.geteuid() == 0:
         owner = (path if path.exists() else path.parent).stat()
         for file in (new, Path(f"{path}.lock")):
@@ -160,7 +160,7 @@ def _counted(sessions: int) -> str:
 
 
 def _size(file: Path) -> int:
-    with suppress(OSError):  # a log of writes that has just gone
+    with suppress(OSError):  # the log may have been deleted meanwhile
         return file.stat().st_size
     return 0
 

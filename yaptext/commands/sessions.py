@@ -1,4 +1,4 @@
-"""`yap-text sessions`: its options; the session file itself is the work of `session_backup`."""
+"""`yap-text sessions`: its options; `session_backup` does the work."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sessions = commands.add_parser(
         "sessions",
         help="show, back up or restore the session file",
-        description="Shows the session file of SESSION_STORE: its sessions, its bytes, the oldest and the latest use, "
-        "also while a service has it.",
+        description="Shows the session file of SESSION_STORE: number of sessions, bytes, oldest and latest use. The "
+        "service may run.",
     )
     sessions.set_defaults(command=run, action="show")
     actions = sessions.add_subparsers(metavar="COMMAND")
     backup = actions.add_parser(
         "backup",
         help="copy the sessions into a new file",
-        description="Copies every session into a new file of mode 0600, while a service writes them or not. What is "
-        "sealed with SESSION_STORE_KEY stays sealed.",
+        description="Copies every session into a new file of mode 0600. The service may run. Sessions that are sealed "
+        "with SESSION_STORE_KEY stay sealed.",
     )
     restore = actions.add_parser(
         "restore",
-        help="put the sessions of a backup in place",
-        description="Puts the sessions of a backup in place, while no service has the session file. The file before "
-        "stays beside it.",
+        help="restore the sessions of a backup",
+        description="Restores the sessions of a backup. The service must be stopped. The previous session file is kept "
+        "beside the new one.",
     )
     for name, action in (("backup", backup), ("restore", restore)):
         action.add_argument("file", metavar="FILE", type=Path)

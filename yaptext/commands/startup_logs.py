@@ -1,4 +1,4 @@
-"""The log of `serve` and `quantize` from their start on, whether the settings are right or not."""
+"""Opens the log of `serve` and `quantize`, also if the settings are wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yaptext.settings.slips import unknown_names
 
 
 def start(settings: Settings) -> None:
-    """Logs, the supervisor's socket, and a line for each old name that is in use."""
+    """Opens the log and systemd's socket, and logs a line for each old name in use."""
     from yaptext.observe import logs, redact, systemd
 
     systemd.connect(settings.notify_socket)
@@ -44,7 +44,7 @@ def start(settings: Settings) -> None:
 
 
 def start_anyway() -> None:
-    """As far as the environment alone lets it."""
+    """Opens the log with the environment alone, as far as possible."""
     from yaptext.observe import logs, systemd
 
     places = LogPlaces.find()
@@ -56,7 +56,7 @@ def start_anyway() -> None:
 
 
 def _is_journal(stream: str | None) -> bool:
-    """JOURNAL_STREAM is inherited by shells too: it counts where stderr is that very stream."""
+    """JOURNAL_STREAM is inherited by shells too: it applies only if stderr is that stream."""
     if stream is None:
         return False
     status = os.fstat(sys.stderr.fileno())

@@ -1,4 +1,4 @@
-"""A conversation in the terminal. Ctrl-C barges in, Ctrl-D or /quit leaves."""
+"""A conversation in the terminal. Ctrl-C interrupts a reply, Ctrl-D or /quit ends the program."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _HELP = "/style NAME  /gender woman|man  /persona TEXT  /quit.  Ctrl-C stops the
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What is called: `given` instead of the service's own. With `command` each call is run: it gets the call as JSON
-    on its standard input, and prints what it returns. `ask` lets the user type that."""
+    """The tools: `given` replaces those of the service. `command` is run for each call: it gets the call as JSON on its
+    standard input, and prints the result. `ask` lets the user type the result."""
 
     given: list[Any] | None = None
     command: str | None = None
@@ -101,7 +101,7 @@ async def _read_line(prompt: str) -> str:
 
 
 async def _result(call: dict[str, Any], tools: Tools) -> str:
-    """What a call returned."""
+    """The result of a call."""
     if tools.command is None:
         try:
             return await _read_line(f"{call['name']}({json.dumps(call['arguments'])}) returns> ")
@@ -115,7 +115,7 @@ async def _result(call: dict[str, Any], tools: Tools) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Called:
-    """A turn that waits for what its calls return."""
+    """A turn that waits for the results of its calls."""
 
     turn: int
     calls: list[dict[str, Any]]

@@ -14,7 +14,7 @@ from yaptext.commands import client_options
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     warmup = commands.add_parser("warmup", help="run one turn and print its figures and text as JSON")
     warmup.add_argument("message", nargs="?", default="Who was Alan Turing?")
-    warmup.add_argument("--history", metavar="TEXT", help="a transcript, lines that open with User: and Assistant:")
+    warmup.add_argument("--history", metavar="TEXT", help="a transcript whose lines begin with User: and Assistant:")
     client_options.add_options(warmup)
     warmup.set_defaults(command=run)
 
@@ -39,7 +39,7 @@ async def _warmup(
     url: str, key: str, message: str, *, session: str | None, history: str | None, persona: dict[str, str]
 ) -> int:
     """Prints a line of figures (milliseconds as a client sees them) and a line with decision and text.
-    Returns 0, or 1 where the turn ended in an error."""
+    Returns 0, or 1 if the turn ended in an error."""
     from yaptext.client.client import connect
 
     fields: dict[str, Any] = dict(persona)

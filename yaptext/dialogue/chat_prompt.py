@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import structlog
+from cachetools import LRUCache, cachedmethod
 
-from yaptext.dialogue.layout import Conversation, Layout, Line, Role, Rounds, Said
+from yaptext.dialogue.layout import Layout
+from yaptext.dialogue.talk import Line, Role, Rounds, Said, Talk
 from yaptext.dialogue.transcript import Message, in_lines, keep_recent
 from yaptext.engine.base import Codec
 from yaptext.errors import TextTooLong
@@ -59,7 +60,7 @@ class Limits:
     thinking: int = 0
     """Added to `reply` for a model that thinks before it speaks."""
     kept_personas: int = _KEPT_PERSONAS
-    """Whose token ids are kept. None with `CACHE_PER_KEY`: the millisecond that this saves would tell of other keys."""
+    """Whose token ids are kept. None with `CACHE_PER_KEY`: the millisecond that this saves would reveal other keys."""
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
@@ -97,7 +98,7 @@ class ChatPrompts:
     ) -> None:
         self._codec, self._limits = codec, limits
         self.format, self.layout, self.lacking = format, layout, lacking
-        self._personas: OrderedDict[str, Line] = OrderedDict()
+        self._personas: LRUCache[str, Line] = LRUCache(limits.kept_personas)
 
     @classmethod
     async def open(cls, codec: Codec, format: Format, limits: Limits, *, thinking: bool = False) -> ChatPrompts:
@@ -116,7 +117,7 @@ class ChatPrompts:
 
     @property
     def labelled(self) -> bool:
-        """Whether what was said stands in the prompt as lines with labels, which the model may go on with."""
+        """Whether the history is in the prompt as lines with labels, which the model may continue."""
         return self.format != "turns"
 
     async def prefix(self, persona: str, messages: list[Message]) -> list[int]:
@@ -145,7 +146,7 @@ class ChatPrompts:
         utterance: str | None,
         now: str,
         around: Around | None = None,
-    ) -> Conversation:
+    ) -> Talk:
         """The conversation that the prompt of a turn renders."""
         if utterance is None:
             utterance = _GO_ON if messages else _SPEAK_FIRST
@@ -157,32 +158,25 @@ class ChatPrompts:
 
     async def check_persona(self, text: str) -> None:
         """Raises `TextTooLong` for a persona over its limit."""
-        (size,) = await self.layout.measure([("system", self._persona(text))], alone=self.format == "turns")
-        if size > self._limits.persona:
-            raise TextTooLong(
-                f"persona_text is {size} tokens; limit is {self._limits.persona} (PERSONA_MAX_TOKENS) "
-                "- at $.persona_text"
-            )
+        await self._persona_size(text, alone=self.format == "turns", where=" - at $.persona_text")
 
+    async def _persona_size(self, text: str, *, alone: bool, where: str = "") -> int:
+        (size,) = await self.layout.measure([("system", self._persona(text))], alone=alone)
+        if size > (limit := self._limits.persona):
+            raise TextTooLong(f"persona_text is {size} tokens; limit is {limit} (PERSONA_MAX_TOKENS){where}")
+        return size
+
+    @cachedmethod(lambda self: self._personas)
     def _persona(self, text: str) -> Line:
-        line = self._personas.get(text)
-        if line is None:
-            line = self._personas[text] = Line(f"<|persona|>\n{in_lines(text, labels=False)}".strip(), {})
-            if len(self._personas) > self._limits.kept_personas:
-                self._personas.popitem(last=False)
-        else:
-            self._personas.move_to_end(text)
-        return line
+        return Line(f"<|persona|>\n{in_lines(text, labels=False)}".strip(), {})
 
     async def _stand(self, persona: str, messages: list[Message]) -> None:
         """Checks the persona, and drops the oldest messages over the limit."""
         if self.layout.day != self._codec.day:
             await self._learn_again()
-        limits, layout = self._limits, self.layout
+        limits = self._limits
         alone = self.format == "turns" and not any(message.speaker == "note" for message in messages)
-        (size,) = await layout.measure([("system", self._persona(persona))], alone=alone)
-        if size > limits.persona:
-            raise TextTooLong(f"persona_text is {size} tokens; limit is {limits.persona} (PERSONA_MAX_TOKENS)")
+        size = await self._persona_size(persona, alone=alone)
         limit = max(0, min(limits.history, self.room - size))
         while True:
             before = list(messages)  # more may come meanwhile
@@ -242,7 +236,7 @@ def _talk(
     utterance: str,
     now: str,
     around: Around = Around(),
-) -> Conversation:
+) -> Talk:
     """The one place that lays out a chat prompt."""
     utterance = utterance.strip()
     if format == "turns":
@@ -262,8 +256,8 @@ def _talk(
     return [Said("system", lines), Said("user", around.lines(utterance) or [Line("", volatile=True)])]
 
 
-def _ways(format: Format, persona: Line, messages: Sequence[Message]) -> list[Conversation]:
-    """A conversation, and ways in which it may go on."""
+def _ways(format: Format, persona: Line, messages: Sequence[Message]) -> list[Talk]:
+    """A conversation, and possible continuations."""
     return [
         _talk(format, persona, [*messages, *more], utterance, now)
         for more, utterance, now in (
@@ -274,7 +268,7 @@ def _ways(format: Format, persona: Line, messages: Sequence[Message]) -> list[Co
     ]
 
 
-def _samples(format: Format) -> list[Conversation]:
+def _samples(format: Format) -> list[Talk]:
     """Conversations as they come: with nothing said before, with exchanges, with an assistant that spoke first."""
     persona = Line('<|persona|>\nYou are Yap. Say "hi!"\n\n1) Be kind.')
     talks = [

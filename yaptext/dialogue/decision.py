@@ -1,7 +1,7 @@
 """The decision: does this utterance call a tool, and with which arguments.
 
 The answer is constrained by a grammar to `[]` or a list of calls that are valid for the tools' schemas. It counts as
-soon as it is whole: a no costs the one or two tokens of `[]`, a yes its call, and nobody waits for the token after.
+soon as it is whole: a no costs the one or two tokens of `[]`, a yes its call, without the token after it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Decider:
         threshold: float | None = None,
     ) -> None:
         """`threshold` is the probability from which on a decision is yes; None leaves it to the model's best guess."""
-        self._engine, self.tools, self.prompts = engine, tools, ToolPrompts(engine, history_tokens)
+        self._engine, self.tools, self.prompts = engine, tools, ToolPrompts(engine.codec, history_tokens)
         self._max_out, self._timeout_s, self.threshold = max_out, timeout_s, threshold
         self.history_tokens = history_tokens
         self._begun = 0
@@ -68,7 +68,7 @@ class Decider:
             asked = (self._ask(_Answer(self.tools), self.tools, prompt, self.tools.schema) for _ in range(size))
             for answer in await asyncio.gather(*asked, return_exceptions=True):
                 if isinstance(answer, BaseException) and not isinstance(answer, ValueError):
-                    raise answer  # not for what the model said: nobody asked for it
+                    raise answer  # not the model's answer: nothing waits for it
         self._begun = self._engine.load().begun
 
     async def prefix(self, tools: ToolSet, messages: Sequence[Message]) -> list[int]:
@@ -114,7 +114,7 @@ class Decider:
         """Streams until the answer is whole. Raises `ValueError` where what came is none."""
         alternatives = 0 if self.threshold is None else _ALTERNATIVES
         layout = (await self.prompts.head(tools)).layout
-        stop_ids = tuple(sorted({*layout.stop_ids, *self._engine.end_ids}))
+        stop_ids = tuple(sorted({*layout.stop_ids, *self._engine.codec.end_ids}))
         sampling = Sampling(max_tokens=self._max_out, stop_ids=stop_ids, json_schema=schema, alternatives=alternatives)
         async with aclosing(self._engine.stream(prompt, sampling, priority=DECIDE)) as deltas:
             async for delta in deltas:
@@ -179,7 +179,7 @@ class _Answer:
                 self.calls = self._tools.parse(text)
 
     def _weigh(self, delta: Delta) -> None:
-        """Adds up the ways to go on from here, until one of them says yes or no."""
+        """Adds up the possible continuations, until one of them says yes or no."""
         if delta.tokens != 1:
             self._path = 0.0  # two tokens at once: what would have followed the other ways is not told
         for text, probability in delta.alternatives[0].items():

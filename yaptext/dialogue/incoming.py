@@ -1,17 +1,20 @@
-"""A client's frame before a turn is made of it: no more of its texts than is ever looked at."""
+"""A client's frame before a turn is made of it: checked, with no more of its texts than is ever looked at."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UnsetType
 
 from yaptext.dialogue import transcript
+from yaptext.dialogue.persona import Persona
+from yaptext.dialogue.request import History, TurnRequest
 from yaptext.dialogue.runtime import Runtime
 from yaptext.errors import BadMessage, TextTooLong
-from yaptext.wire.frames import HistoryItem, PersonaFields, Start, WarmHistory
+from yaptext.wire.frames import HistoryItem, PersonaFields, Start, ToolResult, WarmHistory
 
 _ITEM_BYTES, _NAME_CHARS = 64, 64
 _HEARD_CHARS = 65_536
@@ -56,16 +59,44 @@ def bounded(runtime: Runtime, frame: _Frame) -> _Frame:
     return msgspec.structs.replace(frame, **changes) if changes else frame
 
 
-def told(runtime: Runtime, frame: Start | WarmHistory) -> Told | None:
-    """The history of a bounded frame, in whatever form; None if it has none."""
-    text, items = frame.history_text, frame.history
-    if isinstance(items, list):
-        return Told(transcript.of_items(items), msgspec.json.encode(items).decode())
-    if isinstance(text, str):
-        messages = transcript.parse(text)
+async def request_of(
+    runtime: Runtime,
+    frame: Start | ToolResult,
+    key_name: str,
+    charge: Callable[[Literal["tools"]], None],
+    ignored: Sequence[str] = (),
+) -> TurnRequest:
+    """The request of a frame. Raises what it is refused for, before anything of it is kept. `charge` is called if the
+    frame brings tools that have to be compiled."""
+    if isinstance(frame, ToolResult):
+        if await runtime.sessions.fetch((key_name, frame.session_id)) is None:
+            raise BadMessage(f"Turn {frame.turn} waits for no tool results - at $.turn")
+        return TurnRequest.of(frame, ignored)
+    blank = frame.user_utterance is not None and not frame.user_utterance.strip()
+    if blank and not runtime.settings.allow_empty_utterance:
+        raise BadMessage(
+            "user_utterance is blank; null lets the assistant speak (ALLOW_EMPTY_UTTERANCE) - at $.user_utterance"
+        )
+    frame = bounded(runtime, frame)
+    found = await runtime.sessions.fetch((key_name, frame.session_id))
+    persona = (found.persona if found else Persona()).merge(frame)
+    if isinstance(frame.tools, list) and runtime.tool_sets.known(frame.tools) is None:
+        charge("tools")
+        await runtime.tool_sets.make(frame.tools)
+    if isinstance(frame.persona_text, str):
+        await runtime.check_persona(persona)
+    return TurnRequest.of(frame, ignored)
+
+
+def told(runtime: Runtime, history: History) -> Told | None:
+    """A bounded history, in whatever form; None if there is none."""
+    if isinstance(history, list):
+        return Told(transcript.of_items(history), msgspec.json.encode(history).decode())
+    if isinstance(history, str):
+        messages = transcript.parse(history)
         sizes = [max(len(message.text), _ITEM_BYTES) for message in messages]
-        return Told(messages[transcript.keep_recent(sizes, runtime.history_bytes) :], text)
-    return None if isinstance(text, UnsetType) and isinstance(items, UnsetType) else Told([], "")
+        return Told(messages[transcript.keep_recent(sizes, runtime.history_bytes) :], history)
+    return None if isinstance(history, UnsetType) else Told([], "")
 
 
 def _latest(items: list[HistoryItem], max_bytes: int) -> list[HistoryItem]:

@@ -1,19 +1,39 @@
-"""Personas: which character speaks, and the text that tells the model so."""
+"""Personas: the character that speaks, as text for the model."""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from msgspec import UnsetType
 
-from yaptext.errors import SettingsError, UnknownPersona
+from yaptext.errors import BadMessage, SettingsError, UnknownPersona
 from yaptext.files import read_file
-from yaptext.wire.frames import Gender, Identity, PersonaFields, gender, identity
+from yaptext.wire.frames import Gender, Identity, PersonaFields
+
+_T = TypeVar("_T")
+_GENDERS: dict[str, Gender] = {
+    "woman": "woman", "man": "man", "female": "woman", "male": "man", "f": "woman", "m": "man",
+}  # fmt: skip
+"""What `assistant_gender` may be, trimmed and in any case, and the one spelling that the service uses."""
+_IDENTITIES: dict[str, Identity] = {name: name for name in get_args(Identity)}
+
+
+def gender(value: str) -> Gender:
+    """Raises `BadMessage`."""
+    return _one_of(_GENDERS, value, "assistant_gender")
+
+
+def _one_of(known: Mapping[str, _T], value: str, field: str) -> _T:
+    found = known.get(value.strip().lower())
+    if found is None:
+        raise BadMessage(f"Invalid value; allowed are {', '.join(known)} - at $.{field}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +121,9 @@ class Persona:
         if not isinstance(fields.assistant_gender, UnsetType):
             changes["gender"] = None if fields.assistant_gender is None else gender(fields.assistant_gender)
         if not isinstance(fields.user_identity, UnsetType):
-            changes["identity"] = None if fields.user_identity is None else identity(fields.user_identity)
+            changes["identity"] = (
+                None if fields.user_identity is None else _one_of(_IDENTITIES, fields.user_identity, "user_identity")
+            )
         if not isinstance(fields.persona_text, UnsetType):
             changes["text"] = fields.persona_text
         return replace(self, **changes) if changes else self  # type: ignore[arg-type]

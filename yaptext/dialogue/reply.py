@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
 from yaptext.engine.base import Delta, Reasoning, Thinking
 
 _LABELS = {"user:": 4, "assistant:": 3}
@@ -106,3 +108,11 @@ class Sentences:
         self._left -= delta.tokens - delta.reasoning
         self._end = (self._end + delta.text)[-_REMEMBERED:]
         return False
+
+
+def within(lines: Lines, delta: Delta) -> Delta:
+    """The delta with what of its text belongs to the reply."""
+    text = lines.take(delta.text)
+    if delta.finish_reason is not None:
+        text += lines.rest()
+    return delta if text == delta.text else msgspec.structs.replace(delta, text=text)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import structlog
 from msgspec import UNSET
@@ -39,6 +39,22 @@ from yaptext.wire.frames import (
 _log = structlog.get_logger(__name__)
 
 
+class TurnObserver(Protocol):
+    """What a benchmark registers. Each is called once for every turn, with its `dialogue.answer.Answer`."""
+
+    def began(self, answer: Any) -> None:
+        """The ack is out; in the turn's task, unless the turn is cut at once."""
+        ...
+
+    def decided(self, answer: Any) -> None:
+        """The decision is out, and no text yet."""
+        ...
+
+    def ended(self, answer: Any) -> None:
+        """Every engine has let go."""
+        ...
+
+
 @dataclass(slots=True)
 class Runtime:
     settings: Settings
@@ -55,7 +71,8 @@ class Runtime:
     """By role: what prompts are made of, for `/status`."""
     warmed: WarmedTranscripts = field(default_factory=WarmedTranscripts)
     large_frames: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Of all sockets: who holds it may read one in this round of the loop."""
+    """Shared by all sockets: its holder may read a long text in this round of the loop."""
+    observer: TurnObserver | None = None
     tool_sets: ToolSets = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +91,7 @@ class Runtime:
         decider: Decider | NoDecider | None = None
         if engines.chat is not None:
             prompts = await ChatPrompts.open(
-                engines.chat, settings.chat_prompt_format, Limits.of(settings), thinking=settings.chat_thinking
+                engines.chat.codec, settings.chat_prompt_format, Limits.of(settings), thinking=settings.chat_thinking
             )
             reasoning = reasoning_of(settings.reasoning_parser, prompts.layout.thinking)
             _check_reasoning(engines.chat, reasoning)
@@ -92,7 +109,8 @@ class Runtime:
             decider = NoDecider(tools)
         sessions = SessionStore.of(settings) if sessions is None else sessions
         sessions.start()
-        runtime = cls(settings, engines, sessions, Metrics(), prompts, decider, reasoning)
+        metrics = Metrics(old_names=settings.metrics_old_names)
+        runtime = cls(settings, engines, sessions, metrics, prompts, decider, reasoning)
         await runtime.describe_prompts()
         if engines.chat is not None:
             runtime.logit_bias = await _token_bias(engines.chat, settings.chat_logit_bias)
@@ -158,18 +176,22 @@ class Runtime:
         engine = self.engines.chat or self.engines.tool
         assert engine is not None
         settings = self.settings
-        return await fit(engine, text, settings.user_utt_max_tokens, keep="start", exact=settings.exact_token_trim)
+        return await fit(
+            engine.codec, text, settings.user_utt_max_tokens, keep="start", exact=settings.exact_token_trim
+        )
 
     async def tool_result(self, text: str) -> str:
         """The beginning of what a tool returned, within `TOOL_RESULT_MAX_TOKENS`."""
         engine = self.engines.chat or self.engines.tool
         assert engine is not None
         settings = self.settings
-        return await fit(engine, text, settings.tool_result_max_tokens, keep="start", exact=settings.exact_token_trim)
+        return await fit(
+            engine.codec, text, settings.tool_result_max_tokens, keep="start", exact=settings.exact_token_trim
+        )
 
     @staticmethod
     def now() -> str:
-        """The time as a prompt tells it, for example `Sunday, 21:46`."""
+        """The time as a prompt has it, for example `Sunday, 21:46`."""
         return datetime.now().strftime("%A, %H:%M")  # the host's local time is what is meant
 
     async def describe_prompts(self) -> None:
@@ -182,7 +204,7 @@ class Runtime:
             wanted = self.settings.persona_max_tokens + self.settings.history_max_tokens
             if room < 64:
                 raise StartRefused(
-                    f"the chat model's context is {self.engines.chat.max_model_len} tokens: CHAT_MAX_OUT and "
+                    f"the chat model's context is {self.engines.chat.codec.max_model_len} tokens: CHAT_MAX_OUT and "
                     f"USER_UTT_MAX_TOKENS leave {max(room, 0)} to persona and history; lower them, or raise "
                     "CHAT_MAX_MODEL_LEN"
                 )
@@ -253,7 +275,7 @@ async def _token_bias(engine: Engine, by_text: dict[str, float]) -> tuple[tuple[
     """Raises `StartError` for a text that is not one token of the model."""
     found = []
     for text, bias in by_text.items():
-        ids = await engine.encode(text)
+        ids = await engine.codec.encode(text)
         if len(ids) != 1 or not -100 <= bias <= 100:
             raise StartRefused(
                 f"CHAT_LOGIT_BIAS: {text!r} is {len(ids)} tokens of {engine.model}, bias {bias}; allowed are single "

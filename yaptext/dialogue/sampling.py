@@ -71,4 +71,4 @@ def stop_ids(runtime: Runtime) -> tuple[int, ...]:
     """What ends a reply: the template's tokens, and those of the model's configuration."""
     if runtime.prompts is None or runtime.engines.chat is None:
         return ()
-    return tuple(sorted({*runtime.prompts.layout.stop_ids, *runtime.engines.chat.end_ids}))
+    return tuple(sorted({*runtime.prompts.layout.stop_ids, *runtime.engines.chat.codec.end_ids}))

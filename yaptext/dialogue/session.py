@@ -5,44 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from sys import getsizeof
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from yaptext.dialogue.heard import Heard
-from yaptext.dialogue.layout import Rounds
 from yaptext.dialogue.persona import Persona
+from yaptext.dialogue.tool_rounds import Asked
 from yaptext.dialogue.transcript import Transcript
-from yaptext.wire.frames import IdentifiedCall
+from yaptext.store.base import SessionKey
 
 if TYPE_CHECKING:
     from yaptext.dialogue.tools import ToolSet
 
-SessionKey = tuple[str, str]
-"""(name of the API key, session_id): nobody reaches another key's sessions."""
 _SESSION_BYTES = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Calls that a client was asked to make in turn `turn`, and what came of those before for the same utterance."""
-
-    turn: int
-    utterance: str | None
-    calls: Sequence[IdentifiedCall]
-    made: Sequence[IdentifiedCall] = ()
-    results: Sequence[str] = ()
-    done: Rounds = ()
-    """The rounds of calls before this one."""
-    note: str = ""
-    speakable: bool = False
-    """Of the turn that asked first."""
-    rounds: int = 1
-
-    @property
-    def all_calls(self) -> list[tuple[str, dict[str, Any]]]:
-        """Every call for this utterance, without its id."""
-        return [(call.name, call.arguments) for call in (*self.made, *self.calls)]
 
 
 class Running(Protocol):
@@ -50,8 +25,10 @@ class Running(Protocol):
     to let go. It waits for those in `waits_for`."""
 
     number: int
-    over: bool
     finished: asyncio.Event
+
+    @property
+    def over(self) -> bool: ...
 
     @property
     def session(self) -> Session: ...

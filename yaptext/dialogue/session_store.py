@@ -9,10 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from yaptext.dialogue.session import Session, SessionKey
-from yaptext.dialogue.session_file import SessionFile
-from yaptext.dialogue.session_record import SessionRecord
+from yaptext.dialogue.session import Session
+from yaptext.dialogue.session_record import record_of, restored
 from yaptext.settings import Settings
+from yaptext.store.base import SessionKey, SessionRecord, Store
+from yaptext.store.sqlite import SessionFile
+from yaptext.store.sqlite_rows import Rows
 
 _FLUSH_S = 5.0
 
@@ -65,7 +67,7 @@ class SessionStore:
         bounds: Bounds,
         *,
         clock: Callable[[], float] = time.monotonic,
-        file: SessionFile | None = None,
+        file: Store | None = None,
     ) -> None:
         self.bounds, self._clock, self._file = bounds, clock, file
         self.held = Held()
@@ -81,12 +83,13 @@ class SessionStore:
         if path is None:
             return cls(bounds)
         secret_key = secret.get_secret_value() if secret else None
-        return cls(bounds, file=SessionFile(path, secret_key, max_sessions=bounds.sessions, ttl_s=bounds.ttl_s))
+        rows = Rows(path, secret_key, max_sessions=bounds.sessions, ttl_s=bounds.ttl_s)
+        return cls(bounds, file=SessionFile(rows))
 
     @property
     def file_failing(self) -> bool:
         """True while the file, where there is one, cannot be written."""
-        return self._file is not None and self._file.failing
+        return self.trouble is not None
 
     @property
     def trouble(self) -> str | None:
@@ -102,6 +105,12 @@ class SessionStore:
         if session is None or (session.current is None and self._clock() - session.used_at > self.bounds.ttl_s):
             return None
         return session
+
+    async def fetch(self, key: SessionKey) -> Session | None:
+        """As `find`, for a store that is asked over the network when the session is not in memory. Awaited once in a
+        turn, before its `ack`; what the turn decides of the session comes after it, in one step of the loop. Raises
+        nothing today; a remote store that does not answer raises a `WireError`, which ends the turn."""
+        return self.find(key)
 
     def open(self, key: SessionKey) -> Session:
         """The session, made where there is none. Counts as use; drops what is over the bounds."""
@@ -126,7 +135,7 @@ class SessionStore:
             self._weigh(session)
             self._drop(session)
         if self._file is not None and not session.forgotten:
-            self._file.put(session)
+            self._file.put(session.used_at, record_of(session))
 
     def forget(self, key: SessionKey) -> tuple[Session | None, Future[None] | None]:
         """Takes a session out, and has the file erase it, whether somebody waits for that or not. A turn that
@@ -149,9 +158,8 @@ class SessionStore:
             self._file.close(_FLUSH_S)
 
     def _restore(self, used_at: float, kept: SessionRecord) -> Session:
-        session = Session(kept.key)
+        session = restored(kept)
         session.used_at = used_at
-        kept.fill(session)
         return self._add(session)
 
     def _take_late(self, key: SessionKey) -> Session | None:

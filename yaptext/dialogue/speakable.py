@@ -38,7 +38,7 @@ class Speakable:
         self._waits = ""
         self._space = ""
         self._last = ""
-        """The last character that was told."""
+        """The last character that was passed on."""
         self._line_starts = True
         self._dropped = False
         """Something was left out since the last character."""

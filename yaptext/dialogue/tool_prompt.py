@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
 import msgspec
+from cachetools import LRUCache
 
-from yaptext.dialogue.layout import Conversation, Layout, Line, Role, Said, disguised, in_turn
+from yaptext.dialogue.layout import Layout, disguised
+from yaptext.dialogue.talk import Line, Role, Said, Talk
 from yaptext.dialogue.tools import ToolSet
 from yaptext.dialogue.transcript import Message, in_lines, keep_recent
 from yaptext.engine.base import Codec
@@ -46,7 +47,7 @@ class ToolPrompts:
 
     def __init__(self, codec: Codec, history_tokens: int) -> None:
         self._codec, self.history_tokens = codec, history_tokens
-        self._heads: OrderedDict[bytes, Head] = OrderedDict()
+        self._heads: LRUCache[bytes, Head] = LRUCache(_KEPT_HEADS)
 
     async def turn(
         self, tools: ToolSet, messages: Sequence[Message], utterance: str, results: Sequence[str] = ()
@@ -68,13 +69,10 @@ class ToolPrompts:
         head = self._heads.get(tools.key)
         if head is None or head.layout.day != self._codec.day:
             head = self._heads[tools.key] = await Head.learn(self._codec, tools)
-            if len(self._heads) > _KEPT_HEADS:
-                self._heads.popitem(last=False)
-        self._heads.move_to_end(tools.key)
         return head
 
     async def recent(self, messages: Sequence[Message], head: Head) -> list[Message]:
-        """The last whole messages within the limit, beginning with the user's or with text that nobody said."""
+        """The last whole messages within the limit, beginning with the user's or with text without a speaker."""
         recent = list(messages[-16:])
         sizes = await head.layout.measure([(head.role(message), head.line(message)) for message in recent])
         recent = recent[keep_recent(sizes, self.history_tokens) :]
@@ -102,14 +100,9 @@ class Head:
             await asyncio.sleep(0)  # many tools take milliseconds, here and below
         native = cls(await Layout.plain(codec, "tool"), labels=False)
         samples = [native.talk(messages, "Hi!") for messages in _samples()]
-        shown = True
-        for talk in samples:
-            await asyncio.sleep(0)
-            shown = shown and _describes(codec, described, talk)
-        if shown:
-            layout = await Layout.learn(codec, "tool", samples, described)
-            if layout is not None:
-                return cls(layout, labels=False)
+        layout = await Layout.learn(codec, "tool", samples, described)
+        if layout is not None:
+            return cls(layout, labels=False)
         signatures = (
             f"{tool['name']}({', '.join(tool['parameters'].get('properties', {}))}): {tool['description']}"
             for tool in tools.tools
@@ -144,7 +137,7 @@ class Head:
                 message.lines.tool = line
         return line
 
-    def talk(self, recent: Sequence[Message], utterance: str, results: Sequence[str] = ()) -> Conversation:
+    def talk(self, recent: Sequence[Message], utterance: str, results: Sequence[str] = ()) -> Talk:
         """The conversation that a decision's prompt renders."""
         utterance = "\n".join([utterance.strip(), *results])
         if not self.labels:
@@ -159,7 +152,7 @@ class Head:
 
 
 def _samples() -> list[list[Message]]:
-    """Talks as they come. Each has messages of its own, since those keep their token ids."""
+    """Conversations as they come. Each has messages of its own, since those keep their token ids."""
     texts: tuple[list[str], ...] = (
         [],
         ["One?", "Two.", "3"],
@@ -167,14 +160,6 @@ def _samples() -> list[list[Message]]:
         ["Really?!", "Yes: 7 x 8 = 56.", "So?", "Fine"],
     )
     return [[Message("assistant" if n % 2 else "user", text) for n, text in enumerate(talk)] for talk in texts]
-
-
-def _describes(codec: Codec, tools: list[dict[str, Any]], talk: Conversation) -> bool:
-    """Whether the template itself shows every tool."""
-    rendered = codec.render(
-        [{"role": said.role, "content": said.content} for said in in_turn(talk, system=False)], tools
-    )
-    return rendered is not None and all(tool["function"]["name"] in rendered for tool in tools)
 
 
 def shows(prompt: str, tool: dict[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """Which JSON schemas the arguments of a tool may have: those that the engine can turn into a grammar, and soon.
 
-The grammar is made of a list of words, and within bounds; all other words of a schema are told to the model, and a call
+The grammar is made of a list of words, and within bounds; all other words of a schema only reach the model, and a call
 is checked by them. Compiling is what is dear: with a vocabulary of 49,000, a `maxLength` of 100 takes 1.1 s, one of 16
 takes 0.12, `minProperties` 1 among 100 properties 2.4, 64 ranges of numbers 0.13, 128 properties 0.04.
 """
@@ -23,6 +23,8 @@ _IN_GRAMMAR = {
     "type", "enum", "const", "required", "minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum",
     "exclusiveMaximum", "$ref",
 }  # fmt: skip
+_CHECKED = _IN_GRAMMAR | {"minLength", "maxLength", "minProperties", "maxProperties", "dependentRequired"}
+"""What else may refuse arguments, beside the schemas in a schema."""
 _MAX_COUNTED_PROPERTIES = 24
 """Of an object whose `minProperties` or `maxProperties` the grammar holds to."""
 MAX_RANGES = 64
@@ -102,6 +104,24 @@ def for_grammar(schema: Any, root: str = "#") -> Any:
         kept["minLength"] = 1
     if len(schema.get("properties", ())) <= _MAX_COUNTED_PROPERTIES:
         kept |= {word: schema[word] for word in ("minProperties", "maxProperties") if word in schema}
+    return kept
+
+
+def for_validator(schema: Any) -> Any:
+    """What a call's arguments are checked by: without words that only describe. The validator takes no schema with one
+    that is not as JSON Schema has it, a `description` of null for one, or with a name twice in `required`."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {
+        word: list(dict.fromkeys(value)) if word in ("type", "required") and isinstance(value, list) else value
+        for word, value in schema.items()
+        if word in _CHECKED
+    }
+    kept |= {word: for_validator(schema[word]) for word in _ONE_SCHEMA & schema.keys()}
+    for word in _NAMED_SCHEMAS & schema.keys():
+        kept[word] = {name: for_validator(part) for name, part in schema[word].items()}
+    for word in _LISTED_SCHEMAS & schema.keys():
+        kept[word] = [for_validator(part) for part in schema[word]]
     return kept
 
 

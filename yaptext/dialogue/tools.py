@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
-from jsonschema import Draft202012Validator
+from cachetools import LRUCache
+from jsonschema_rs import Draft202012Validator
 
-from yaptext.dialogue.tool_schema import check_schema, for_grammar
+from yaptext.dialogue.tool_schema import check_schema, for_grammar, for_validator
 from yaptext.errors import BadMessage, SettingsError, YapError
 from yaptext.files import read_file
 from yaptext.wire.frames import Call
@@ -139,7 +139,8 @@ class ToolSet:
 
     def _validator(self, name: str) -> Draft202012Validator:
         if name not in self._validators:
-            self._validators[name] = Draft202012Validator(self.tools[self.names.index(name)]["parameters"])
+            schema = for_validator(self.tools[self.names.index(name)]["parameters"])
+            self._validators[name] = Draft202012Validator(schema)
         return self._validators[name]
 
 
@@ -202,13 +203,13 @@ def _answer_schema(calls: list[dict[str, Any]], definitions: dict[str, Any]) -> 
 
 
 class ToolSets:
-    """The tool sets that clients bring, each checked once and shared by all who bring the same."""
+    """The tool sets of clients, each checked once and shared by all clients that send the same."""
 
     def __init__(self, check: Callable[[str], Awaitable[None]]) -> None:
         """`check` is the engine's: it raises `BadMessage` for a schema that takes too long to compile."""
         self._check = check
         self._sets: WeakValueDictionary[bytes, ToolSet] = WeakValueDictionary()
-        self._latest: OrderedDict[bytes, ToolSet] = OrderedDict()
+        self._latest: LRUCache[bytes, ToolSet] = LRUCache(_LATEST_SETS)
 
     def known(self, tools: list[dict[str, Any]]) -> ToolSet | None:
         """The set of such a list, if it was made before."""
@@ -216,9 +217,6 @@ class ToolSets:
         found = self._sets.get(written)
         if found is not None:
             self._latest[written] = found
-            self._latest.move_to_end(written)
-            if len(self._latest) > _LATEST_SETS:
-                self._latest.popitem(last=False)
         return found
 
     async def make(self, tools: list[dict[str, Any]]) -> None:

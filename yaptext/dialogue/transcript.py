@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from sys import getsizeof
-from typing import Literal
 
 import msgspec
 
 from yaptext.dialogue.heard import Spoken, heard_part
-from yaptext.dialogue.layout import Line
+from yaptext.dialogue.talk import Line
+from yaptext.store.base import Speaker
 from yaptext.wire.frames import HistoryItem
-
-Speaker = Literal["user", "assistant", "note", "tool"]
 
 _LABEL = re.compile(
     r"\s*(?P<stamp>\[[^\]\n]{1,32}\]\s*|\d{1,2}:\d{2}(?::\d{2})?\s+)?(?P<mark>\*\*|__)?"
@@ -109,7 +107,7 @@ def _form(label: re.Match[str]) -> tuple[bool, bool, bool]:
 
 
 def of_items(items: Iterable[HistoryItem]) -> list[Message]:
-    """Messages of a history that comes as a list. Whoever has a name is told by it."""
+    """Messages of a history that comes as a list. A speaker with a name appears under it."""
     found = []
     for item in items:
         text = item.content.strip()

@@ -14,6 +14,7 @@ from msgspec import UnsetType
 from yaptext.dialogue import transcript
 from yaptext.dialogue.incoming import Told, told
 from yaptext.dialogue.persona import Persona
+from yaptext.dialogue.request import history_of
 from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.sampling import salt, sampling
 from yaptext.dialogue.session import Session
@@ -61,7 +62,7 @@ async def keep_warm(runtime: Runtime) -> None:
     """Keeps the fixed tool prompt in the cache, for ever."""
     while runtime.decider is not None:
         await asyncio.sleep(_REFRESH_S)
-        with suppress(EngineFailed):  # the next decision, or the watch over the engines, tells
+        with suppress(EngineFailed):  # the next decision, or the watch over the engines, reports it
             await runtime.decider.refresh()
 
 
@@ -89,7 +90,7 @@ async def warm(
         if isinstance(message.persona_style, str) and not isinstance(message.persona_text, str):
             persona = replace(persona, text=None)  # the style is what is to be warm
     text = persona.compose(runtime.settings.default_persona_style)
-    history = (told(runtime, message) if isinstance(message, WarmHistory) else None) or Told([], "")
+    history = (told(runtime, history_of(message)) if isinstance(message, WarmHistory) else None) or Told([], "")
     await asyncio.sleep(0)  # others' turn: a long history was parsed
     await runtime.check_persona(persona)
     prefix = await runtime.prompts.prefix(text, list(history.messages))
@@ -164,7 +165,7 @@ async def _rewarm(runtime: Runtime, sessions: list[tuple[Session, float]]) -> As
                 yield
             if session.used_at != used_at:
                 continue
-            with suppress(WireError):  # its next turn tells
+            with suppress(WireError):  # its next turn reports it
                 prefix = await prompts.prefix(runtime.persona(session), list(session.transcript.messages))
                 if tokens + len(prefix) > _REWARM_SHARE * engine.cache_tokens:
                     break

@@ -1,7 +1,7 @@
 """What the quantizer made of each float model: finished AWQ folders, or why there are none.
 
 `STATE/awq/NAME-HASH/` is the row of a model, `TIME/` in it one result; it appears there whole, by a rename, with its
-manifest inside. The newest one counts. What begins with a dot is somebody's unfinished work.
+manifest inside. The newest one is used. A name with a leading dot is an unfinished result.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def failed_attempt(state: Path, source: str) -> FailedAttempt | None:
 
 def next_result(row: Path) -> Path:
     """Where a result goes that is to be the newest of its row: by the time, and behind the newest there is even where
-    somebody set the clock back in between."""
+    the clock was set back in between."""
     name = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     newest = max((folder.name for folder in row.glob(_RESULTS)), default="")
     return row / (name if name > newest else f"{newest}.1")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 
 def bars(tell: Callable[[int], None]) -> type:
-    """A class to stand where the client wants tqdm's: it draws nothing, and tells how many bytes have come.
+    """A class for the client to use instead of tqdm: it draws nothing, and reports how many bytes have come.
 
     The client keeps two bars of bytes, one of those that came and one of those on disk; what is ahead counts.
     """

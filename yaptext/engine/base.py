@@ -41,7 +41,7 @@ class Thinking:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """How thinking is told from speech in what a model says: by vLLM's parser `parser`, or between `start` and `end`
+    """How thinking is separated from speech in a model's output: by vLLM's `parser`, or between `start` and `end`
     if that is None. `opened`: the prompt ends after `start`."""
 
     parser: str | None = None
@@ -174,17 +174,15 @@ class Codec(Protocol):
         ...
 
     def show(self, ids: Sequence[int]) -> str:
-        """What the ids stand for, control tokens included."""
+        """The text of the ids, control tokens included."""
         ...
 
 
-class Engine(Codec, Protocol):
-    """One model, ready to stream.
+class Engine(Protocol):
+    """One model, ready to stream. One object serves all turns of its roles, on one event loop."""
 
-    Closing the generator of `stream` (or cancelling the task that reads it) aborts the request: nothing of
-    it runs on. Recoverable faults raise `EngineFailed`; after `EngineDead` no call can succeed.
-    """
-
+    codec: Codec
+    """The model's tokenizer and template. It is local, wherever the model itself runs."""
     model: str
     """The name or folder it was opened from, for people."""
     weights: str
@@ -192,25 +190,43 @@ class Engine(Codec, Protocol):
     cache_tokens: int
     """Tokens that the KV cache holds, of running and of earlier requests."""
 
-    def stream(
-        self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT
-    ) -> AsyncGenerator[Delta, None]: ...
+    def stream(self, prompt: Sequence[int], sampling: Sampling, *, priority: int = CHAT) -> AsyncGenerator[Delta, None]:
+        """The deltas of one reply to the token ids of `prompt`; the last one has a `finish_reason`.
 
-    def load(self) -> Load: ...
+        Called for each decision, reply and warmed prefix, many at a time; nothing is sent before the first delta is
+        awaited. To close the generator, or to cancel the task that reads it, aborts the request: when that returns,
+        nothing of it runs on. Raises `EngineFailed` if this request fails and others may succeed (a prompt over the
+        context), `EngineUnavailable` if none can succeed before the engine is back, `EngineDead` if none ever can.
+        """
+        ...
+
+    def load(self) -> Load:
+        """Called at every admission, by each probe and for each look at the metrics: it answers at once, by what is
+        known here, and raises nothing."""
+        ...
 
     async def check_schema(self, schema: str) -> None:
-        """Raises `BadMessage` for a JSON schema of decisions that takes this engine too long to compile."""
+        """Called once for each list of tools that a client brings, before the first decision with it; it may take
+        seconds. Raises `BadMessage` for a schema of decisions that takes this engine too long to compile, and
+        `RateLimited` for a key whose schemas have recently taken too much."""
         ...
 
     def check_reasoning(self, reasoning: Reasoning) -> None:
-        """Raises `StartError` where this engine cannot tell such thinking from speech."""
+        """Called once, at the start, for a chat model that thinks. Raises `StartError` if this engine cannot tell such
+        thinking from speech."""
         ...
 
     async def check(self) -> None:
-        """Raises `EngineDead` where the engine cannot work any more."""
+        """Called twice a second, and for each question about the service's health: it asks nothing of the model. Raises
+        `EngineUnavailable` while the engine is away: until a check succeeds, the service is not ready. Raises
+        `EngineDead` if the engine cannot work any more, which ends the process. Anyone may read their messages; the
+        cause is in their notes (`add_note`), which the log gets."""
         ...
 
-    async def aclose(self, *, at_once: bool = False) -> None: ...
+    async def aclose(self, *, at_once: bool = False) -> None:
+        """Called once, at the end, when no stream is read any more. `at_once`: an engine died, and its process is
+        not waited for."""
+        ...
 
 
 async def exhaust(stream: AsyncGenerator[Delta, None]) -> Delta | None:
@@ -224,7 +240,7 @@ async def exhaust(stream: AsyncGenerator[Delta, None]) -> Delta | None:
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """The deployed engines. Both names may stand for one object (a shared engine). `lacking` says why a deployed tool
+    """The deployed engines. Both names may refer to one object (a shared engine). `lacking` says why a deployed tool
     engine is not among them (`TOOL_OPTIONAL`)."""
 
     chat: Engine | None

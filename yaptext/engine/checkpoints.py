@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from yaptext.engine import awq_results, download, download_plan, weight_files
-from yaptext.engine import hub as hubs
+from yaptext.engine import awq_results, download, download_plan, hub_client, weight_files
 from yaptext.engine.base import Role
 from yaptext.engine.model_config import context_of, read_config, setting_of
 from yaptext.engine.offline import why_away
@@ -98,11 +97,11 @@ def _why_no_awq(settings: Settings, source: str) -> str:
     state folder that is not the administrator's own: a command run by hand would write elsewhere."""
     failed = awq_results.failed_attempt(settings.state, source)
     if failed is not None:
-        log = QUANTIZE_LOG if hubs.is_unit(settings) else "run `yap-text quantize --again`"
+        log = QUANTIZE_LOG if hub_client.is_unit(settings) else "run `yap-text quantize --again`"
         return f"quantizing it failed at {failed.failed_at}: {failed.reason}. The whole log: {log}"
     lacking = f"no finished AWQ folder lies in {settings.state / 'awq'}"
     other = "name an AWQ checkpoint in AWQ_CHAT_MODEL or AWQ_TOOL_MODEL"
-    if hubs.is_unit(settings):
+    if hub_client.is_unit(settings):
         return f"{lacking}. The unit yap-text-quantize has to make it; why it did not: {QUANTIZE_LOG}. Or {other}"
     return f"{lacking}. Run `yap-text quantize`, or {other}"
 
@@ -125,7 +124,7 @@ def bring(settings: Settings, chosen: Mapping[Role, Checkpoint]) -> None:
         return
     from huggingface_hub import constants
 
-    hub = hubs.Hub(settings, StartRefused, StartError)
+    hub = hub_client.Hub(settings, StartRefused, StartError)
     labels = {source: f"{source}{setting_of(settings, source)}" for source in sources}
     if constants.HF_HUB_OFFLINE:
         for source in sources:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import structlog
+from filelock import FileLock
 
 from yaptext.errors import StartError, StartRefused
 
@@ -29,8 +29,7 @@ def folder(state: Path) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (target.parent / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(target.parent / "lock"):
             if not (target / "config.json").exists():
                 _convert(source, target)
     except OSError as error:

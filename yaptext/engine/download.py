@@ -15,7 +15,7 @@ import huggingface_hub as client
 
 from yaptext.engine.bars import bars
 from yaptext.engine.download_plan import Plan
-from yaptext.engine.hub import Hub
+from yaptext.engine.hub_client import Hub
 from yaptext.engine.transfer import Transfer
 from yaptext.engine.underway import Progress, Teller, size
 

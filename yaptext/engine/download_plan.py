@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import huggingface_hub as client
 
-from yaptext.engine.hub import Hub, client_errors
+from yaptext.engine.hub_client import Hub, client_errors
 
 Read = Callable[[str], bytes]
 Choose = Callable[[Sequence[str], Read], list[str]]

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from yaptext.engine import awq_results
-from yaptext.engine import hub as hubs
+from yaptext.engine import awq_results, hub_client
 from yaptext.engine.codec import HubCodec
 from yaptext.engine.offline import why_away
 from yaptext.engine.template import template_file
@@ -39,7 +38,7 @@ def open_codec(settings: Settings, source: str, *, max_model_len: int | None = N
         config = read_config(settings, source)
         generation = _generation_config(settings, source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, token=hubs.hub_token(settings))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, token=hub_client.hub_token(settings))
     except Exception as error:  # of dozens of types, as the hub client's below
         raise start_error_of(error)(f"cannot read the tokenizer of {source}: {_detail(error)}") from error
     ends = [(config.get("text_config") or config).get("eos_token_id"), generation.get("eos_token_id")]
@@ -77,8 +76,8 @@ def read_config(settings: Settings, source: str) -> dict[str, Any]:
         raise
     except Exception as error:  # the hub client raises dozens of types; all mean the same here
         where = f"{source}{setting_of(settings, source)}"
-        known, unit = settings.hf_token is not None, hubs.is_unit(settings)
-        line = hubs.access_line(error, source, where, known=known, is_unit=unit)
+        known, unit = settings.hf_token is not None, hub_client.is_unit(settings)
+        line = hub_client.access_line(error, source, where, known=known, is_unit=unit)
         raise start_error_of(error)(line or f"cannot read the config of {where}: {_detail(error)}") from error
     if not isinstance(config, dict):
         raise StartRefused(f"the config.json of {source} is not an object")
@@ -98,8 +97,10 @@ def read_json(settings: Settings, source: str, name: str) -> Any:
         raise StartRefused(f"{source} is not a folder{setting_of(settings, source)}{f': {closed}' if closed else ''}")
     from huggingface_hub import hf_hub_download  # heavy, and only hub models need it
 
-    hubs.prepare(settings)
-    return json.loads(Path(hf_hub_download(source, name, token=hubs.hub_token(settings))).read_text(encoding="utf-8"))
+    hub_client.prepare(settings)
+    return json.loads(
+        Path(hf_hub_download(source, name, token=hub_client.hub_token(settings))).read_text(encoding="utf-8")
+    )
 
 
 def _generation_config(settings: Settings, source: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The hub that does not answer: the client is told to stay offline, so that models come from the cache."""
+"""A hub that does not answer: the client is set offline, so that models are read from the cache."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 
 import structlog
 
-from yaptext.engine import awq_results
-from yaptext.engine import hub as hubs
+from yaptext.engine import awq_results, hub_client
 from yaptext.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -36,7 +35,7 @@ def leave_hub_if_down(settings: Settings) -> None:
         failure = f"status {status}"
     except Exception as error:  # the client raises dozens of types
         failure = type(error).__name__
-    _log.warning("hub.down", hub=hubs.endpoint(), failure=failure, hint="models come from the cache")
+    _log.warning("hub.down", hub=hub_client.endpoint(), failure=failure, hint="models are read from the cache")
     constants.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"
     _left.append(failure)
@@ -48,4 +47,4 @@ def why_away() -> str:
 
     if constants.HF_HUB_OFFLINE and not _left:
         return "HF_HUB_OFFLINE is set. Unset it, or copy the model into the cache"
-    return f"the hub {hubs.endpoint()} does not answer. Check the network"
+    return f"the hub {hub_client.endpoint()} does not answer. Check the network"

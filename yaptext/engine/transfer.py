@@ -1,6 +1,6 @@
 """The transfer of one plan's files.
 
-A file of plain HTTP goes on where any process left it, after its hash of what is there; a file of Xet storage is the
+A file of plain HTTP continues where any process left it, after its hash of what is there; a file of Xet storage is the
 client's own, which begins it again.
 """
 
@@ -18,7 +18,7 @@ import structlog
 
 from yaptext.engine.bars import bars
 from yaptext.engine.download_plan import File, Plan, part_bytes
-from yaptext.engine.hub import Hub, reason_of
+from yaptext.engine.hub_client import Hub, reason_of
 from yaptext.engine.underway import Teller
 
 _AT_ONCE, _AT_ONCE_XET = 4, 2

@@ -64,7 +64,7 @@ def duration(seconds: float) -> str:
 
 
 class Teller:
-    """Tells of the plans' transfers while its block runs. `is_watched` says that a person reads standard error, who
+    """Reports the plans' transfers while its block runs. `is_watched`: a person reads standard error, who
     gets one line a model; else the journal gets one a file, and one in half a minute.
 
     The supervisor waits for as long as something is downloaded, and then once more for the whole time of a start.
@@ -120,7 +120,7 @@ class Teller:
             print(f"{plan.label}: {told}\x1b[K", file=sys.stderr, flush=True)
 
     def came(self, bytes_: int) -> None:
-        """From any thread. Negative if bytes have to come again."""
+        """From any thread. Negative if bytes are fetched again."""
         with self._lock:
             self._done += bytes_
             self._plan_done += bytes_

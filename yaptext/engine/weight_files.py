@@ -12,10 +12,12 @@ import huggingface_hub as client
 
 from yaptext.engine.download_plan import Read
 from yaptext.engine.header import INDEX
-from yaptext.engine.hub import Hub, client_errors
+from yaptext.engine.hub_client import Hub, client_errors
 
 BESIDE = ["*.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja"]
 """What lies beside weights in a repository's own folder, and some loader may want. All of it is small."""
+
+_BIN_INDEX = "pytorch_model.bin.index.json"
 
 
 def engine_files(paths: Sequence[str], read: Read) -> list[str]:
@@ -29,9 +31,10 @@ def engine_weights(paths: Sequence[str], read: Read) -> list[str]:
     """Those that vLLM takes (0.32: `DefaultModelLoader._prepare_weights`, `download_weights_from_hf`). Raises
     `LookupError` if there are none."""
     own = [path for path in paths if "/" not in path]
+    index = INDEX if INDEX in own or fnmatch.filter(own, "*.safetensors") else _BIN_INDEX
     if fnmatch.filter(own, "consolidated*.safetensors"):  # as Mistral has them: vLLM prefers these
         weights = fnmatch.filter(paths, "consolidated*.safetensors")
-    elif named := _named_weights(read(INDEX)) if INDEX in own else []:
+    elif named := _named_weights(read(index)) if index in own else []:
         if absent := sorted(set(named) - set(paths)):
             raise LookupError(f"lacks {len(absent)} of {len(named)} files of its weights: {absent[0]}")
         weights = named
@@ -70,7 +73,7 @@ def lacking_in_cache(hub: Hub, repo: str) -> list[str]:
         paths = [file.path for file in client.get_cached_repo_tree(repo, cache_dir=hub.cache)]
     except client_errors().CachedRepoTreeNotFoundError:
         paths = [path.name for path in snapshot.iterdir() if path.exists()]
-        paths += _named_weights(read(INDEX))
+        paths += _named_weights(read(INDEX)) or _named_weights(read(_BIN_INDEX))
     try:
         wanted = engine_weights(paths, read)
     except LookupError:

@@ -7,8 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from yaptext.engine import awq_results, header
-from yaptext.engine import hub as hubs
+from yaptext.engine import awq_results, header, hub_client
 from yaptext.engine.model_config import read_json
 from yaptext.settings import Settings
 
@@ -38,7 +37,7 @@ def kind_of(source: str, config: dict[str, Any], cache: Path | None = None) -> K
 def kind_at_hub(settings: Settings, source: str, config: dict[str, Any]) -> Kind:
     """The same for a model that may not be on this disk yet. If its name alone says that it is quantized, the index of
     its weights is fetched, if it has one."""
-    cache = hubs.cache(settings)
+    cache = hub_client.cache(settings)
     kind = kind_of(source, config, cache)
     if kind == "float" or config.get("quantization_config") or _on_disk(source, cache) is not None:
         return kind
@@ -65,7 +64,7 @@ def _on_disk(source: str, cache: Path | None) -> Path | None:
 
 def _kind_of_tensors(folder: Path | None, by_name: Kind) -> Kind:
     """By the tensors of an index or of one file. AWQ and GPTQ both have `qweight`, packed along the outputs or along
-    the inputs: only its file tells them apart, and without it the name does."""
+    the inputs: only its file shows the difference, and without it the name."""
     try:
         places = header.places(folder) if folder is not None else {}
         packed = next((name for name in places if name.endswith(".qweight")), None)

@@ -1,4 +1,4 @@
-"""What asks for the operator's attention while a start is under way: its lines scroll away, so its end repeats them."""
+"""Warnings of a start. Their lines scroll away, so the end of the start repeats them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MOST, _MOST_CHARS = 8, 200
 
 
 class Attention(logging.Handler):
-    """Keeps this service's own warnings and errors, in words, until they are taken."""
+    """Keeps the service's own warnings and errors as text until they are taken."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -16,7 +16,9 @@ class Attention(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         event = record.msg
-        if self._kept is None or len(self._kept) >= _MOST or not isinstance(event, dict):  # a library's is no dict
+        if (
+            self._kept is None or len(self._kept) >= _MOST or not isinstance(event, dict)
+        ):  # a library's event is not a dict
             return
         if event.get("event") in _TOLD_WHILE_TRUE:
             return
@@ -27,12 +29,12 @@ class Attention(logging.Handler):
         self._kept.append(told[:_MOST_CHARS])
 
     def take(self) -> list[str]:
-        """What was kept. From then on nothing is."""
+        """Returns the kept lines, and stops keeping."""
         kept, self._kept = self._kept or [], None
         return kept
 
 
 _OF_EVERY_LINE = {"event", "level", "logger", "timestamp"}
 _TOLD_WHILE_TRUE = {"log.file_failed", "sessions.not_read", "sessions.unsaved"}
-"""These stand in `STATUS=` as long as they last, and no longer (`Lifecycle.troubles`)."""
+"""These are shown in `STATUS=` for as long as they last (`Lifecycle.troubles`)."""
 _WORDS = ("note", "hint", "error", "reason")

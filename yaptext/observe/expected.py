@@ -1,5 +1,5 @@
-"""Warnings of libraries that no operator has to act on. Here they are lines of level debug: a start writes little else,
-so that its last lines show what matters."""
+"""Library warnings that need no action. They become lines of level debug: a start logs little else, so that its last
+lines show what matters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import logging
 import os
 
 LEVEL = "YAPTEXT_LOG_LEVEL"
-"""Set in the environment of this process and its engines: the least level that is logged."""
+"""Set in the environment of this process and its engines: the lowest level that is logged."""
 EXPECTED = {
     "vllm.config.vllm": (
-        # The service asks for this on CPU (engine/vllm/arguments.py), on CUDA the operator does (ENFORCE_EAGER).
+        # On CPU the service sets this (engine/vllm/arguments.py), on CUDA the operator (ENFORCE_EAGER).
         "Enforce eager set,",
         "TORCH_COMPILE_DISABLE is set,",
         "Inductor compilation was disabled by user settings",
@@ -18,22 +18,22 @@ EXPECTED = {
         "Model Runner V2 requires Triton",
     ),
     "vllm.engine.arg_utils": (
-        # VLLM_ENABLE_V1_MULTIPROCESSING=0 (engine/vllm/environment.py). No random number of the service must be secret.
+        # VLLM_ENABLE_V1_MULTIPROCESSING=0 (engine/vllm/environment.py). The service needs no secret random number.
         "The global random seed is set to",
         # On CPU a prompt is computed whole (engine/vllm/arguments.py).
         "This model does not officially support disabling chunked prefill",
     ),
     "vllm.platforms.cpu": (
         "Triton is not installed.",
-        # For models with a state space. vLLM says it of any model.
+        # Meant for models with a state space. vLLM logs it for any model.
         "Reset SSM cache type to float32",
     ),
     "vllm.v1.engine.input_processor": (
-        # Prompts come as token ids (engine/vllm/request.py). A new vLLM is tested before the lock takes it.
+        # Prompts are token ids (engine/vllm/request.py). A new vLLM is tested before it is locked.
         "Passing raw prompts to InputProcessor is deprecated",
     ),
     "vllm.v1.utils": (
-        # An engine process has 5 s to end (engine/vllm/engine.py), a busy machine needs more. It holds nothing to lose.
+        # An engine process has 5 s to end (engine/vllm/engine.py); a busy machine needs more. It has nothing to save.
         "[shutdown] Process manager: force killing remaining process",
     ),
     "vllm.v1.worker.cpu_worker": (
@@ -47,7 +47,7 @@ EXPECTED = {
 
 def lower(record: logging.LogRecord) -> bool:
     """A filter for handlers: gives an expected warning the level debug. False if that is below LOG_LEVEL. A record that
-    passes several handlers may come again."""
+    passes several handlers is seen several times."""
     if record.levelno not in (logging.WARNING, logging.DEBUG) or not _is_expected(record):
         return True
     record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
@@ -60,5 +60,5 @@ def _is_expected(record: logging.LogRecord) -> bool:
         return False
     try:
         return record.getMessage().startswith(beginnings)
-    except Exception:  # arguments that do not fit: the handler says so
+    except Exception:  # wrong arguments: the handler reports them
         return False

@@ -1,4 +1,4 @@
-"""Structured logs on stderr: one JSON object a line, for this process, uvicorn's and vLLM's alike."""
+"""Structured logs on stderr: one JSON object per line, for this process, uvicorn and vLLM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from yaptext.observe.attention import Attention
 from yaptext.observe.sinks import ToFile, ToStderr
 
 _FORMAT, _PRIORITY = "YAPTEXT_LOG_FORMAT", "YAPTEXT_LOG_PRIORITY"
-"""How the process that configures logs tells its engine processes what it chose."""
+"""Environment variables that pass the configuration of the log on to engine processes."""
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _KEY_IN_URL = re.compile(r"((?:api(?:_|%5f)key|ticket)=)(?:\\u[0-9a-f]{4}|[^&\s\"'\\])+", re.IGNORECASE)
 _NOISY = ["asyncio", "httpcore", "httpcore2", "httpx", "httpx2", "matplotlib"]
@@ -26,12 +26,12 @@ _NOISY += ["uvicorn", "uvicorn.access", "uvicorn.error"]
 
 
 def without_keys(_: Any, __: str, line: str) -> str:
-    """No key or ticket that stood in an address reaches the journal, whoever wrote the line and wherever in it."""
+    """Removes keys and tickets of addresses from every line, whatever library wrote it."""
     return _KEY_IN_URL.sub(r"\1***", line)
 
 
 def attention() -> list[str]:
-    """What the start warned of, once: see `Attention`."""
+    """The warnings of the start, once: see `Attention`."""
     kept = [handler.take() for handler in logging.getLogger().handlers if isinstance(handler, Attention)]
     return [line for lines in kept for line in lines]
 
@@ -53,12 +53,12 @@ _SHARED: list[Processor] = [
 
 
 def _name_first(_: Any, __: str, event: EventDict) -> EventDict:
-    """What happened and how bad it is, then its fields: `systemctl status` shows the beginning of a line."""
+    """Event and level first, then the fields: `systemctl status` shows only the beginning of a line."""
     return {name: event[name] for name in ("event", "level") if name in event} | dict(event)
 
 
 def formatter() -> logging.Formatter:
-    """The formatter every handler uses; engine processes find it through `vllm_logging.json`."""
+    """The formatter of every handler. Engine processes find it through `vllm_logging.json`."""
     inner = _formatter(os.environ.get(_FORMAT, "json"))
     chosen = _WithPriority(inner) if os.environ.get(_PRIORITY) else inner
     if redact.is_engine():
@@ -89,7 +89,7 @@ def _formatter(format: str) -> logging.Formatter:
 
 
 class _WithPriority(logging.Formatter):
-    """Prefixes `<N>` so that journald files each line under its own priority."""
+    """Adds the prefix `<N>`, which journald reads as the priority of the line."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ class _WithPriority(logging.Formatter):
 
 def configure(*, level: str, format: str, journald: bool, file: Path | None = None, text: bool = False) -> None:
     """Sends all logging of this process and its children through `formatter`. `format` is auto, json or
-    console; auto is console where stderr is a terminal. `file` gets the JSON lines of this process as well, and
-    is opened again when a rotation has moved it. With `text` nothing is held back. Raises `OSError` where the file
+    console; auto is console if stderr is a terminal. `file` also gets the JSON lines of this process, and is
+    opened again when a rotation has moved it. With `text` no text is removed. Raises `OSError` if the file
     cannot be written."""
     if format == "auto":
         format = "console" if sys.stderr.isatty() else "json"
@@ -130,4 +130,4 @@ def configure(*, level: str, format: str, journald: bool, file: Path | None = No
         logger.propagate = True
         logger.setLevel(logging.WARNING)
     if text:
-        structlog.get_logger(__name__).warning("text.logged", hint="LOG_TEXT=1: what users say stands in this log")
+        structlog.get_logger(__name__).warning("text.logged", hint="LOG_TEXT=1: this log contains what users say")

@@ -1,4 +1,4 @@
-"""What is held back from the log: the words in which libraries quote what people say."""
+"""Removes user text from the log: libraries quote it in their messages."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 from structlog.typing import EventDict
 
 WORDS = "YAPTEXT_LOG_WORDS"
-"""Set in the environment of this process and its engines where nothing is held back."""
+"""Set in the environment of this process and its engines if no text is removed."""
 is_serving = False
 _SAFE = (OSError, MemoryError)
 _SAFE_NAMES = {"OutOfMemoryError", "AcceleratorError", "EngineDeadError"}
-"""Exceptions of torch and vLLM whose words are about the machine."""
+"""Exceptions of torch and vLLM whose message is about the machine."""
 
 
 def serving() -> None:
-    """From now on what fails may be a conversation. Engine processes are always as careful, but at their start."""
-    global is_serving  # noqa: PLW0603  # logging is one to a process, too
+    """From now on a failure may quote a conversation. Engine processes always remove text, except at their start."""
+    global is_serving  # noqa: PLW0603  # logging is also one per process
     is_serving = True
 
 
@@ -38,7 +38,7 @@ def _held_back(record: logging.LogRecord) -> bool:
 
 
 def _wordless(error: BaseException) -> BaseException:
-    """The same exception to look at, its causes included, without its words."""
+    """The same exception with its causes, without their messages."""
     words = str(error) if isinstance(error, _SAFE) or type(error).__name__ in _SAFE_NAMES else "(held back: LOG_TEXT=0)"
     if isinstance(error, BaseExceptionGroup):
         bare: BaseException = BaseExceptionGroup(words, [_wordless(each) for each in error.exceptions])
@@ -54,12 +54,12 @@ def _wordless(error: BaseException) -> BaseException:
 
 
 def hold_back(_: Any, __: str, event: EventDict) -> EventDict:
-    """Takes out of an event what people may have said."""
+    """Removes from an event what users may have said."""
     if _held_back(event["_record"]):
-        if event["_record"].name == "asyncio":  # then comes the repr of a task, or of a callback's arguments
+        if event["_record"].name == "asyncio":  # its message has the repr of a task, or of a callback's arguments
             event["event"] = re.split(r"[\n<]", event["event"])[0]
-        if told := event.get("exc_info"):
-            error = told if isinstance(told, BaseException) else sys.exc_info()[1] if told is True else told[1]
+        if info := event.get("exc_info"):
+            error = info if isinstance(info, BaseException) else sys.exc_info()[1] if info is True else info[1]
             if error is not None:
                 bare = _wordless(error)
                 event["exc_info"] = (type(bare), bare, bare.__traceback__)
@@ -67,21 +67,21 @@ def hold_back(_: Any, __: str, event: EventDict) -> EventDict:
 
 
 def catch_crashes() -> None:
-    """Sends to the log what Python would print, words and all, of exceptions that nobody caught."""
+    """Logs uncaught exceptions, which Python would otherwise print with their messages."""
     log = logging.getLogger("vllm" if is_engine() else "yaptext")  # the one that has a handler there
 
-    def hook(told: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
-        log.error("thread.crashed", exc_info=told.exc_value)
+    def hook(raised: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
+        log.error("thread.crashed", exc_info=raised.exc_value)
 
-    sys.excepthook = lambda *told: log.critical("process.crashed", exc_info=told)
+    sys.excepthook = lambda *raised: log.critical("process.crashed", exc_info=raised)
     sys.unraisablehook = threading.excepthook = hook
-    if is_engine():  # multiprocessing prints what a process ended with
+    if is_engine():  # multiprocessing prints the exception that ended a process
         traceback.print_exc = lambda *_, **__: log.error("process.crashed", exc_info=True)
 
 
 def is_wanted(record: logging.LogRecord) -> bool:
-    """False for what is of conversations alone: the requests of a step that failed, stop strings and tools included.
-    And for the traceback with which uvicorn tells that a client sent what is not UTF-8."""
+    """False for records that only contain conversations: the requests of a failed step, with stop strings and tools.
+    Also for the traceback that uvicorn logs if a client sent text that is not UTF-8."""
     if record.msg == "Invalid UTF-8 sequence received from client.":
         return False
     return record.name != "vllm.logging_utils.dump_input" or not _held_back(record)

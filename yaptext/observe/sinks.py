@@ -1,4 +1,4 @@
-"""Where log lines go: stderr and a file, either of which may be full or gone."""
+"""The outputs of the log: stderr and a file, each of which may be full or missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from yaptext.observe.redact import is_wanted
 
 _log = structlog.get_logger(__name__)
 FILE_PAUSE_S = 10.0
-"""How long a file that cannot be written is left alone: at the brink of a full disk every other line would fit."""
+"""Seconds until a file that could not be written is tried again: on an almost full disk every other line would fit."""
 
 
 class ToStderr(logging.StreamHandler[Any]):
@@ -30,15 +30,17 @@ class ToStderr(logging.StreamHandler[Any]):
         self.addFilter(lower)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """One line, where the usual one is a traceback with all arguments. A stderr that takes nothing hears none."""
+        """One line instead of the usual traceback with all arguments; nothing if stderr cannot be written."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError) and record.name != __name__:
             _log.error("log.failed", of=record.name, error=type(error).__name__)
 
 
 class ToFile(logging.Handler):
-    """The log file, a write a line, opened again when a rotation has moved it. While it cannot be written stderr alone
-    has the log, and tells once; lost lines are counted, not kept. Raises `OSError` where it cannot be opened."""
+    """The log file: one write per line, opened again when a rotation has moved it. While it cannot be written, only
+    stderr has the log, with one line about it; lost lines are counted. Raises `OSError` if it cannot be opened.
+
+    The standard library's WatchedFileHandler buffers: on a full disk half a line would stay and be written again."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class ToFile(logging.Handler):
         try:
             line = f"{self.format(record)}\n".encode(errors="replace")
         except Exception:
-            return  # stderr has said so
+            return  # stderr has a line about it
         try:
             self._write(line)
         except OSError as error:
@@ -75,12 +77,12 @@ class ToFile(logging.Handler):
             moved = self._file is not None and not self._tells
             self._close_file()
             self._file = io.FileIO(self._path, "a")
-            if moved:  # that line comes before this one, and may itself find the file moved
+            if moved:  # this line is logged before the current one, and may itself find the file moved
                 self._tells = True
-                _log.info("log.file_opened", file=str(self._path), reason="the one before was moved or deleted")
+                _log.info("log.file_opened", file=str(self._path), reason="the previous file was moved or deleted")
                 self._tells = False
         written = self._file.write(line)
-        if written < len(line):  # the disk is full: no half a line
+        if written < len(line):  # the disk is full: remove the half line
             self._file.truncate(os.fstat(self._file.fileno()).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,4 +1,4 @@
-"""systemd's notify socket: ready, status, watchdog, stopping. Without one every call does nothing."""
+"""Messages to systemd's notify socket: ready, status, watchdog, stopping. Without a socket every call does nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _address: str | None = None
 
 
 def connect(address: str | None) -> None:
-    """Where `notify` sends from now on: the value of NOTIFY_SOCKET, `@` for an abstract name."""
+    """Sets the address for `notify`: the value of NOTIFY_SOCKET, `@` for an abstract name."""
     global _address  # noqa: PLW0603  # one process has one supervisor
     _address = "\0" + address[1:] if address and address.startswith("@") else address
 
@@ -19,7 +19,7 @@ def notify(*assignments: str) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            # A reason may quote a path, which may hold any bytes.
+            # A reason may quote a path, which may contain any bytes.
             sender.sendto("\n".join(assignments).encode(errors="backslashreplace"), _address)
     except OSError:
         pass

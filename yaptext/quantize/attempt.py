@@ -22,7 +22,7 @@ import structlog
 import yaptext
 from yaptext.engine import awq_results
 from yaptext.engine.awq_results import FAILED, FailedAttempt
-from yaptext.engine.hub import is_unit
+from yaptext.engine.hub_client import is_unit
 from yaptext.errors import QuantizeError, QuantizeRefused
 from yaptext.quantize import compressor
 from yaptext.quantize.kept import TEMPLATES
@@ -100,8 +100,8 @@ def _code() -> str:
 
 
 def files(source: str) -> str | None:
-    """The files of a folder in a word, 16 hex digits: a tokenizer may have been mended while the weights stayed. None
-    for a model of the hub, whose revision says as much."""
+    """A digest of the files of a folder, 16 hex digits: a tokenizer may have been corrected while the weights stayed.
+    None for a model of the hub, whose revision is enough."""
     if not awq_results.is_folder(source):
         return None
     digest = hashlib.sha256()

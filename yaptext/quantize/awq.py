@@ -36,11 +36,11 @@ def quantize(
     """Quantizes the float model in `source` to 4 bits and writes a checkpoint into the new folder `target`.
 
     `blocks` are calibration samples of one length each (token ids); `done` is called after each layer. Takes minutes.
-    On CUDA one layer at a time is on the card; the rest waits in memory, as it was on disk.
+    On CUDA one layer at a time is on the card; the others stay in memory as they are on disk.
     """
     from huggingface_hub import save_torch_state_dict
 
-    # It names its logger after its file, and tells where it has saved what.
+    # Its logger is named after its file; it logs each path that it saves.
     logging.getLogger(inspect.getfile(save_torch_state_dict)).setLevel(logging.WARNING)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     dtype = dtype_that_holds(loaded := load(source, on_cuda=on_cuda))

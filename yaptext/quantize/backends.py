@@ -1,4 +1,4 @@
-"""Which library quantizes a model: autoawq if it does that right, else llm-compressor."""
+"""Chooses the library that quantizes a model: autoawq if it is right for it, else llm-compressor."""
 
 from __future__ import annotations
 

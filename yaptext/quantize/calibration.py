@@ -1,4 +1,4 @@
-"""Calibration: the text that the quantizer watches a model read, laid out as serving lays it out.
+"""Calibration: the text that a model reads while it is quantized, in the form of the service's prompts.
 
 Chat samples go through the chat model's prompt builder, decisions through the tool model's; plain text is taken as
 it is.
@@ -20,17 +20,17 @@ from typing import Any, Literal
 import msgspec
 
 from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
-from yaptext.dialogue.persona import Persona, style
+from yaptext.dialogue.persona import Persona, gender, style
 from yaptext.dialogue.tool_prompt import ToolPrompts, dumps
 from yaptext.dialogue.tools import ToolSet
 from yaptext.dialogue.transcript import Message
 from yaptext.engine.base import Codec, Role
-from yaptext.engine.hub import hub_token
+from yaptext.engine.hub_client import hub_token
 from yaptext.engine.model_config import stays
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError, YapError
 from yaptext.files import read_file
 from yaptext.settings import Settings
-from yaptext.wire.frames import Call, Identity, gender
+from yaptext.wire.frames import Call, Identity
 
 HELD_OUT_BLOCKS = 4
 """Blocks that are set aside, to measure on what was not calibrated with."""
@@ -97,7 +97,7 @@ def _persona(row: dict[str, Any]) -> Persona:
 
 
 def label(settings: Settings) -> str:
-    """Where the text is from, for who reads of the result: `builtin`, the hub's data set, or `own`."""
+    """The origin of the text, for readers of the result: `builtin`, the hub's data set, or `own`."""
     source = settings.awq_calibration
     on_hub = source.startswith("hub:") and not Path(source.removeprefix("hub:")).exists()
     return source if on_hub or source == "builtin" else "own"
@@ -124,9 +124,9 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
         else:
             path = Path(source)
             if not path.exists():
-                raise SettingsError(f"AWQ_CALIBRATION={source} is no file or folder, nor `builtin` or `hub:NAME`")
+                raise SettingsError(f"AWQ_CALIBRATION={source} is neither a file, a folder, `builtin` nor `hub:NAME`")
             if not (path.is_dir() or path.is_file()):
-                raise SettingsError(f"AWQ_CALIBRATION={source} is not allowed: it is no regular file and no folder")
+                raise SettingsError(f"AWQ_CALIBRATION={source} is not allowed: it is no regular file or folder")
             inside = sorted(path.rglob("*")) if path.is_dir() else []
             found = {str(file.relative_to(path)): file for file in inside} or {path.name: path}
         files = {name: file for name, file in found.items() if name.endswith((".txt", ".jsonl")) and file.is_file()}
@@ -159,7 +159,9 @@ def _read_files(source: str) -> Corpus:
             except UnicodeDecodeError as error:
                 raise QuantizeRefused(f"calibration file {name} cannot be read: {error}") from None
             continue
-        for number, line in enumerate(content.split(b"\n"), 1):  # splitlines() knows ends that may stand in strings
+        for number, line in enumerate(
+            content.split(b"\n"), 1
+        ):  # splitlines() also splits at characters that JSON strings may contain
             if line.strip():
                 where = f"line {number} of {name}"
                 try:

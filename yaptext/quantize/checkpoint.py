@@ -42,7 +42,7 @@ def check(folder: Path, source: str) -> None:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise QuantizeRefused(
                 f"{header.INDEX} of {source} expects {absent[0]}{more} in {name}, which has no such tensor: take the "
-                "index and the weights from one place"
+                "index and the weights from the same place"
             )
         held |= tensors
     for name in KEPT_FILES:
@@ -55,14 +55,16 @@ def check(folder: Path, source: str) -> None:
 
 
 def lacking(source: str, shard: str, *, beside_whole: bool = False) -> QuantizeRefused:
-    """What to say of a shard that the index names and nobody has; `beside_whole`: the weights are there in one file."""
+    """The error for a missing shard of the index; `beside_whole`: the weights are also there in one file."""
     remedy = f"delete the index, or {_again(source)}" if beside_whole else _again(source)
     return QuantizeRefused(f"{source} lacks {shard}, which {header.INDEX} names: {remedy}")
 
 
 def _again(source: str) -> str:
     return (
-        "copy or download it again" if awq_results.is_folder(source) else "the hub has it so; name another repository"
+        "copy or download it again"
+        if awq_results.is_folder(source)
+        else "the hub's copy is the same; name another repository"
     )
 
 
@@ -86,7 +88,7 @@ def needs_code(folder: Path, source: str) -> QuantizeRefused | None:
     if not named:
         return None
     return QuantizeRefused(
-        f"tokenizer_config.json of {source} wants code of its own ({', '.join(named)}), and no code of a model is run: "
+        f"tokenizer_config.json of {source} needs code of its own ({', '.join(named)}), and no code of a model is run: "
         "save the tokenizer as tokenizer.json, without auto_map"
     )
 

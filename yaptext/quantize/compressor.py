@@ -159,4 +159,4 @@ def _answers(process: subprocess.Popen[str], request: dict[str, Any], log: IO[st
         killer = signal.Signals(-status).name
         reason = "the system may have run out of memory" if -status == signal.SIGKILL else "another process sent it"
         raise QuantizeDelayed(f"llm-compressor was ended by {killer}: {reason}")
-    raise QuantizeError(f"llm-compressor ended with status {status}, without a word")
+    raise QuantizeError(f"llm-compressor ended with status {status}, without a message")

@@ -4,8 +4,8 @@
 
 The request is one JSON object: `source` and `target` (folders), `blocks` (token ids, in samples of one length),
 `group_size`, `cuda`, `architecture` (a class of transformers), and of a recipe (recipes.py) `groups`, `ignored` and
-`renamed`. On standard output come JSON objects, one a line: {"layer": 3, "layers": 24} after each layer, {"moved": KL}
-of scaling alone, at the end {"done": true}, or {"error": type, "text": line}.
+`renamed`. Standard output gets JSON objects, one per line: {"layer": 3, "layers": 24} after each layer, {"moved": KL}
+for scaling alone, at the end {"done": true}, or {"error": type, "text": line}.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOOKED_AT = 128
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: nobody is left to read
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: without the parent nothing reads the output
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     request = json.load(sys.stdin)
@@ -35,7 +35,7 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _quantize(request, out)
-    except Exception as error:  # of whatever library: the parent has the words for it
+    except Exception as error:  # of any library: the parent makes a message of it
         import traceback
 
         traceback.print_exc()

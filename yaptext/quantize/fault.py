@@ -10,7 +10,7 @@ from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused, Sett
 _LASTING = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _CARD = ("CUDA error", "CUDA driver", "No CUDA GPUs", "NVIDIA driver", "CUDNN_STATUS", "CUBLAS_STATUS")
 _SIZES = ("ignore_mismatched_sizes", "size mismatch")
-"""In the words of transformers and torch for weights that do not fit their config."""
+"""How transformers and torch name weights that do not fit their config."""
 _LONGEST = 300
 _CONTEXT_BYTES = 2**30
 """Most that the driver and this process's kernels take of a card besides tensors."""
@@ -18,7 +18,7 @@ _CONTEXT_BYTES = 2**30
 
 def named(error: Exception, model: str, row: Path) -> YapError:
     """The error with a name for what ended the work on `model`: `QuantizeDelayed` if a later try may do,
-    `QuantizeRefused` if the model itself is the reason, `SettingsError` for a path that has to be mended, and
+    `QuantizeRefused` if the model itself is the reason, `SettingsError` for a path that must be corrected, and
     `QuantizeError` for a crash. `row` is where the result was to go."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = f"{model} could not be quantized: {(lines[0] if lines else type(error).__name__)[:_LONGEST]}"
@@ -45,12 +45,12 @@ def named(error: Exception, model: str, row: Path) -> YapError:
 
 
 def kind_of_disk(error: OSError) -> type[YapError]:
-    """`SettingsError` if something has to be mended, as rights or a file in the way; else `QuantizeDelayed`."""
+    """`SettingsError` if something must be corrected, such as rights or a file in the way; else `QuantizeDelayed`."""
     return SettingsError if isinstance(error, _LASTING) else QuantizeDelayed
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Python's OSError, or the words in which safetensors tells of it."""
+    """Python's OSError, or the message with which safetensors reports one."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -61,7 +61,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def _of_disk(error: BaseException | None) -> OSError | None:
-    """The system's error that this one is, or was raised from; safetensors writes its number into the words."""
+    """The system's error that this one is, or was raised from; safetensors writes its number into the message."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error

@@ -23,7 +23,7 @@ from yaptext.engine.bars import bars
 from yaptext.engine.base import Role
 from yaptext.engine.download import bring
 from yaptext.engine.download_plan import Read, plan
-from yaptext.engine.hub import Hub, Pause, cache, client_errors, hub_token, is_unanswered, reason_of
+from yaptext.engine.hub_client import Hub, Pause, cache, client_errors, hub_token, is_unanswered, reason_of
 from yaptext.engine.underway import Progress
 from yaptext.errors import QuantizeDelayed, QuantizeRefused, SettingsError
 from yaptext.quantize import checkpoint
@@ -110,7 +110,7 @@ def peek_config(source: str, settings: Settings, *, pause: Pause = time.sleep) -
 def cached_revision(source: str, settings: Settings) -> str | None:
     """The commit that `main` of `source` had when it was last seen, where the cache holds anything of it; else None.
 
-    Asks nobody and reads one file of 40 bytes; the client's constants, all that is loaded for it, take 20 ms.
+    Makes no request and reads one file of 40 bytes. It loads only the client's constants, which takes 20 ms.
     """
     repo = cache(settings) / f"models--{source.replace('/', '--')}"
     try:
@@ -149,7 +149,7 @@ def _or_cached(
     """What `attempt` returns, or if the hub gave no answer, a folder of the cache that is `whole`."""
     try:
         return attempt()
-    except Exception as error:  # whatever it was: a hub that gave no answer does not stop who needs none
+    except Exception as error:  # any failure: a hub without an answer does not matter if none is needed
         if not is_unanswered(error):
             raise
         try:
@@ -221,7 +221,7 @@ def check(settings: Settings, roles: Iterable[Role] | None = None, *, pause: Pau
 
 
 def _wrong(settings: Settings, roles: Sequence[Role]) -> list[str]:
-    """What is missing or wrong of the settings of a push, a line each: all of it, so that it is mended at once."""
+    """What is missing or wrong in the settings of an upload, one line each: all faults at once."""
     lines: list[str] = []
     try:
         if not hub_token(settings):
@@ -247,10 +247,10 @@ def upload(
 ) -> Pushed:
     """Brings the branch `HF_AWQ_BRANCH` of the role's repository to what `folder` holds, in one commit or in none.
 
-    What the hub has is not sent again, so a broken upload goes on where it broke. Weights and templates that `folder`
-    has not are deleted: a loader would read them, too. At the end every hash that the hub names is compared with the
-    file here. `progress` moves file by file. Raises `SettingsError` if the hub says no, else `QuantizeDelayed`, also
-    where the hub then holds other bytes.
+    Files that the hub has are not sent again, so an interrupted upload continues where it stopped. Weights and
+    templates that `folder` does not have are deleted: a loader would also read them. At the end every hash of the hub
+    is compared with the file here. `progress` moves file by file. Raises `SettingsError` if the hub says no, else
+    `QuantizeDelayed`, also if the hub then holds other bytes.
     """
     repo, branch, message = _repo(settings, role), settings.hf_awq_branch, _message(folder, role, settings)
     hub = _hub(settings, pause, writes=True)
@@ -277,7 +277,7 @@ def upload(
         files = [operation for operation in operations if isinstance(operation, client.CommitOperationAdd)]
         done, total = 0, sum(file.upload_info.size for file in files)
         tell(done, total)
-        for file in files:  # one by one: the client tells nothing of how far it is within a call
+        for file in files:  # one by one: the client reports no progress within a call
             api.preupload_lfs_files(repo, [file], revision=branch)
             tell(done := done + file.upload_info.size, total)
         # Not upload_folder: with hf_xet it may make several commits, and between two the branch holds half a model.
@@ -313,7 +313,7 @@ def _message(folder: Path, role: Role, settings: Settings) -> str:
 
 
 def _access(account: dict[str, Any]) -> dict[str, Any]:
-    """What whoami tells of a token: its `role` is read, write or fineGrained. Empty for other kinds of login."""
+    """What whoami reports about a token: its `role` is read, write or fineGrained. Empty for other kinds of login."""
     access: dict[str, Any] = (account.get("auth") or {}).get("accessToken") or {}
     return access
 

@@ -1,13 +1,12 @@
-"""The quantizer's job: from the settings to finished AWQ folders on the shelf, and on the hub where that is wished.
+"""The quantizer's job: from the settings to finished AWQ folders in `STATE/awq`, and on the hub if that is wanted.
 
-Each result is made in a folder of its own whose name begins with a dot, and appears on the shelf by one rename:
+Each result is made in a folder of its own whose name begins with a dot, and gets its final name by one rename:
 whatever ends a job early leaves what was there before.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import structlog
+from filelock import FileLock, Timeout
 
-from yaptext.engine import awq_results, checkpoints, demo
-from yaptext.engine import hub as hubs
+from yaptext.engine import awq_results, checkpoints, demo, hub_client
 from yaptext.engine.base import Role
 from yaptext.engine.weight_kind import kind_of
 from yaptext.errors import QuantizeDelayed, QuantizeError, QuantizeRefused, SettingsError, YapError
@@ -38,7 +37,7 @@ P = ParamSpec("P")
 
 _log = structlog.get_logger(__name__)
 _RESERVE_BYTES = 64 * 2**20
-"""Room for what lies beside the weights: tokenizer, card, plot."""
+"""Disk space for the files beside the weights: tokenizer, card, plot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class Task:
 
 
 def run(settings: Settings, options: Options) -> None:
-    """Does all that is to do; nothing to do takes a moment, and loads nothing heavy. Raises `YapError`."""
+    """Does all work. If there is none, it returns at once and loads nothing heavy. Raises `YapError`."""
     if options.when_wanted and "awq" not in (settings.quantization_of("chat"), settings.quantization_of("tool")):
         _log.info("quantize.not_wanted", reason=f"QUANTIZATION={settings.quantization}")
         return
@@ -180,7 +179,7 @@ def _recipe(settings: Settings, task: Task) -> dict[str, Any]:
 
 
 def _reason(settings: Settings, task: Task, options: Options) -> str | None:
-    """Why the task is to be done; None where a finished result will do."""
+    """Why the task has to be done; None if a finished result is good enough."""
     found = _finished(settings, task)
     if found is None:
         return "no finished result"
@@ -189,7 +188,7 @@ def _reason(settings: Settings, task: Task, options: Options) -> str | None:
     if options.when_wanted:
         return None  # an update of the service must not cost its next start an hour
     then, now = found.manifest.get("recipe", {}), _recipe(settings, task)
-    # What the manifest of an earlier version does not tell was no choice then.
+    # A setting that the manifest of an earlier version lacks did not exist then.
     changed = [name for name in now if name in then and then[name] != now[name]]
     if changed:
         return ", ".join(f"{name} was {then[name]}, is {now[name]}" for name in changed)
@@ -212,7 +211,7 @@ def _is_awq(settings: Settings, task: Task) -> bool:
 
     if task.demo:
         return False
-    if kind_of(task.source, hub.peek_config(task.source, settings), hubs.cache(settings)) != "awq":
+    if kind_of(task.source, hub.peek_config(task.source, settings), hub_client.cache(settings)) != "awq":
         return False
     _log.info("quantize.given", model=task.name, reason="it has AWQ weights already")
     return True
@@ -220,14 +219,14 @@ def _is_awq(settings: Settings, task: Task) -> bool:
 
 def clear(settings: Settings, tasks: list[Task]) -> None:
     """Deletes what killed jobs left: unfinished folders of any model, and results that a newer one has replaced.
-    For who holds the lock."""
+    The caller holds the lock."""
     for leftover in _leftovers(settings, tasks):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _clear_if_free(settings: Settings, tasks: list[Task]) -> None:
     if _leftovers(settings, tasks):
-        with suppress(YapError), _locked(settings.state):  # what lies there may be another job's work
+        with suppress(YapError), _locked(settings.state):  # what is there may be the work of another job
             clear(settings, tasks)
 
 
@@ -243,7 +242,7 @@ def _leftovers(settings: Settings, tasks: list[Task]) -> list[Path]:
 
 
 def make(settings: Settings, task: Task, options: Options, check_signals: Callable[[], None]) -> None:
-    """Quantizes one model and puts the result on the shelf. Raises `YapError`; nothing half-made is left, and a failure
+    """Quantizes one model and stores the result. Raises `YapError`; nothing incomplete is left, and a failure
     that would come again is remembered."""
     row = awq_results.row(settings.state, task.source)
     wanted = _wanted(settings, task, options)  # as it is now: files may change in the hours until the end
@@ -299,7 +298,7 @@ def fill(
         config = hub.peek_config(task.source, settings)
         if not awq_results.is_folder(task.source):
             wanted["source"]["revision"] = hub.cached_revision(task.source, settings)
-        kind = kind_of(task.source, config, hubs.cache(settings))
+        kind = kind_of(task.source, config, hub_client.cache(settings))
         if kind != "float":
             made = "quantized" if kind == "other" else kind
             raise QuantizeRefused(f"{task.source} has {made} weights already: AWQ is made of float weights, name those")
@@ -424,7 +423,7 @@ def _environment(settings: Settings) -> dict[str, str]:
     """What torch, transformers and the bars of autoawq read, before they are imported."""
     values = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     if not settings.on_cuda:
-        values["CUDA_VISIBLE_DEVICES"] = ""  # autoawq takes a card where it sees one
+        values["CUDA_VISIBLE_DEVICES"] = ""  # autoawq uses a GPU if it sees one
     return values
 
 
@@ -480,7 +479,7 @@ def _push(settings: Settings, task: Task) -> None:
 
     found = _finished(settings, task)
     if found is None:
-        raise QuantizeDelayed(f"the finished folder of {task.name} has gone from {settings.state / 'awq'}")
+        raise QuantizeDelayed(f"the finished folder of {task.name} is no longer in {settings.state / 'awq'}")
     for role in task.roles:
         notify(f"STATUS=Pushing {task.name} to {_target(settings, role)['repo']}.")
         pushed = hub.upload(found.folder, role, settings)
@@ -488,7 +487,7 @@ def _push(settings: Settings, task: Task) -> None:
         try:
             _receipt(settings, task, role).write_text(json.dumps(receipt), encoding="utf-8")
         except OSError as error:
-            raise fault.kind_of_disk(error)(f"{task.name} was pushed, which cannot be noted down: {error}") from error
+            raise fault.kind_of_disk(error)(f"{task.name} was pushed, but this cannot be recorded: {error}") from error
 
 
 # --- one at a time
@@ -496,33 +495,28 @@ def _push(settings: Settings, task: Task) -> None:
 
 @contextmanager
 def _locked(state: Path) -> Iterator[None]:
-    """Holds the shelf for this job. Raises `QuantizeDelayed` with the other one's process id, and what
+    """Locks `STATE/awq` for this job. Raises `QuantizeDelayed` with the other one's process id, and what
     `fault.kind_of_disk` says if nothing can be written."""
+    file = state / "awq" / "lock"
+    lock = FileLock(file, blocking=False, mode=0o644)
     try:
-        (state / "awq").mkdir(parents=True, exist_ok=True)
-        lock = os.open(state / "awq" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        file.write_text(f"process {os.getpid()}, since {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+    except Timeout:
+        raise QuantizeDelayed(f"another job is using {file.parent}: {file.read_text().strip()[:200]}") from None
     except OSError as error:
-        raise fault.kind_of_disk(error)(f"cannot write to {state / 'awq'}: {error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.write(lock, f"process {os.getpid()}, since {datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
-    except BlockingIOError:
-        who = os.read(lock, 200).decode(errors="replace").strip()
-        os.close(lock)
-        raise QuantizeDelayed(f"another job is at work on {state / 'awq'}: {who}") from None
-    except OSError as error:
-        os.close(lock)
-        raise fault.kind_of_disk(error)(f"cannot write to {state / 'awq'}: {error}") from error
+        lock.release()
+        raise fault.kind_of_disk(error)(f"cannot write to {file.parent}: {error}") from error
     try:
         yield
     finally:
-        os.close(lock)
+        lock.release()
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[Callable[[], None]]:
-    """SIGTERM ends the job as Ctrl-C does, by an exception: what is half-made is cleared away, which no second signal
+    """SIGTERM ends the job as Ctrl-C does, by an exception: incomplete results are removed, which no second signal
     interrupts. Yields what raises the same wherever it is called after the signal: in the threads of a download, for
     which the exception waits, and where a library has swallowed it."""
     endings = {signal.SIGTERM: SystemExit(128 + signal.SIGTERM), signal.SIGINT: KeyboardInterrupt()}
@@ -553,5 +547,5 @@ def _ended_by_signals() -> Iterator[Callable[[], None]]:
         raise
     finally:
         sys.unraisablehook = unraisable
-        for number, handler in before.items():  # all is cleared away: a second one ends the process at once
+        for number, handler in before.items():  # everything is removed: a second signal ends the process at once
             signal.signal(number, signal.SIG_DFL if came else handler)

@@ -1,4 +1,4 @@
-"""What lies beside the weights for people: README.md with the figures, their plot, the licence of the source."""
+"""Files for people beside the weights: README.md with the figures, their plot, the licence of the source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(folder: Path, source: Path, manifest: dict[str, Any], report: Report) 
 
 
 def text(source: Path, manifest: dict[str, Any], report: Report) -> str:
-    """The model card: the source's front matter where it tells of licence and language, then what was done."""
+    """The model card: the source's front matter about licence and language, then what was done."""
     name, settings = manifest["source"]["name"], manifest["settings"]
     library = manifest.get("backend", "autoawq")
     layout = "gemm" if library == "autoawq" else "compressed-tensors"
@@ -106,8 +106,8 @@ def _front_matter(source: Path, name: str) -> str:
 
 
 def _fields(card: Path) -> dict[str, str | list[str]]:
-    """The texts and lists of texts of a card's front matter; none of a card that is missing or broken, as the licence
-    files come along at any rate. Every scalar is a text: to YAML 1.1, `no`, which is Norwegian, is a boolean."""
+    """The texts and lists of texts of a card's front matter; none if the card is missing or broken, since the licence
+    files are copied anyway. Every scalar is a text: to YAML 1.1, `no`, which is Norwegian, is a boolean."""
     try:
         match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8-sig"), re.DOTALL)
         fields = yaml.load(match[1], yaml.BaseLoader) if match else None

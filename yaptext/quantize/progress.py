@@ -18,7 +18,7 @@ _LINE_EVERY_S, _STATUS_EVERY_S = 30.0, 2.0
 
 
 class Progress:
-    """Tells of one model's layers and measurements. `terminal` says that a person watches standard error."""
+    """Reports one model's layers and measurements. `terminal`: a person watches standard error."""
 
     def __init__(self, terminal: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._terminal, self._clock = terminal, clock

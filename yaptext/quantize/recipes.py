@@ -3,7 +3,7 @@ layers behind them are multiplied by it, and which stay as they are.
 
 llm-compressor has mappings of its own, but takes those of Llama for an architecture that it does not know, and leaves
 most routed models to chance. All names are of a decoder layer's parts; `*` stands for the number of an expert. Parts
-that a layer has not are left out: a stack may mix dense and routed layers, attention and convolutions.
+that a layer does not have are skipped: a stack may mix dense and routed layers, attention and convolutions.
 """
 
 from __future__ import annotations
@@ -110,5 +110,5 @@ RECIPES = {
         )
     ),
 }
-"""By model type: what comes out right, measured (tests/quantize). Those that autoawq does right, too, are done by it,
-unless QUANTIZER says otherwise."""
+"""By model type: measured as right (tests/quantize). autoawq does those that it also does right, unless QUANTIZER says
+otherwise."""

@@ -61,9 +61,9 @@ def architecture(config: Any) -> Any:
 
 
 _WRONG = {
-    "missing_keys": "the weights do not fit their config.json: they lack {}. Take both from one place",
-    "unexpected_keys": "the weights do not fit their config.json: it has no place for {}. Take both from one place",
-    "mismatched_keys": "the weights do not fit their config.json: another shape in {}. Take both from one place",
+    "missing_keys": "the weights do not fit their config.json: they lack {}. Take both from the same place",
+    "unexpected_keys": "the weights do not fit their config.json: its model has no {}. Take both from the same place",
+    "mismatched_keys": "the weights do not fit their config.json: another shape in {}. Take both from the same place",
 }
 
 
@@ -72,8 +72,8 @@ def check_finite(model: Any) -> None:
     for name, low, high in _bounds(model):
         if not (low > float("-inf") and high < float("inf")):  # NaN compares as false
             raise QuantizeRefused(
-                f"the tensor {name}{_file_of(model, name)} holds numbers that are not finite: the weights are damaged, "
-                "take an earlier state of them"
+                f"the tensor {name}{_file_of(model, name)} holds numbers that are not finite: the weights are damaged; "
+                "take an earlier version of them"
             )
 
 

@@ -24,7 +24,7 @@ Done = Callable[[int, int], None]
 
 
 def _untold(_: int, __: int) -> None:
-    """For those who do not ask how far it is."""
+    """For callers that need no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Reference:
         kept: str = "",
         done: Done = _untold,
     ) -> None:
-        """`done` is called as measurements of the float model and of rounding go on."""
+        """`done` is called during the measurements of the float model and of rounding."""
         self._folder, self._held_out, self._on_cuda = folder, held_out, on_cuda
         self._logprobs: list[Any] = []
         self._states: list[Any] = []
@@ -220,7 +220,7 @@ class Stored:
 
 
 def decoded(quantized: Path) -> dict[str, Stored]:
-    """The float weights that a checkpoint in 4 bits stands for, by name. Raises `QuantizeRefused` if a part lacks."""
+    """The float weights that a checkpoint in 4 bits stands for, by name. Raises `QuantizeRefused` if one is missing."""
     stored = _tensors(quantized)
     for name in list(stored):
         layer, _, part = name.rpartition(".")

@@ -7,19 +7,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
 from yaptext.engine.base import Load
 from yaptext.errors import ServerAtCapacity
+from yaptext.server.access.accounts import Account
+from yaptext.server.slots import Holder, Slots
 from yaptext.wire.frames import Capacity
 
-if TYPE_CHECKING:
-    from yaptext.server.ws.connection import Connection
-
 _RETRY_AFTER_MS, _FEW = 2000, 8
-"""While too few connections have ended to tell how often that happens."""
+"""Used until enough connections have ended to know how often that happens."""
 _RETRY_BOUNDS_MS, _JITTER = (250, 30_000), 0.25
 
 
@@ -44,7 +42,7 @@ class Admission:
         self._load, self._cache_tokens, self._session_tokens = load, cache_tokens, session_tokens
         self._clock = clock
         self._ended: deque[float] = deque([clock()], maxlen=32)
-        self.connections: set[Connection] = set()
+        self.slots = Slots()
 
     @property
     def fitting(self) -> int:
@@ -56,7 +54,7 @@ class Admission:
 
     @property
     def capacity(self) -> Capacity:
-        active, most = len(self.connections), self.fitting
+        active, most = len(self.slots), self.fitting
         full = active >= most
         waiting = bool(active and self._max_backlog_ms and self._load().backlog_ms > self._max_backlog_ms)
         return Capacity(
@@ -68,16 +66,16 @@ class Admission:
         )
 
     @contextmanager
-    def slot(self, connection: Connection) -> Iterator[None]:
-        """Holds a place for the connection. Raises `ServerAtCapacity` where there is none."""
+    def slot(self, account: Account, holder: Holder) -> Iterator[None]:
+        """Holds a place. Raises `RateLimited` if the key has as many as it may, `ServerAtCapacity` if there is none."""
+        account.admit(len(self.slots.of(account)))
         capacity = self.capacity
         if capacity.at_capacity:
             raise ServerAtCapacity("Server is at capacity.", retry_after_ms=self._retry_after_ms(capacity))
-        self.connections.add(connection)
         try:
-            yield
+            with self.slots.held(account, holder):
+                yield
         finally:
-            self.connections.discard(connection)
             self._ended.append(self._clock())
 
     def _retry_after_ms(self, capacity: Capacity) -> int:

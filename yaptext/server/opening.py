@@ -1,4 +1,4 @@
-"""What clients are answered while the engines open: 503 and when to come back, from the first second of a start on.
+"""What clients are answered while the engines open: 503 with a time to come back, from the first second of a start.
 
 Opening the engines holds the event loop for seconds at a time, so a thread answers, without ASGI and without a key. It
 says that the service starts, and how far its downloads are; not of what: that takes a key.
@@ -65,7 +65,7 @@ class Opening:
         left = _UNKNOWN_WAIT_S if self._expected_s is None else self._expected_s - passed
         if (download := underway()) is not None:
             return math.ceil(min(max(_UNKNOWN_WAIT_S, download.left_s or 0), _LONGEST_DOWNLOAD_WAIT_S))
-        # A start that takes longer than expected goes on for a part of what it took.
+        # A start that takes longer than expected is assumed to take a part of its time more.
         return math.ceil(max(_LEAST_WAIT_S, left, passed / 4 if left <= 0 else 0))
 
     def _run(self) -> None:

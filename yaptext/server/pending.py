@@ -1,4 +1,4 @@
-"""TCP connections that hold no slot: how many there may be, and how long each may stay."""
+"""TCP connections that hold no slot: how many there may be, how long each may stay."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _log = structlog.get_logger(__name__)
 _SPARE_FILES = 64
 """Descriptors for what is no socket of a client."""
 _PENDING_ONE_IN = 8
-"""Of the connections, this share may be without a slot, however few there may be: who comes has none yet."""
+"""This share of the connections may be without a slot, however few there are: a new one has none yet."""
 _TELL_EVERY_S = 10.0
 _ANSWERED = "answered"
 
 
-class Lobby:
-    """Connections without a slot: those that have not said who they are, plain HTTP, and those that were sent away
-    and do not go. Each has `timeout_s`, and again so much after every HTTP response.
+class PendingConnections:
+    """Connections without a slot: those that are not authenticated yet, plain HTTP, and refused ones that
+    stay open. Each has `timeout_s`, and again so much after every HTTP response.
 
     Over `limit` one is cut off: the oldest of those that have had an answer, or else the oldest of the address that has
-    most of the others. So clients that ask again and again, or come again and again, cannot push out the slow handshake
-    of somebody else."""
+    most of the others. So clients that send many requests, or reconnect again and again, cannot push out
+    the slow handshake of another client."""
 
     def __init__(self, limit: int, timeout_s: float) -> None:
         self.limit, self._timeout_s = limit, timeout_s
@@ -71,7 +71,7 @@ class Lobby:
     def _tell(self, now: float) -> None:
         self._cut += 1
         if now - self._told_at >= _TELL_EVERY_S:
-            _log.warning("lobby.full", connections_cut=self._cut, limit=self.limit)
+            _log.warning("pending.full", connections_cut=self._cut, limit=self.limit)
             self._cut, self._told_at = 0, now
 
 

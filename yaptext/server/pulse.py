@@ -1,4 +1,4 @@
-"""The pulse of an engine: it is asked for a token if it gave none by itself, and one that stays silent is told."""
+"""The pulse of an engine: whether it answers, by the tokens it gives or by a question for one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import structlog
 
 from yaptext.engine.base import DECIDE, Engine, Sampling, exhaust
-from yaptext.errors import EngineFailed
+from yaptext.errors import EngineFailed, EngineUnavailable
 
 _log = structlog.get_logger(__name__)
 SILENT_S = 5.0
@@ -23,20 +23,47 @@ LOOK_S = 0.5
 
 
 class Pulse:
-    """Whether one engine answers. `changed` is called when it falls silent, and when it is back."""
+    """Whether one engine answers. `changed` is called when it falls silent or goes away, and when it is back."""
 
     def __init__(self, role: str, engine: Engine, changed: Callable[[], None]) -> None:
-        self.role, self._engine, self._changed = role, engine, changed
+        self.role, self.engine, self._changed = role, engine, changed
         self.silent_since: datetime | None = None
         """When it was asked what it has not answered; None while it answers."""
+        self.away: str | None = None
+        """Why it cannot be reached; None while it can."""
+
+    @property
+    def silence(self) -> str | None:
+        """What clients have to wait for, in words."""
+        if self.away is not None:
+            return f"The {self.role} engine is away: {self.away}"
+        if self.silent_since is not None:
+            return f"The {self.role} engine has not answered since {self.silent_since:%H:%M:%S} UTC."
+        return None
+
+    async def check(self) -> None:
+        """Raises `EngineDead`. An engine that is away is noted: it may come back without this process."""
+        try:
+            await self.engine.check()
+        except EngineUnavailable as error:
+            if self.away is None:
+                cause = " ".join(getattr(error, "__notes__", ()))
+                _log.error("engine.away", engine=self.role, model=self.engine.model, error=cause or error.message)
+                self.away = error.message
+                self._changed()
+        else:
+            if self.away is not None:
+                _log.info("engine.back", engine=self.role, model=self.engine.model)
+                self.away = None
+                self._changed()
 
     async def keep(self, every_s: float, heard: Callable[[], None]) -> None:
         """For ever: after each `every_s` calls `heard` if the engine has given first tokens meanwhile, or else asks it
         for one. `heard` is called for every sign of life."""
         while True:
-            before = self._engine.load()
+            before = self.engine.load()
             await asyncio.sleep(every_s)
-            load = self._engine.load()
+            load = self.engine.load()
             if load.prefill_tokens_per_s != before.prefill_tokens_per_s:  # each first token moves it
                 heard()
             else:  # prompts whose users have left meanwhile are still computed, to the end of the step
@@ -52,7 +79,7 @@ class Pulse:
         try:
             while not (await asyncio.wait([question], timeout=LOOK_S))[0]:
                 waited_s += LOOK_S
-                load = self._engine.load()
+                load = self.engine.load()
                 # Of the engine's last step. While the question is open a stream runs, so these are told as they are.
                 signs = load.prefill_tokens_per_s, load.kv_use, load.requests
                 if before is not None and signs != before:
@@ -72,23 +99,25 @@ class Pulse:
     async def _token(self) -> bool:
         """False if the engine lives but fails."""
         try:
-            prompt = await self._engine.encode("ok")
-            await exhaust(self._engine.stream(prompt, Sampling(max_tokens=1), priority=DECIDE))
+            prompt = await self.engine.codec.encode("ok")
+            await exhaust(self.engine.stream(prompt, Sampling(max_tokens=1), priority=DECIDE))
+        except EngineUnavailable:
+            return True  # which `check` tells: to end this process brings no other one back
         except EngineFailed as error:
-            _log.error("probe.failed", engine=self.role, model=self._engine.model, error=error.message)
+            _log.error("probe.failed", engine=self.role, model=self.engine.model, error=error.message)
             return False
         return True
 
     def _falls_silent(self, waited_s: float) -> None:
         self.silent_since = datetime.now(UTC) - timedelta(seconds=waited_s)
-        _log.error("engine.silent", engine=self.role, model=self._engine.model, seconds=round(waited_s, 1))
+        _log.error("engine.silent", engine=self.role, model=self.engine.model, seconds=round(waited_s, 1))
         self._changed()
 
     def _answers(self) -> None:
         if self.silent_since is not None:
             seconds = (datetime.now(UTC) - self.silent_since).total_seconds()
             self.silent_since = None
-            _log.info("engine.answers", engine=self.role, model=self._engine.model, seconds=round(seconds, 1))
+            _log.info("engine.answers", engine=self.role, model=self.engine.model, seconds=round(seconds, 1))
             self._changed()
 
 

@@ -1,7 +1,7 @@
-"""The settings: what the environment says, checked, and what follows from it.
+"""The settings: environment variables, checked.
 
-`table` lists them, `derived` answers what follows from them, `rules` refuses what cannot be, `reading` reads them and
-makes of all that one class: `Settings`.
+`table` lists them, `derived` computes values from them, `rules` refuses wrong ones, and `reading` reads them into one
+class: `Settings`.
 """
 
 from yaptext.settings.reading import Settings

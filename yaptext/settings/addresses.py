@@ -1,4 +1,4 @@
-"""Lists of web origins, host names and networks: how they are written, and what is compared with."""
+"""Lists of web origins, host names and networks: how they are written and compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ORIGIN = re.compile(r"(?!wss?:)([a-z][a-z0-9+.-]*)://([a-z0-9_.-]+|\[[0-9a-f:.]
 
 
 def origin(item: str) -> str:
-    """As a browser writes it: small letters, no slash at the end, no port that the scheme has anyway."""
+    """As a browser writes it: lower case, no slash at the end, no default port of the scheme."""
     written = item.rstrip("/").lower()
     if written in ("*", "null"):
         return written
@@ -31,12 +31,12 @@ def origin(item: str) -> str:
 
 def host(item: str) -> str:
     if re.fullmatch(r"[a-zA-Z0-9_.-]+", item) is None:
-        raise ValueError(f"ALLOWED_HOSTS={item!r} is not allowed: it is no host name. Write it as yap.example.com")
+        raise ValueError(f"ALLOWED_HOSTS={item!r} is not allowed: it is not a host name. Write it as yap.example.com")
     return item.lower().rstrip(".")
 
 
 def networks(item: str) -> list[str]:
-    """The network, and for IPv4 also how a socket that takes both kinds writes it."""
+    """The network, and for IPv4 also the form in which a dual-stack socket shows it."""
     try:
         network = ipaddress.ip_network(item)
     except ValueError:

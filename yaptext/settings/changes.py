@@ -11,19 +11,18 @@ from yaptext import secrets
 from yaptext.settings.table import Table
 
 _MOST_SHOWN = 500
-"""Characters of a value in the log: journald splits a line of over 48 KiB."""
+"""Characters of a value in the log: journald splits lines over 48 KiB."""
 
 
 class Changes(NamedTuple):
-    """What differs from the defaults, by variable name: the `settings`, and the `sources` they came from, `environment`
-    or `credential`."""
+    """`settings` that differ from the defaults, by variable, and their `sources`: `environment` or `credential`."""
 
     settings: dict[str, str | float]
     sources: dict[str, str]
 
 
 def changes(settings: Table) -> Changes:
-    """For a log: a secret is "set", and so is a URL, which may hold one. Without what systemd sets at each start.
+    """For a log: a secret is shown as "set", and so is a URL, which may contain one. Leaves out what systemd sets.
     `settings` are those of `Settings.load()`. Raises `SettingsError` if a credential cannot be read."""
     credentials = secrets.credentials()
     changed = Changes({}, {})

@@ -1,4 +1,4 @@
-"""What follows from the settings, such as defaults by deployment and device."""
+"""Values that follow from the settings, such as defaults by deployment and device."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ FLOAT_CONNECTIONS = {"tool": 32, "chat": 24, "both": 16}
 
 
 class Derived(Table):
-    """The table with its answers."""
+    """The table, with the values that follow from it."""
 
     @property
     def own_key(self) -> str | None:
-        """`api_key`; None where it is the default and a key file names others."""
+        """`api_key`; None if it is the default and there is a key file."""
         key = self.api_key.get_secret_value()
         return None if self.key_file and key == DEFAULT_API_KEY else key
 
     @property
     def leaves_default_key(self) -> bool:
-        """Whether a credential is there for the API key, and is empty or the default key itself."""
+        """Whether there is a credential for the API key that is empty or holds the default key."""
         file = self.credentials_directory and self.credentials_directory / "YAP_TEXT_API_KEY"
         return self.own_key == DEFAULT_API_KEY and file is not None and file.exists()
 
     @property
     def reloads(self) -> bool:
-        """Whether SIGHUP means to read the key file again. Without one or a supervisor the terminal is gone."""
+        """Whether SIGHUP means a reload. If there is nothing to reload, the terminal is gone."""
         return bool(self.key_file or self.personas_dir or self.notify_socket)
 
     @property
@@ -68,7 +68,7 @@ class Derived(Table):
 
     @property
     def models(self) -> list[str]:
-        """What is deployed, as it was named: what a start takes its time for."""
+        """The names of what is deployed, which determine how long a start takes."""
         named = (self.deploy_models, self.chat_model, self.tool_model, self.awq_chat_model, self.awq_tool_model)
         return [name or "" for name in (*named, self.quantization)]
 
@@ -91,11 +91,11 @@ class Derived(Table):
         return self.watchdog_usec / 1e6 if self.watchdog_usec else None
 
     def max_connections(self, *, awq: bool) -> int:
-        """The connection limit, where `awq` says that every deployed model has AWQ weights."""
+        """The connection limit. `awq`: every deployed model has AWQ weights."""
         return self.max_concurrent_connections or self.usual_connections(awq=awq)
 
     def usual_connections(self, *, awq: bool) -> int:
-        """The limit by deployment: so many are taken however much they keep in the KV cache."""
+        """The default limit by deployment: so many are accepted whatever they keep in the KV cache."""
         return (AWQ_CONNECTIONS if awq else FLOAT_CONNECTIONS)[self.deploy_models]
 
     @property

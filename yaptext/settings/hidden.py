@@ -1,4 +1,4 @@
-"""Paths that the units do not see: a setting that names one fails there alone."""
+"""Paths that the units do not see: a setting that names one fails only in a unit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from yaptext.settings.old_names import moved_names
 from yaptext.settings.table import Table
 
 HIDDEN = ("/home", "/root", "/run/user")
-"""What `ProtectHome=yes` takes from a unit."""
+"""What `ProtectHome=yes` hides from a unit."""
 
 
-def hidden_paths(told: str) -> list[str]:
-    """One note for each variable whose path the error `told` is about, if systemd runs this process and its units do
-    not see that path: there it looks like one that is missing or closed."""
+def hidden_paths(message: str) -> list[str]:
+    """One note for each variable whose path the error `message` names, if systemd runs this process and its units do
+    not see that path: it then looks missing or unreadable."""
     if not os.environ.get("INVOCATION_ID"):
         return []
     values = {**os.environ, **moved_names().values}
@@ -23,6 +23,6 @@ def hidden_paths(told: str) -> list[str]:
         name = str(field.validation_alias)
         path = values.get(name, "").removeprefix("sqlite:")
         folder = next((folder for folder in HIDDEN if Path(path).is_relative_to(folder)), None)
-        if folder and path in told:
+        if folder and path in message:
             notes.append(f"{name}: the unit does not see {folder} (ProtectHome=yes): move it, for example to /srv")
     return notes

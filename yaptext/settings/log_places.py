@@ -1,4 +1,4 @@
-"""Where the log goes if the settings are wrong: what the environment alone says."""
+"""Where the log goes if the settings are wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class LogPlaces(NamedTuple):
-    """Where the log goes by the environment alone: for a start whose settings are wrong. A wrong value is no value."""
+    """Read from the environment alone, for a start whose settings are wrong. A wrong value counts as unset."""
 
     format: str
     file: Path | None

@@ -1,4 +1,4 @@
-"""Names and values of earlier stacks, and what they are called today."""
+"""Names and values of earlier versions, and their names today."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ RENAMED = {
     "CHAT_MAX_TOKENS": "CHAT_MAX_OUT",
     "TOOL_MAX_TOKENS": "TOOL_MAX_OUT",
 }
-"""Names of earlier stacks."""
 _QUANTIZATIONS = {
     "awq_marlin": "awq",
     "gptq_marlin": "gptq",
@@ -35,18 +34,18 @@ _QUANTIZATIONS = {
     "bf16": "none",
     "bfloat16": "none",
 }
-"""vLLM's and others' words, and what they mean here: the checkpoint's own config says how it is quantized."""
+"""Words of vLLM and others, and what they mean here: the checkpoint's own config says how it is quantized."""
 
 
 class Moved(NamedTuple):
-    """What old names and values became: `values` by today's variable name, and one `note` each."""
+    """`values` of old names, by today's variable name, and one of the `notes` for each."""
 
     values: dict[str, str]
     notes: list[str]
 
 
 def moved_names(environ: Mapping[str, str] | None = None) -> Moved:
-    """Maps variables and values of earlier stacks to today's (`environ` defaults to the process's own)."""
+    """Maps old variables and values to today's (`environ` defaults to the process's own)."""
     environ = os.environ if environ is None else environ
     values: dict[str, str] = {}
     notes: list[str] = []

@@ -41,7 +41,7 @@ class Settings(Checked):
     @classmethod
     def load(cls, *, serving: bool = False, **given: Any) -> Self:
         """Reads the environment; `given` (by variable name) wins over it. Raises `SettingsError`: one line for each
-        thing that is wrong, names that look like slips included. `serving` also asks for a state folder to write to.
+        fault, misspelt names included. `serving` also requires a state folder that can be written to.
         """
         lines: list[str] = []
         try:
@@ -59,8 +59,8 @@ class Settings(Checked):
 
     @classmethod
     def _broken_rules(cls, given: dict[str, Any], wrong: set[str]) -> list[str]:
-        """Which rules over several variables are broken, beside those that the `wrong` ones are part of: pydantic asks
-        none of them while a value is wrong."""
+        """The broken rules over several variables, except those that involve `wrong` ones: pydantic checks no such rule
+        while any value is wrong."""
         defaults = {str(field.validation_alias): field.default for field in cls.model_fields.values()}
         try:
             cls(**given | {name: defaults[name] for name in wrong})

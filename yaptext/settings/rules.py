@@ -1,4 +1,4 @@
-"""What a setting must not be, alone or beside others."""
+"""Checks of one setting and of several together."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from yaptext.settings.table import DEFAULT_API_KEY
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _LARGEST = 10**15
-"""What a number may be at most: SQLite, the event loop and the product of two take it."""
+"""Largest number: SQLite and the event loop accept it, also as the product of two settings."""
 _MOST_GPU = 0.98
 _AROUND_TOKENS = 160
 """Least room in a prompt for template, time, persona and history."""
 
 
 class Checked(Derived):
-    """The table whose values are allowed."""
+    """The table, with checked values."""
 
     def _default_key_stays_at_home(self) -> Self:
         try:
@@ -34,12 +34,12 @@ class Checked(Derived):
         return self
 
     def _lists_can_match(self) -> Self:
-        """Refuses at the start what would match nobody, and what would open the default key to any page."""
+        """Refuses lists that no client could match, and lists that let any web page use the default key."""
         origins, _, _ = self.origins, self.proxies, self.hosts
         open_to_any = self.allowed_origins is not None and (origins is None or "null" in origins)
         if open_to_any and self.own_key == DEFAULT_API_KEY:
             raise ValueError(
-                f"ALLOWED_ORIGINS={self.allowed_origins!r} is not allowed with the default API key, which any page "
+                f"ALLOWED_ORIGINS={self.allowed_origins!r} is not allowed with the default API key, which any web page "
                 "knows: set YAP_TEXT_API_KEY, or name the origins"
             )
         return self
@@ -47,7 +47,7 @@ class Checked(Derived):
     @field_validator("api_key")
     @classmethod
     def _bare_key(cls, value: SecretStr) -> SecretStr:
-        """The key as clients send it. What is surely more than a key is refused."""
+        """The key as clients send it. Refuses a value that is clearly more than a key."""
         key = secrets.bare(value.get_secret_value())
         if not key:
             raise ValueError("it is blank")
@@ -56,13 +56,13 @@ class Checked(Derived):
         if key.startswith("YAP_TEXT_API_KEY="):
             raise ValueError("it begins with the variable's name: write the key alone")
         if re.search(r"\s", key):
-            raise ValueError("white space stands inside, or it has several lines: write the key alone, one word")
+            raise ValueError("it contains white space or several lines: write only the key, one word")
         return SecretStr(key)
 
     @field_validator("chat_logit_bias", mode="before")
     @classmethod
     def _from_json(cls, value: Any) -> Any:
-        """Here, where a text that is none is a line of its own: pydantic-settings would end the start with it."""
+        """Parsed here, so that invalid JSON is a line like any other. pydantic-settings would raise its own error."""
         return json.loads(value) if isinstance(value, str) else value
 
     @field_validator("*")
@@ -74,7 +74,7 @@ class Checked(Derived):
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
-        """The rules over several variables, of which each that is broken is a line."""
+        """The rules over several variables. Each broken rule is one line."""
         lines = []
         for rule in (self._default_key_stays_at_home, self._lists_can_match):
             try:
@@ -98,7 +98,7 @@ class Checked(Derived):
         if self.chat_deployed and parts > context:
             yield (
                 f"CHAT_MAX_MODEL_LEN={context} is not allowed: USER_UTT_MAX_TOKENS={self.user_utt_max_tokens}, "
-                f"CHAT_MAX_OUT={self.chat_max_out} and {_AROUND_TOKENS} for what stands around them need {parts}"
+                f"CHAT_MAX_OUT={self.chat_max_out} and {_AROUND_TOKENS} for the text around them need {parts}"
             )
         context = self.tool_max_model_len or 4096
         parts = self.user_utt_max_tokens + self.tool_history_tokens + self.tool_max_out
@@ -106,19 +106,19 @@ class Checked(Derived):
             yield (
                 f"TOOL_MAX_MODEL_LEN={context} is not allowed: USER_UTT_MAX_TOKENS={self.user_utt_max_tokens}, "
                 f"TOOL_HISTORY_TOKENS={self.tool_history_tokens} and TOOL_MAX_OUT={self.tool_max_out} need {parts}, "
-                "and the list of tools comes on top"
+                "and the list of tools needs more"
             )
 
     @property
     def _names_one_model(self) -> bool:
-        """Whether one engine surely serves both: then it has the GPU alone."""
+        """Whether one engine certainly serves both models: then it has the GPU alone."""
         chat, tool = self.awq_chat_model or self.chat_model, self.awq_tool_model or self.tool_model
         return self.share_engine and chat is not None and chat == tool
 
     def check_address(self, host: str) -> None:
         """Raises `SettingsError` for an address that the default key must not be served on."""
         if self.own_key == DEFAULT_API_KEY and host not in LOOPBACK:
-            folder = os.environ.get("CREDENTIALS_DIRECTORY")  # a container's secrets, too
+            folder = os.environ.get("CREDENTIALS_DIRECTORY")  # also of a container's secrets
             in_file = f", write a key into {folder}/YAP_TEXT_API_KEY" if folder else ""
             raise SettingsError(
                 f"HOST={host!r} is not allowed with the default API key: set YAP_TEXT_API_KEY{in_file}, "

@@ -1,4 +1,4 @@
-"""Names that look like settings and are none."""
+"""Misspelt names: variables that look like settings and are not."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _NEAR = 0.85
 
 
 def unknown_names(environ: Mapping[str, str] | None = None) -> list[str]:
-    """One note for each variable that looks like ours and is none: a slip would otherwise change nothing and say
-    nothing. `environ` defaults to the process's own."""
+    """One note for each variable that looks like ours and is not: a misspelt one would otherwise be
+    ignored silently. `environ` defaults to the process's own."""
     environ = os.environ if environ is None else environ
     known = {str(field.validation_alias) for field in Table.model_fields.values()}
     notes = []

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 
 from yaptext import __version__
 from yaptext.errors import wire_codes
-from yaptext.wire.frames import ClientMessage, ServerMessage
+from yaptext.wire.frames import CLIENT_MESSAGES, SERVER_MESSAGES
 
 
 def document() -> dict[str, Any]:
     """A JSON-ready dict; every message of the protocol is under `components.messages` by its tag."""
-    sent, received = get_args(ClientMessage), get_args(ServerMessage)
-    _, schemas = msgspec.json.schema_components(sent + received, ref_template="#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components(
+        CLIENT_MESSAGES + SERVER_MESSAGES, ref_template="#/components/schemas/{name}"
+    )
     schemas["Error"]["properties"]["error_code"] = {"type": "string", "enum": wire_codes()}
     messages = {
         str(cls.__struct_config__.tag): {"payload": {"$ref": f"#/components/schemas/{cls.__name__}"}}
-        for cls in sent + received
+        for cls in CLIENT_MESSAGES + SERVER_MESSAGES
     }
 
     def refs(classes: tuple[Any, ...]) -> list[dict[str, str]]:
@@ -38,8 +39,8 @@ def document() -> dict[str, Any]:
             }
         },
         "operations": {
-            "receive": {"action": "receive", "channel": {"$ref": "#/channels/ws"}, "messages": refs(sent)},
-            "send": {"action": "send", "channel": {"$ref": "#/channels/ws"}, "messages": refs(received)},
+            "receive": {"action": "receive", "channel": {"$ref": "#/channels/ws"}, "messages": refs(CLIENT_MESSAGES)},
+            "send": {"action": "send", "channel": {"$ref": "#/channels/ws"}, "messages": refs(SERVER_MESSAGES)},
         },
         "components": {
             "messages": messages,

@@ -6,13 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from yaptext.commands.doctor import gpu, models, network
+from yaptext.commands.doctor import cards, network
 from yaptext.commands.doctor.check import ROLES, Finding, check, fail, ok, warn
 from yaptext.commands.doctor.deployment import Deployment, Unknown
-from yaptext.commands.doctor.host import GIB, cpu_flags, gib, memory_bytes, memory_limit
-from yaptext.commands.doctor.models import Model
+from yaptext.commands.doctor.model_source import Model, model_of
+from yaptext.commands.doctor.resources import GIB, cpu_flags, gib, memory_bytes, memory_limit
 from yaptext.engine.base import Role
-from yaptext.engine.hub import cache
+from yaptext.engine.hub_client import cache
 from yaptext.engine.model_config import context_of
 from yaptext.engine.weight_kind import kind_of
 from yaptext.errors import YapError
@@ -61,7 +61,7 @@ def deployed(seen: Deployment) -> list[tuple[tuple[Role, ...], Model]]:
     for role in ROLES:
         if settings.chat_deployed if role == "chat" else settings.tool_deployed:
             try:
-                named.append((role, models.model(seen, role)))
+                named.append((role, model_of(seen, role)))
             except YapError as error:
                 raise Unknown(str(error)) from None
     one_folder = len({str(model.folder or model.source) for _, model in named}) == 1
@@ -92,7 +92,7 @@ def _room(seen: Deployment, roles: tuple[Role, ...], model: Model) -> Room:
         kv = settings.cpu_kv_cache_mb * 2**20
         return Room(roles, model, size + _CPU_BYTES + kv, size, _CPU_BYTES, kv, token, context, session)
     alone = len(deployed(seen)) == 1
-    limit = int(settings.gpu_fraction(role, alone=alone) * gpu.card(seen).total_bytes)
+    limit = int(settings.gpu_fraction(role, alone=alone) * cards.card(seen).total_bytes)
     other = _CUDA_BYTES + _step_bytes(seen, role, text)
     return Room(roles, model, limit, size, other, limit - size - other, token, context, session)
 
@@ -225,11 +225,11 @@ def memory(seen: Deployment) -> Finding:
 
 
 def _card_memory(seen: Deployment, needed: int) -> Finding:
-    card = gpu.card(seen)
+    card = cards.card(seen)
     if seen.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"):
         raise Unknown("nvidia-smi does not say what a slice of MIG has free")
     share = f"the engines' shares are {gib(needed)} of {gib(card.total_bytes)}"
-    if any(one.is_ours for one in gpu.processes(seen)):
+    if any(one.is_ours for one in cards.processes(seen)):
         return ok(f"{share}; the service that runs has them")
     if needed > card.free_bytes:
         remedy = "stop what uses the card (nvidia-smi), or lower CHAT_GPU_FRAC and TOOL_GPU_FRAC"
@@ -246,7 +246,7 @@ def sessions(seen: Deployment) -> Finding:
     hub = cache(settings)
     awq = all(kind_of(room.model.source, room.model.known_config, hub) == "awq" for room in found)
     limit = settings.max_connections(awq=awq)
-    where = f"{gpu.card(seen).name}" if seen.on_cuda else "CPU"
+    where = f"{cards.card(seen).name}" if seen.on_cuda else "CPU"
     most = longest.tokens // longest.session_tokens
     told = (
         f"about {usual} sessions of {_USUAL_TOKENS:,} tokens, {most} at their longest "

@@ -91,7 +91,7 @@ def check(name: str, *, needs: Sequence[str] = ()) -> Callable[[Check], Check]:
 
 
 def check_each(name: str, *, needs: Sequence[str] = ()) -> Callable[[RoleCheck], RoleCheck]:
-    """Registers a check once a role. `{role}` in `needs` is the role."""
+    """Registers a check once per role. `{role}` in `needs` is the role."""
 
     def register(run: RoleCheck) -> RoleCheck:
         for role in ROLES:
@@ -152,7 +152,7 @@ def _run(one: Registered, seen: Deployment, ends: dict[str, Future[Finding]]) ->
         finding = one.run(seen)
     except Unknown as reason:
         finding = skip(str(reason))
-    except Exception as error:  # a fault of the check, which is told as one
+    except Exception as error:  # a fault of the check, reported as one
         finding = fail(
             f"the check itself crashed: {type(error).__name__}",
             f"report it with the output of: yap-text doctor ({one.name})",

@@ -16,7 +16,7 @@ from yaptext.settings.old_names import moved_names
 from yaptext.settings.slips import unknown_names
 
 _SHOWN = 500
-"""Characters of one refusal: a variable's whole meaning stands at its end."""
+"""Characters of one refusal, which ends with the meaning of the variable."""
 
 
 def where(seen: Deployment) -> str:
@@ -35,7 +35,7 @@ def valid(seen: Deployment) -> Finding:
         lines = " | ".join(line[:_SHOWN] for line in seen.refusals)
         return fail(lines, f"{where(seen)}; yap-text serve --help lists every setting")
     names = ", ".join(map(str, seen.closed))
-    return warn(f"this user may not read {names}: what the unit is told is not known", "sudo yap-text doctor")
+    return warn(f"this user may not read {names}: some settings of the unit are not known", "sudo yap-text doctor")
 
 
 @check("settings.names")
@@ -44,7 +44,7 @@ def names(seen: Deployment) -> Finding:
     moved = moved_names(seen.environ).notes
     if unknown or moved:
         return warn("; ".join([*unknown, *moved]), f"correct the names; {where(seen)}")
-    return ok("no variable looks like a slip or an old name")
+    return ok("no variable is a misspelling or an old name")
 
 
 @check("settings.effects", needs=("settings.valid",))
@@ -71,9 +71,9 @@ def _without_effect(settings: Settings, given: set[str], *, is_unit: bool) -> li
         if plain and awq:
             told.append(f"{role.upper()}_MODEL has no effect beside AWQ_{role.upper()}_MODEL")
     if settings.deploy_models == "chat" and (settings.tool_model or settings.awq_tool_model):
-        told.append("DEPLOY_MODELS=chat leaves the tool model that is named out")
+        told.append("DEPLOY_MODELS=chat has no use for the tool model that is named")
     if settings.deploy_models == "tool" and (settings.chat_model or settings.awq_chat_model):
-        told.append("DEPLOY_MODELS=tool leaves the chat model that is named out")
+        told.append("DEPLOY_MODELS=tool has no use for the chat model that is named")
     if settings.hf_awq_push and not (settings.hf_awq_chat_repo or settings.hf_awq_tool_repo):
         told.append("HF_AWQ_PUSH=1 without HF_AWQ_CHAT_REPO or HF_AWQ_TOOL_REPO ends the quantizer")
     if settings.hf_awq_push and settings.hf_token is None:
@@ -100,7 +100,7 @@ def tools(seen: Deployment) -> Finding:
     try:
         found = ToolSet.from_file(file)
     except SettingsError as error:
-        return fail(str(error), f"mend {named}, or unset TOOLS_FILE for the built-in five")
+        return fail(str(error), f"correct {named}, or unset TOOLS_FILE for the five built-in tools")
     return ok(f"{len(found.tools)} tools of {named or 'this package'}")
 
 
@@ -111,7 +111,7 @@ def personas(seen: Deployment) -> Finding:
         persona.use_folder(None if settings.personas_dir is None else seen.machine.path(settings.personas_dir))
         persona.check_style(settings.default_persona_style)
     except SettingsError as error:
-        return fail(str(error), "mend that file, PERSONAS_DIR or DEFAULT_PERSONA_STYLE")
+        return fail(str(error), "correct that file, PERSONAS_DIR or DEFAULT_PERSONA_STYLE")
     return ok(f"{len(persona.styles())} styles; {settings.default_persona_style} is the default")
 
 

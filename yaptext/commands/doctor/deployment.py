@@ -41,7 +41,7 @@ class Deployment:
         self._lock = threading.Lock()
         self._known: dict[Any, Future[Any]] = {}
         self.closed: list[Path] = []
-        """Files that the settings stand in, and this user may not read."""
+        """Files with settings that this user may not read."""
         self.installed = None if shell else self._read_unit(unit_file.SERVICE)
         """The unit whose settings these are; None: the shell's."""
         self.socket = self._read_unit(unit_file.SOCKET) if self.installed else None
@@ -59,7 +59,7 @@ class Deployment:
             return None
 
     def _of_unit(self, unit: Unit) -> dict[str, str]:
-        """What systemd would put into the environment, with the credentials in the place of their files."""
+        """What systemd would put into the environment, with the credentials instead of their files."""
         values = unit.environment()
         for named in unit.values("EnvironmentFile"):
             content = self._content(Path(named.removeprefix("-")))

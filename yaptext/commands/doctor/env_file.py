@@ -38,21 +38,21 @@ def parse(content: bytes) -> EnvFile:
         bare = name.removeprefix("\ufeff")
         if _NAME.fullmatch(name) is None:
             if bare == name:
-                what = "export is a shell's word" if name.startswith("export ") else "no variable has such a name"
+                what = "export is a shell command" if name.startswith("export ") else "no variable has such a name"
                 faults.append(f"line {number}: {what}: systemd ignores the line")
             continue
         if is_open:
-            faults.append(f"line {number}: {name} opens a quote that nothing closes: it swallows the lines below")
+            faults.append(f"line {number}: {name} opens a quote that is never closed: it includes the lines below")
         elif "\n" in value:
             faults.append(f"line {number}: {name} has a quoted value over several lines")
         elif not is_quoted and re.search(r"\s#", value):
-            faults.append(f"line {number}: the comment behind {name} is part of its value")
+            faults.append(f"line {number}: the comment after {name} is part of its value")
         elif value[:1] in "\u201c\u2018\u201d" and value:
             faults.append(f"line {number}: the value of {name} begins with a typographic quote")
         elif not is_quoted and value[-1:] in "\"'" and value:
-            faults.append(f"line {number}: the value of {name} ends with a quote that nothing opened")
+            faults.append(f"line {number}: the value of {name} ends with a quote that was never opened")
         if name in values:
-            faults.append(f"line {number}: {name} stands there twice; the last one counts")
+            faults.append(f"line {number}: {name} is set twice; the last line applies")
         values[name] = value
     return EnvFile(values, faults, oddities)
 

@@ -11,6 +11,7 @@ from yaptext.commands.doctor import (  # noqa: F401 each registers its checks
     host,
     keys,
     models,
+    models_here,
     network,
     python_environment,
     report,

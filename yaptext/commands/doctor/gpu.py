@@ -4,136 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
 
+from yaptext.commands.doctor.cards import MIB, card, cards, processes
 from yaptext.commands.doctor.check import Finding, check, fail, ok, skip, warn
 from yaptext.commands.doctor.deployment import Deployment, Unknown
-from yaptext.commands.doctor.machine import Machine, Ran
+from yaptext.commands.doctor.machine import Machine
 
-MIB = 2**20
 _DRIVERS = {13: (580, 65), 12: (525, 60)}
 """Oldest driver by CUDA's major version (CUDA Toolkit release notes, minor version compatibility)."""
 _USUAL_CUDA = 13
 _LEAST_CAPABILITY, _BFLOAT_CAPABILITY, _FP8_CAPABILITY = (7, 5), (8, 0), (8, 9)
 """CUDA 13 has no kernels below 7.5; bfloat16 needs 8.0; FP8 arithmetic 8.9."""
 _HOT_C = 90
-_CARD = "index,uuid,name,driver_version,memory.total,memory.free,compute_cap,compute_mode,persistence_mode"
-_HEALTH = "index,mig.mode.current,ecc.errors.uncorrected.volatile.total,temperature.gpu"
-_SLOWED = ("clocks_event_reasons.hw_slowdown", "clocks_throttle_reasons.hw_slowdown")
-"""Today's name, and the one that older drivers know."""
+
+
 _GPU_VENDOR, _DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")
-_ANCESTORS = 8
-
-
-class Card(NamedTuple):
-    """One row of nvidia-smi."""
-
-    number: int
-    uuid: str
-    name: str
-    driver: str
-    total_bytes: int
-    free_bytes: int
-    capability: tuple[int, ...]
-    compute_mode: str
-    persistence: str
-    health: dict[str, str]
-
-
-class Process(NamedTuple):
-    """What has memory of a card."""
-
-    pid: int
-    name: str
-    used: str
-    is_ours: bool
-
-
-def cards(seen: Deployment) -> list[Card]:
-    """Every card of the machine. Raises `Unknown` if nvidia-smi does not answer."""
-    return seen.once("cards", lambda: _cards(seen.machine))
-
-
-def _cards(machine: Machine) -> list[Card]:
-    ran = _query(machine, _CARD)
-    if not ran.is_ok:
-        raise Unknown(f"nvidia-smi: {ran.complaint}")
-    health = {row[0]: dict(zip(_HEALTH.split(","), row, strict=False)) for row in _rows(_query(machine, _HEALTH).out)}
-    for name in _SLOWED:
-        if (told := _query(machine, f"index,{name}")).is_ok:
-            for index, slowed in _rows(told.out):
-                health.setdefault(index, {})["slowed"] = slowed
-            break
-    found = []
-    for row in _rows(ran.out):
-        index, uuid, name, driver, total, free, capability, mode, persistence = row[:9]
-        found.append(
-            Card(
-                int(index),
-                uuid,
-                name,
-                driver,
-                _bytes(total),
-                _bytes(free),
-                tuple(map(int, re.findall(r"\d+", capability))),
-                mode,
-                persistence,
-                health.get(index, {}),
-            )
-        )
-    return found
-
-
-def _query(machine: Machine, fields: str) -> Ran:
-    return machine.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
-
-
-def _bytes(mib: str) -> int:
-    return int(mib) * MIB if mib.isdigit() else 0
-
-
-def _rows(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if "," in line]
-
-
-def card(seen: Deployment) -> Card:
-    """The one that the engines use. Raises `Unknown`."""
-    found = cards(seen)
-    visible = seen.environ.get("CUDA_VISIBLE_DEVICES")
-    first = None if visible is None else visible.split(",")[0].strip()
-    for one in found:
-        if first is None or first == str(one.number) or (first.startswith("GPU-") and one.uuid.startswith(first)):
-            return one
-    if len(found) == 1 and first is not None and first.startswith("MIG-"):
-        return found[0]
-    raise Unknown("CUDA_VISIBLE_DEVICES names no card: gpu.visible" if found else "nvidia-smi names no card")
-
-
-def processes(seen: Deployment) -> list[Process]:
-    """Of every card."""
-    return seen.once("processes", lambda: _processes(seen.machine))
-
-
-def _processes(machine: Machine) -> list[Process]:
-    query = "--query-compute-apps=pid,process_name,used_memory"
-    ran = machine.run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
-    return [
-        Process(int(row[0]), row[1].split("/")[-1][:40], row[-1], _is_ours(machine, int(row[0])))
-        for row in _rows(ran.out)
-        if len(row) >= 3 and row[0].isdigit()
-    ]
-
-
-def _is_ours(machine: Machine, pid: int) -> bool:
-    """Whether it is a service of ours or one of its engines: by its command, or those of its parents."""
-    for _ in range(_ANCESTORS):
-        command = machine.word(f"/proc/{pid}/cmdline") or ""
-        if re.search(r"yap-?text\0(serve|quantize)", command):
-            return True
-        parent = re.search(r"^PPid:\s*(\d+)$", machine.word(f"/proc/{pid}/status") or "", re.MULTILINE)
-        if parent is None or (pid := int(parent[1])) <= 1:
-            return False
-    return False
 
 
 def _pci_cards(machine: Machine) -> list[str]:
@@ -146,18 +31,22 @@ def _pci_cards(machine: Machine) -> list[str]:
     ]
 
 
+def _version(machine: Machine) -> str | None:
+    """Of the driver's kernel module."""
+    text = machine.text("/proc/driver/nvidia/version") or ""
+    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", text)
+    return found[1] if found else None
+
+
 @check("gpu.driver")
 def driver(seen: Deployment) -> Finding:
     machine = seen.machine
     loaded = machine.path("/proc/driver/nvidia/version").exists()
     present = _pci_cards(machine)
     if loaded and not seen.on_cuda:
-        return skip("YAP_TEXT_DEVICE=cpu: the driver is there and not used")
+        return skip("YAP_TEXT_DEVICE=cpu: the driver is loaded but not used")
     if loaded:
-        version = re.search(
-            r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", machine.text("/proc/driver/nvidia/version") or ""
-        )
-        return ok(f"NVIDIA kernel module {version[1] if version else 'without a version'}")
+        return ok(f"NVIDIA kernel module {_version(machine) or 'without a version'}")
     nouveau = machine.path("/sys/module/nouveau").exists()
     install = "apt-get install nvidia-driver (580 or newer), then reboot"
     if nouveau:
@@ -168,7 +57,7 @@ def driver(seen: Deployment) -> Finding:
         return fail(f"YAP_TEXT_DEVICE=cuda, and no NVIDIA driver is loaded{why}", remedy)
     if present:
         names = ", ".join(present)
-        which = "nouveau has it" if nouveau else "no driver is loaded"
+        which = "nouveau drives it" if nouveau else "no driver is loaded"
         return warn(f"an NVIDIA card is on the bus ({names}), and {which}: the service runs on CPU", install)
     return skip("no NVIDIA driver: the service runs on CPU")
 
@@ -184,28 +73,27 @@ def answers(seen: Deployment) -> Finding:
     except Unknown as error:
         complaint = str(error)
         if "version mismatch" in complaint:
-            return fail(complaint, "the driver was upgraded under a running kernel module: reboot")
+            return fail(complaint, "the driver was upgraded while its kernel module was loaded: reboot")
         if "not installed" in complaint:
             return warn(complaint, "apt-get install nvidia-utils-580 (the driver's own version)")
         return fail(complaint, "dmesg | grep -i -e nvrm -e xid, then reboot")
     if not found:
-        return fail("nvidia-smi names no card", "dmesg | grep -i -e nvrm -e xid; in a container: docker run --gpus all")
+        return fail("nvidia-smi lists no card", "dmesg | grep -i -e nvrm -e xid; in a container: docker run --gpus all")
     return ok("; ".join(f"{one.number}: {one.name}, {one.total_bytes // MIB} MiB" for one in found))
 
 
 @check("gpu.driver_version", needs=_DRIVEN)
 def driver_version(seen: Deployment) -> Finding:
-    text = seen.machine.text("/proc/driver/nvidia/version") or ""
-    version = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", text)
+    version = _version(seen.machine)
     runtime = seen.machine.packages().get("nvidia-cuda-runtime", "")
     major = int(runtime.partition(".")[0]) if runtime[:1].isdigit() else _USUAL_CUDA
     least = _DRIVERS.get(major, _DRIVERS[_USUAL_CUDA])
     if version is None:
         raise Unknown("the driver does not say its version")
-    if tuple(map(int, version[1].split(".")[:2])) < least:
+    if tuple(map(int, version.split(".")[:2])) < least:
         remedy = f"apt-get install nvidia-driver-{least[0]} (or newer), then reboot"
-        return fail(f"driver {version[1]}; the wheels' CUDA {major} needs {least[0]}.{least[1]} or newer", remedy)
-    return ok(f"driver {version[1]} is new enough for CUDA {major}")
+        return fail(f"driver {version}; the wheels' CUDA {major} needs {least[0]}.{least[1]} or newer", remedy)
+    return ok(f"driver {version} is new enough for CUDA {major}")
 
 
 @check("gpu.devices", needs=_DRIVEN)
@@ -299,13 +187,11 @@ def health(seen: Deployment) -> Finding:
     errors = one.health.get("ecc.errors.uncorrected.volatile.total", "")
     heat = one.health.get("temperature.gpu", "")
     if errors.isdigit() and int(errors):
-        remedy = (
-            f"nvidia-smi -i {one.number} -q -d ECC,ROW_REMAPPER; reset or reboot; if it comes back, replace the card"
-        )
+        remedy = f"nvidia-smi -i {one.number} -q -d ECC,ROW_REMAPPER; reset or reboot; if they return, replace the card"
         return fail(f"{errors} memory errors of the card that ECC could not correct", remedy)
     if one.health.get("slowed") == "Active" or (heat.isdigit() and int(heat) >= _HOT_C):
         return warn(
-            f"the card slows itself down ({heat} C)", "see to its cooling and power: nvidia-smi -q -d PERFORMANCE"
+            f"the card slows itself down ({heat} C)", "check its cooling and power: nvidia-smi -q -d PERFORMANCE"
         )
     return ok(f"no uncorrected memory errors, {heat or '?'} C")
 
@@ -318,4 +204,4 @@ def other_processes(seen: Deployment) -> Finding:
         listed = ", ".join(f"{one.name} (process {one.pid}, {one.used} MiB)" for one in others[:5])
         remedy = "stop them, or leave room for them: CHAT_GPU_FRAC, TOOL_GPU_FRAC"
         return warn(f"others use the card: {listed}", remedy)
-    return ok(f"{len(found)} processes of this service" if found else "nobody else uses the card")
+    return ok(f"{len(found)} processes of this service" if found else "no other process uses the card")

@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 from yaptext.commands.doctor.check import Finding, check, fail, ok, skip, warn
-from yaptext.commands.doctor.deployment import Deployment, Unknown
-from yaptext.commands.doctor.machine import Machine
+from yaptext.commands.doctor.deployment import Deployment
+from yaptext.commands.doctor.resources import GIB, cores, cpu_flags, gib, killed, memory_bytes, memory_limit, mib
 
-GIB = 2**30
 _LEAST_GLIBC = (2, 34)
 """What the wheels of the locks are built for (manylinux_2_34)."""
 _LEAST_KERNEL = (4, 18)
@@ -54,14 +53,8 @@ def kernel(seen: Deployment) -> Finding:
     if not release:
         return warn("/proc/sys/kernel/osrelease cannot be read", "mount -t proc proc /proc")
     if _numbers(release) < _LEAST_KERNEL:
-        return warn(f"kernel {release}; nothing older than 4.18 was ever tried", "upgrade the kernel")
+        return warn(f"kernel {release}; kernels older than 4.18 were never tested", "upgrade the kernel")
     return ok(f"kernel {release}")
-
-
-def cpu_flags(machine: Machine) -> set[str]:
-    """Of the first processor, as /proc/cpuinfo has them."""
-    found = re.search(r"^flags\s*:(.*)$", machine.text("/proc/cpuinfo") or "", re.MULTILINE)
-    return set(found[1].split()) if found else set()
 
 
 @check("host.cpu")
@@ -87,16 +80,6 @@ def cpu(seen: Deployment) -> Finding:
 _EXTENSIONS = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 BF16": "avx512_bf16", "AMX": "amx_tile"}
 
 
-def cores(machine: Machine) -> float:
-    """Processors that this process may use, by its affinity and by the quota of its control group."""
-    quota = None
-    for folder in _cgroups(machine):
-        words = (machine.word(f"{folder}/cpu.max") or "").split()
-        if len(words) == 2 and words[0].isdigit():
-            quota = min(quota or 1e9, int(words[0]) / int(words[1]))
-    return min(machine.cores, quota) if quota else machine.cores
-
-
 @check("host.cores")
 def processors(seen: Deployment) -> Finding:
     usable = cores(seen.machine)
@@ -107,14 +90,6 @@ def processors(seen: Deployment) -> Finding:
     if threads > usable:
         return warn(f"CPU_THREADS={threads}, and {usable:g} processors may be used", f"set CPU_THREADS={int(usable)}")
     return ok(f"{usable:g} processors may be used")
-
-
-def memory_bytes(machine: Machine) -> dict[str, int]:
-    """/proc/meminfo in bytes. Raises `Unknown`."""
-    found = re.findall(r"^(\w+):\s+(\d+) kB$", machine.text("/proc/meminfo") or "", re.MULTILINE)
-    if not found:
-        raise Unknown("/proc/meminfo cannot be read")
-    return {name: int(amount) * 1024 for name, amount in found}
 
 
 @check("host.memory")
@@ -142,44 +117,20 @@ def swap(seen: Deployment) -> Finding:
     return ok(f"{gib(used)} of {gib(total)} swap are in use")
 
 
-def _cgroups(machine: Machine) -> list[str]:
-    """The folders of this process's control group, from its own up to the root (version 2)."""
-    for line in (machine.word("/proc/self/cgroup") or "").splitlines():
-        if line.startswith("0::"):
-            own = Path("/sys/fs/cgroup", line.removeprefix("0::").lstrip("/"))
-            return [str(folder) for folder in (own, *own.parents) if folder.is_relative_to("/sys/fs/cgroup")]
-    return ["/sys/fs/cgroup"]
-
-
-def memory_limit(seen: Deployment) -> int | None:
-    """Bytes that the unit, or this process's control group, may take; None is no limit."""
-    if seen.installed is not None:
-        return seen.installed.memory_limit()
-    limits = [seen.machine.word(f"{folder}/memory.max") for folder in _cgroups(seen.machine)]
-    limits.append(seen.machine.word("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    found = [int(limit) for limit in limits if limit and limit.isdigit() and int(limit) < 2**60]
-    return min(found, default=None)
-
-
 @check("host.memory_limit")
 def limit(seen: Deployment) -> Finding:
     found = memory_limit(seen)
     where = "MemoryMax= of the unit" if seen.installed is not None else "the control group"
-    killed = sum(_killed(seen.machine, folder) for folder in _cgroups(seen.machine)[:1])
+    ended = killed(seen.machine)
     if found is not None and found < _LEAST_RAM_BYTES:
         remedy = "systemctl edit yap-text: raise MemoryMax=" if seen.installed else "docker run --memory, or MemoryMax="
         return fail(f"{where} allows {gib(found)}; the demo model alone takes 2 GiB", remedy)
-    if killed:
+    if ended:
         return warn(
-            f"the kernel has killed {killed} processes here for lack of memory",
+            f"the kernel has killed {ended} processes here for lack of memory",
             "journalctl -k | grep -i 'out of memory'; then raise the limit or choose smaller models",
         )
     return ok(f"{where} allows {gib(found)}" if found is not None else "no memory limit")
-
-
-def _killed(machine: Machine, folder: str) -> int:
-    found = re.search(r"^oom_kill (\d+)$", machine.word(f"{folder}/memory.events") or "", re.MULTILINE)
-    return int(found[1]) if found else 0
 
 
 @check("host.overcommit")
@@ -258,9 +209,7 @@ def _folder(seen: Deployment, folder: Path, least: int, variable: str, what: str
     try:
         disk = seen.machine.disk(place)
     except OSError as error:
-        return fail(
-            f"{folder} cannot be looked at: {error.strerror}", f"set {variable} to a folder of a disk that works"
-        )
+        return fail(f"{folder} cannot be read: {error.strerror}", f"set {variable} to a folder of a disk that works")
     if disk.read_only:
         return fail(f"{folder} is on a read-only disk", f"mount -o remount,rw, or set {variable} to another folder")
     if os.path.exists(place) and not os.path.isdir(place):
@@ -299,16 +248,8 @@ def clock(seen: Deployment) -> Finding:
     told = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     if not _WRITTEN_AT <= now < _WRITTEN_AT + _FAR_AHEAD_S:
         remedy = "timedatectl set-ntp true, or date -s"
-        return fail(f"the clock says {told}: certificates of the hub and the age of sessions are then wrong", remedy)
+        return fail(f"the clock says {told}: the hub's certificates and the age of sessions will be wrong", remedy)
     return ok(told)
-
-
-def gib(amount: float) -> str:
-    return f"{amount / GIB:.1f} GiB"
-
-
-def mib(amount: float) -> str:
-    return f"{amount / 2**20:.0f} MiB"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -29,10 +29,10 @@ def own(seen: Deployment) -> Finding:
         return ok("the key file has the only keys: the default key is off")
     if key == DEFAULT_API_KEY:
         if host not in LOOPBACK:
-            return fail(f"the service listens on {host} with the default key, which everybody knows", remedy)
+            return fail(f"the service listens on {host} with the default key, which is public", remedy)
         if seen.installed is not None:
-            return warn("the default key counts: every program on this machine can use the service", remedy)
-        return ok("the default key, on loopback alone")
+            return warn("the default key is in use: every program on this machine can use the service", remedy)
+        return ok("the default key, on loopback only")
     if len(key) < _FEW_CHARACTERS:
         return warn(f"the key has {len(key)} characters: it can be guessed", remedy)
     return ok(f"a key of {len(key)} characters")
@@ -47,10 +47,10 @@ def file(seen: Deployment) -> Finding:
     try:
         found = keyfile.read(path, keyfile.NO_LIMITS)
     except SettingsError as error:
-        return fail(str(error), f"mend that line, or make the file: yap-text key new NAME --file {named}")
+        return fail(str(error), f"correct that line, or create the file: yap-text key new NAME --file {named}")
     if not found and seen.settings.api_key.get_secret_value() == DEFAULT_API_KEY:
         return fail(
-            f"{named} has no key, and there is no other: nobody gets in", f"yap-text key new NAME --file {named}"
+            f"{named} has no key, and there is no other: no client can connect", f"yap-text key new NAME --file {named}"
         )
     is_credential = seen.installed is not None and "YAP_TEXT_KEY_FILE" in seen.installed.credentials()
     if seen.installed is not None and not is_credential and not path.stat().st_mode & stat.S_IROTH:
@@ -70,7 +70,7 @@ def modes(seen: Deployment) -> Finding:
             told.append(f"{path} has mode {mode:04o}")
             commands.append(f"chmod {most:o} {path}")
     if told:
-        return warn(f"others may read or write what is secret: {', '.join(told)}", "; ".join(commands))
+        return warn(f"other users may read or write secrets: {', '.join(told)}", "; ".join(commands))
     return ok("no other user may read secrets, or write the key file")
 
 

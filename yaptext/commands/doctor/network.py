@@ -11,10 +11,11 @@ from ipaddress import ip_address
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from yaptext.commands.doctor import models, web
+from yaptext.commands.doctor import web
 from yaptext.commands.doctor.check import Finding, check, fail, ok, skip, warn
 from yaptext.commands.doctor.deployment import Deployment, Unknown
 from yaptext.commands.doctor.machine import Machine
+from yaptext.commands.doctor.model_source import ask_hub, hub_models
 from yaptext.errors import YapError
 
 _LISTEN = "0A"
@@ -24,7 +25,7 @@ _VALID = ("settings.valid",)
 
 
 class Listener(NamedTuple):
-    """A TCP socket that listens, and who has it as far as this user may see."""
+    """A listening TCP socket, and its process as far as this user may see it."""
 
     host: str
     port: int
@@ -152,7 +153,7 @@ def proxies(seen: Deployment) -> Finding:
     if odd:
         return warn("; ".join(odd), "export HTTPS_PROXY=http://HOST:PORT, or unset it")
     if not named:
-        return ok("no proxy is named")
+        return ok("no proxy is set")
     told = ", ".join(f"{scheme}_proxy={url}" for scheme, url in named.items())
     return ok(f"{told}; without it: {bypass or 'nothing'}")
 
@@ -167,20 +168,20 @@ def certificates(seen: Deployment) -> Finding:
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if (path := seen.environ.get(name)) and not named:
             return warn(f"the hub's client does not read {name}", f"export SSL_CERT_FILE={path}")
-    return ok(f"those of {' and '.join(named)}" if named else "the usual authorities")
+    return ok(f"those of {' and '.join(named)}" if named else "the default authorities")
 
 
 @check("network.clock", needs=("models.hub",))
 def clock(seen: Deployment) -> Finding:
     """Against the hub's `Date`."""
-    named = next(iter(models.hub_models(seen)), None)
+    named = next(iter(hub_models(seen)), None)
     try:
-        answer = models.ask_hub(seen, f"api/models/{named.source}") if named else None
+        answer = ask_hub(seen, f"api/models/{named.source}") if named else None
         then = email.utils.parsedate_to_datetime(answer.date) if answer and answer.date else None
     except (YapError, ValueError):
         then = None
     if then is None:
-        return skip("the hub told no time")
+        return skip("the hub sent no time")
     skew = seen.machine.now - then.timestamp()
     if abs(skew) > _MOST_SKEW_S:
         return warn(

@@ -23,7 +23,7 @@ _SET_BY_US = {
 """The service sets these itself (engine/vllm/environment.py)."""
 _HARMLESS = {"VLLM_ATTENTION_BACKEND", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "VLLM_ASSETS_CACHE", "VLLM_DO_NOT_TRACK"}
 _CHANGING = {
-    "VLLM_PLUGINS": "the plugins of Yap Text may be left out",
+    "VLLM_PLUGINS": "the plugins of Yap Text may not be loaded",
     "VLLM_TARGET_DEVICE": "it is for building vLLM",
     "VLLM_USE_V1": "vLLM has one engine now",
     "VLLM_USE_MODELSCOPE": "models would come from another hub",
@@ -106,7 +106,7 @@ def torch(seen: Deployment) -> Finding:
         remedy = "make ENV=serve-cuda serve, or YAP_TEXT_DEVICE=cpu"
         return fail(f"torch {build} is the CPU build, and the engines are to run on CUDA", remedy)
     if not seen.on_cuda and not is_cpu:
-        remedy = "make ENV=serve-cpu serve; if there is a card, mend its driver: gpu.driver"
+        remedy = "make ENV=serve-cpu serve; if there is a card, repair its driver: gpu.driver"
         return fail(f"torch {build} is the CUDA build, and the engines are to run on CPU", remedy)
     return ok(f"torch {build} for {'CUDA' if seen.on_cuda else 'CPU'}")
 
@@ -130,7 +130,7 @@ def vllm_variables(seen: Deployment) -> Finding:
         if name in {*_CHANGING, *_SET_BY_US}
     ]
     told += [
-        f"{name}: vLLM reads it, and no test of Yap Text has it"
+        f"{name}: vLLM reads it, and no test of Yap Text sets it"
         for name in named
         if name not in {*_CHANGING, *_SET_BY_US}
     ]
@@ -173,4 +173,4 @@ def loader_variables(seen: Deployment) -> Finding:
         if place is not None and not own and (found := next(iter(sorted(place.glob("libcud*rt.so*"))), None)):
             remedy = "unset LD_LIBRARY_PATH: the wheels bring their own CUDA"
             return warn(f"LD_LIBRARY_PATH has another CUDA before that of the wheels: {found}", remedy)
-    return ok("nothing is loaded in the place of the wheels' libraries")
+    return ok("no library is loaded instead of those of the wheels")

@@ -20,7 +20,7 @@ def ready(seen: Deployment) -> Finding:
     if answer.status is None:
         if "refused" in answer.failure.lower():
             return skip(f"no service listens at {where}")
-        held = "; yap-text.socket keeps clients until the service runs" if seen.socket is not None else ""
+        held = "; yap-text.socket keeps clients waiting until the service runs" if seen.socket is not None else ""
         return fail(f"{where}/readyz: {answer.failure}{held}", f"{_LOG}, then {_RESTART}")
     if not network.is_ours(answer):
         return skip(f"what answers at {where} is not this service: network.port")
@@ -28,7 +28,7 @@ def ready(seen: Deployment) -> Finding:
     if answer.status == 200:
         return ok(f"{where} is {state}")
     if state in ("starting", "draining"):
-        return warn(f"{where} is {state}", f"wait, and ask again; if it stays so: {_LOG}")
+        return warn(f"{where} is {state}", f"wait, then check again; if nothing changes: {_LOG}")
     why = answer.json.get("reason") or answer.json.get("message") or ""
     return fail(f"{where} is {state}" + (f": {why}" if why else ""), f"{_LOG}, then {_RESTART}")
 
@@ -45,7 +45,7 @@ def _status(seen: Deployment) -> web.Answer:
 
 
 def _facts(seen: Deployment) -> dict[str, Any]:
-    """What /status told. Raises `Unknown`."""
+    """The answer of /status. Raises `Unknown`."""
     answer = _status(seen)
     if answer.status != 200 or not isinstance(answer.json, dict):
         raise Unknown(f"/status: {answer.failure or f'status {answer.status}'}")
@@ -56,7 +56,7 @@ def _facts(seen: Deployment) -> dict[str, Any]:
 def key(seen: Deployment) -> Finding:
     answer = _status(seen)
     if answer.status == 200:
-        return ok("the service takes the key of these settings")
+        return ok("the service accepts the key of these settings")
     if answer.status == 401:
         if seen.settings.own_key is None:
             return skip("these settings name no key of their own")
@@ -66,7 +66,7 @@ def key(seen: Deployment) -> Finding:
     if answer.status == 403:
         return skip("the service does not answer to this host name")
     if answer.status == 429:
-        return warn("the service tells this address to wait: too many wrong keys came from it", "wait a minute")
+        return warn("the service makes this address wait: too many wrong keys came from it", "wait a minute")
     return fail(f"/status: {answer.failure or f'status {answer.status}'}", _LOG)
 
 
@@ -111,14 +111,12 @@ def room(seen: Deployment) -> Finding:
 def sessions(seen: Deployment) -> Finding:
     facts = _facts(seen)
     if facts.get("session_file_failing"):
-        return fail(
-            "the session file cannot be written: what is said now is lost at a restart", "df -h; yap-text sessions"
-        )
+        return fail("the session file cannot be written: new turns are lost at a restart", "df -h; yap-text sessions")
     reload = facts.get("reload")
     if isinstance(reload, dict) and reload.get("ok") is False:
         return warn(
-            "the last reload was refused: the old keys and personas count",
-            "mend what the journal names; systemctl reload yap-text",
+            "the last reload was refused: the old keys and personas stay in use",
+            "correct what the journal names; systemctl reload yap-text",
         )
     return ok("the session file and the last reload are in order")
 

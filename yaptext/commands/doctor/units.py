@@ -19,7 +19,7 @@ _PROPERTIES = (
 _INSTALL = "yap-text install (as root), then systemctl daemon-reload"
 _MEANINGS = {
     "1": "a crash",
-    "2": "settings or models have to be mended",
+    "2": "settings or models must be corrected",
     "75": "it may pass by itself: hub, driver, disk or port",
     "203": "the command of the unit cannot be run",
     "226": "systemd could not set the unit's folders up",
@@ -56,7 +56,7 @@ def _state(seen: Deployment, name: str) -> dict[str, str]:
 
 
 def _reason(state: dict[str, str]) -> str:
-    """Why a unit failed, in its own words if it has told any."""
+    """Why a unit failed, with its own status text if there is one."""
     status = state.get("ExecMainStatus", "0")
     meaning = f" ({_MEANINGS[status]})" if status in _MEANINGS else ""
     told = f"result {state.get('Result', '?')}, exit status {status}{meaning}"
@@ -110,7 +110,7 @@ def unit_texts(seen: Deployment) -> Finding:
             old.append(name)
     if old:
         found = f"{', '.join(old)} differ from those of {seen.machine.version}"
-        return warn(found, f"{_INSTALL}; changes of your own belong into systemctl edit")
+        return warn(found, f"{_INSTALL}; your own changes belong in systemctl edit")
     return ok(f"those of {seen.machine.version}")
 
 
@@ -162,7 +162,7 @@ def env_file(seen: Deployment) -> Finding:
     parsed = seen.env_file
     if parsed.faults:
         remedy = (
-            "NAME=value lines in plain UTF-8; a byte order mark goes with: sed -i '1s/^\\xEF\\xBB\\xBF//' " + ENV_FILE
+            "NAME=value lines in plain UTF-8; remove a byte order mark with: sed -i '1s/^\\xEF\\xBB\\xBF//' " + ENV_FILE
         )
         return fail(f"{ENV_FILE}: {'; '.join(parsed.faults)}", remedy)
     if parsed.oddities:
@@ -202,7 +202,7 @@ def reload(seen: Deployment) -> Finding:
 
 @check("systemd.service", needs=_RUNNING)
 def service(seen: Deployment) -> Finding:
-    return _found(seen, SERVICE, "journalctl -u yap-text -n 50; mend what it names, then systemctl restart yap-text")
+    return _found(seen, SERVICE, "journalctl -u yap-text -n 50; correct what it names, then systemctl restart yap-text")
 
 
 @check("systemd.quantize", needs=_RUNNING)

@@ -1,4 +1,4 @@
-"""One file put in place, changed or removed, in one step and with a line that says so."""
+"""Installs, changes or removes one file in one step, and prints a line about it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _MARK = "# As installed, until this file is edited: "
 
 
 class InstallError(YapError):
-    """Not everything could be put in place; the message says what to do."""
+    """Something could not be installed; the message says what to do."""
 
 
 def put_all(texts: Mapping[Path, str], mode: int) -> bool:
-    """Writes the files that differ, all or none; tells, and returns whether there were any. A disk fills up while the
-    parts are written: a rename takes no room."""
+    """Writes the files that differ, all or none; prints them, and returns whether there were any. A full disk fails the
+    writing of the parts: a rename needs no space."""
     words = {path: _word(path, text) for path, text in texts.items()}
     new = [path for path, word in words.items() if word != "unchanged"]
     try:
@@ -39,14 +39,14 @@ def put_all(texts: Mapping[Path, str], mode: int) -> bool:
 
 
 def _word(path: Path, text: str) -> str:
-    """What writing the text is to be called."""
+    """The word for writing the text: installed, updated or unchanged."""
     if not path.exists():
         return "installed"
     return "unchanged" if path.read_text() == text else "updated"
 
 
 def put_config(path: Path, template: str, mode: int) -> None:
-    """Writes a config unless it was edited; then a template that is new since lies beside it."""
+    """Writes a config unless it was edited; then a newer template is put beside it."""
     text = _stamped(template)
     current = path.read_text() if path.exists() else None
     if current is None or not is_edited(current):
@@ -60,7 +60,7 @@ def put_config(path: Path, template: str, mode: int) -> None:
 
 
 def put_once(path: Path, text: str, what: str, mode: int = 0o600) -> None:
-    """Writes a secret where there is none."""
+    """Writes a secret if there is none."""
     if path.exists():
         tell("kept", path)
     else:
@@ -74,12 +74,12 @@ def _digest(body: str) -> str:
 
 
 def _stamped(template: str) -> str:
-    """With a last line that tells what the file began as."""
+    """Adds a last line with the digest of the template."""
     return f"{template}{_MARK}{_digest(template)}\n"
 
 
 def _mark_of(text: str) -> str | None:
-    """The digest of the template that the file began as; lines may have come after it."""
+    """The digest of the template that the file was made from; lines may have been added after it."""
     marks: list[str] = re.findall(f"^{re.escape(_MARK)}(.*)$", text, re.MULTILINE)
     return marks[-1] if marks else None
 
@@ -93,7 +93,7 @@ def _part(path: Path) -> Path:
 
 
 def _write_part(path: Path, text: str, mode: int) -> None:
-    """Beside the file, and never readable by more than `mode` says. `_finish` puts it in place."""
+    """Writes beside the file, never with more rights than `mode`. `_finish` renames it."""
     with changing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(_part(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
@@ -107,7 +107,7 @@ def _finish(path: Path) -> None:
 
 
 def link(path: Path, target: Path, why: str = "") -> bool:
-    """Makes the link, or leads it elsewhere in one step; tells, and returns whether it had to."""
+    """Makes the link, or changes its target in one step; prints that, and returns whether it was necessary."""
     before = path.readlink() if path.is_symlink() else None
     if before == target:
         tell("unchanged", path)

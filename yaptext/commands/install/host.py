@@ -1,4 +1,4 @@
-"""The host that is written to, or a folder that stages one."""
+"""The host to install on, or a folder that stages one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yaptext.commands.install.templates import COMMAND
 
 
 class Host:
-    """The root folder that is written to: the machine's own, or a folder that stages one (`prefix`)."""
+    """The root folder to write to: that of the machine, or a folder that stages one (`prefix`)."""
 
     def __init__(self, prefix: Path | None) -> None:
         self.is_staged = prefix is not None
@@ -20,12 +20,12 @@ class Host:
         self.units = self.root / "etc/systemd/system"
         self.configs = self.root / "etc/yap-text"
         self.link = self.root / COMMAND.lstrip("/")
-        """To the command of the current version."""
+        """The link to the command of the current version."""
         self.nix_root = self.root / "nix/var/nix/gcroots/yap-text"
-        """Keeps the command from Nix's garbage collector, where it lies in the store."""
+        """Protects a command in the Nix store from the garbage collector."""
 
     def check(self) -> None:
-        """Raises where this machine cannot be written to or has no use for units."""
+        """Raises if this machine cannot be written to or does not use units."""
         if self.is_staged:
             return
         if not has_systemd():
@@ -36,7 +36,7 @@ class Host:
             raise InstallError("units are installed by root: run it with sudo, or with --prefix to look at the files")
 
     def systemctl(self, *arguments: str) -> str:
-        """What it prints; in a staged root nothing is run."""
+        """Returns the output; in a staged root nothing is run."""
         if self.is_staged:
             return ""
         # The wrapper of a Nix package names libraries that are not for the machine's own programs.

@@ -1,4 +1,4 @@
-"""What is put in place: installed, rolled back and uninstalled."""
+"""The steps of an installation, a rollback and an uninstallation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _KEPT_FOLDERS = (
 
 
 def install(prefix: Path | None = None, command: Path | None = None) -> int:
-    """Puts everything in place that is not, and prints a line a file. `command` is what the units run."""
+    """Installs what is missing or old, and prints one line per file. `command` is what the units run."""
     host = Host(prefix)
     host.check()
     versions = Versions.around(host, Path(sys.prefix)) if command is None else None
@@ -44,7 +44,7 @@ def install(prefix: Path | None = None, command: Path | None = None) -> int:
     if versions is not None:
         command = Path(templates.COMMAND)
         if host.link.exists() and not host.link.is_symlink():
-            raise InstallError(f"{host.link} is in the way: move it away, or name what the units run (--command PATH)")
+            raise InstallError(f"{host.link} is in the way: move it away, or choose another command (--command PATH)")
     for template in (templates.folder() / "yap-text.env", templates.folder() / "logrotate.conf"):
         files.put_config(
             host.configs / template.name, template.read_text(), 0o600 if template.suffix == ".env" else 0o644
@@ -62,27 +62,27 @@ def install(prefix: Path | None = None, command: Path | None = None) -> int:
     if changed:
         host.systemctl("daemon-reload")
         if host.systemctl("is-active", "yap-text.service") == "active":
-            print("The service runs as it did before; what is new is for the next start: systemctl restart yap-text")
+            print("The running service is unchanged; to start the new version: systemctl restart yap-text")
     if versions is not None:
         versions.prune()
         told = f"Current version: {versions.current.readlink()}."
         if versions.previous.is_symlink():
-            told += f" The version before: {versions.previous.readlink()} (yap-text install --rollback)."
+            told += f" Previous version: {versions.previous.readlink()} (yap-text install --rollback)."
         print(told)
     if not host.is_staged and not os.access("/usr/sbin/logrotate", os.X_OK):
-        print("There is no /usr/sbin/logrotate: a YAP_TEXT_LOG_FILE would grow without end. The journal needs none.")
+        print("There is no /usr/sbin/logrotate: a YAP_TEXT_LOG_FILE would grow without limit. The journal needs none.")
     print("Next:\n  systemctl enable --now yap-text\n  journalctl -u yap-text -f")
     return 0
 
 
 def rollback(prefix: Path | None = None) -> int:
-    """Runs `yap-text install` of the previous version, which puts its own units in place and makes itself the current
+    """Runs `yap-text install` of the previous version, which installs its own units and makes itself the current
     one."""
     host = Host(prefix)
     host.check()
     versions = Versions.installed(host)
     if versions is None or not (versions.previous / BUILT).is_file():
-        raise InstallError("there is no version to go back to: the second `make install` keeps the first")
+        raise InstallError("there is no previous version: a second `make install` keeps the first")
     sys.stdout.flush()
     command = versions.previous.resolve() / "bin/yap-text"
     options = ["--prefix", str(prefix)] if prefix else []
@@ -90,7 +90,7 @@ def rollback(prefix: Path | None = None) -> int:
 
 
 def uninstall(prefix: Path | None = None) -> int:
-    """Stops and removes what `install` put in place, and says what stays and how to remove it."""
+    """Stops and removes what `install` installed, and prints what stays and how to remove it."""
     host = Host(prefix)
     host.check()
     versions = Versions.installed(host)
@@ -124,5 +124,5 @@ def uninstall(prefix: Path | None = None) -> int:
     for path in kept:
         files.tell("kept", path)
     if kept:
-        print(f"These are yours: settings, keys, models and logs. They go with:\n  rm -r {' '.join(map(str, kept))}")
+        print(f"Your settings, keys, models and logs were kept. To remove them:\n  rm -r {' '.join(map(str, kept))}")
     return 0

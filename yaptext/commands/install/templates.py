@@ -1,4 +1,4 @@
-"""The rendered units and configs that are put in place."""
+"""The rendered units and configs to install."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 COMMAND = "/usr/local/bin/yap-text"
-"""What the rendered units run."""
+"""The command of the rendered units."""
 
 
 def folder() -> Path:

@@ -1,4 +1,4 @@
-"""The command that the units run: chosen, and refused if a unit could not run it."""
+"""Chooses the command that the units run, and refuses one that a unit could not run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from yaptext.settings.hidden import HIDDEN
 
 
 def command_of_units(host: Host, chosen: Path | None) -> Path:
-    """The command of the units. Raises where a unit could not run it."""
+    """The command of the units. Raises if a unit could not run it."""
     command = Path(os.path.abspath(chosen or Path(sys.executable).with_name("yap-text")))
     if not re.fullmatch(r"[\w./+@-]+", str(command), re.ASCII):
-        raise InstallError(f"{command} cannot stand in a unit: a path without spaces is needed (--command PATH)")
+        raise InstallError(f"{command} cannot be used in a unit: a path without spaces is needed (--command PATH)")
     places = [command, command.resolve()]
     if chosen is None:
         places += [Path(sys.prefix), Path(sys.base_prefix).resolve(), Path(__file__).resolve()]
@@ -37,10 +37,10 @@ def command_of_units(host: Host, chosen: Path | None) -> Path:
 
 
 def check_open(place: Path) -> None:
-    """Raises where a user of its own, which the service runs as, could not come to `place`."""
+    """Raises if the service's own user could not read `place`."""
     for path in (*reversed(place.parents), place):
         needed = stat.S_IXOTH if path.is_dir() else stat.S_IROTH
         if not path.stat().st_mode & needed:
             raise InstallError(
-                f"{path} is closed to other users, and the service runs as one of its own: chmod o+rx {path}"
+                f"other users cannot read {path}, and the service runs as a user of its own: chmod o+rx {path}"
             )

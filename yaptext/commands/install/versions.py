@@ -1,4 +1,4 @@
-"""The versions that `make install` has built, of which one is the current."""
+"""The versions that `make install` has built."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from yaptext.commands.install.files import InstallError
 from yaptext.commands.install.host import Host
 
 BUILT = "built.txt"
-"""In the folder of a version that is complete; `make install` writes it last. Until then it ends in `.part`."""
+"""The file that marks a complete version; `make install` writes it last. Until then its name ends in `.part`."""
 
 
 class Versions:
-    """The folder that `make install` calls PREFIX: an environment a version, and the links `current` and `previous`."""
+    """The folder that `make install` calls PREFIX: an environment per version, the links `current` and `previous`."""
 
     def __init__(self, host: Host, folder: Path) -> None:
         self.command = folder / "current/bin/yap-text"
@@ -25,17 +25,17 @@ class Versions:
 
     @classmethod
     def around(cls, host: Host, environment: Path) -> Versions | None:
-        """With the environment as a version; None if it is not one."""
+        """The versions around an environment; None if it is not one of them."""
         return cls(host, environment.parent) if (environment / BUILT).is_file() else None
 
     @classmethod
     def installed(cls, host: Host) -> Versions | None:
-        """Those that the command leads to."""
+        """The versions that the command belongs to."""
         target = host.link.readlink() if host.link.is_symlink() else Path()
         return cls(host, target.parents[2]) if target.parts[-3:] == ("current", "bin", "yap-text") else None
 
     def switch(self, name: str) -> bool:
-        """Makes this the current version, and the one that was current the previous. Returns whether it changed."""
+        """Makes this the current version, and the former one the previous. Returns whether anything changed."""
         before = self.current.readlink() if self.current.is_symlink() else None
         if before is not None and before.name != name:
             files.link(self.previous, before)
@@ -52,7 +52,7 @@ class Versions:
                 continue
             try:
                 self.remove(folder)
-            except InstallError as error:  # the switch is made; the next one tries again
+            except InstallError as error:  # the switch is done; the next one tries again
                 files.tell("kept", folder, str(error))
 
     def made(self) -> list[Path]:

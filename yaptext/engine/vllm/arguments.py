@@ -55,7 +55,7 @@ def engine_arguments(
     if settings.attention_backend != "auto":
         arguments["attention_backend"] = settings.attention_backend
     if role == "tool":
-        # Scheduling ahead begins the step after a decision before the decision is told: later by that step's launch,
+        # Scheduling ahead begins the step after a decision before the decision is known: later by that step's launch,
         # and beside whatever the card computes meanwhile.
         arguments["async_scheduling"] = False
     if cuda:

@@ -18,7 +18,7 @@ class Prefill:
         self._share = 1.0
         self._since, self._computed = 0.0, 0
         self.tokens_per_s = 0.0
-        """The best that it has shown of late: a time in which little was to be done shows less than it can do."""
+        """Its best speed of the recent past: a time with little work shows less than the engine can do."""
 
     @property
     def backlog_ms(self) -> float:

@@ -22,7 +22,7 @@ def lacks_kernel() -> bool:
 
 
 def register() -> None:
-    """Puts the decoding kernel in the place of vLLM's own, where that one would fail."""
+    """Replaces vLLM's own kernel with the decoding one if vLLM's would fail."""
     if not lacks_kernel():
         return
     from vllm.platforms import PlatformEnum, current_platform

@@ -10,11 +10,11 @@ from typing import Any
 
 import structlog
 
-from yaptext.engine.base import CHAT, Delta, Load, Reasoning, Role, Sampling
+from yaptext.engine.base import CHAT, Codec, Delta, Load, Reasoning, Role, Sampling
 from yaptext.engine.checkpoints import Checkpoint
 from yaptext.engine.codec import HubCodec
 from yaptext.engine.template import template_file
-from yaptext.engine.vllm import arguments, fault
+from yaptext.engine.vllm import arguments, open_failure
 from yaptext.engine.vllm.backlog import Prefill
 from yaptext.engine.vllm.gauge import make_gauge
 from yaptext.engine.vllm.grammar import GrammarCheck
@@ -25,12 +25,12 @@ from yaptext.settings import Settings
 _log = structlog.get_logger(__name__)
 
 
-class VllmEngine(HubCodec):
+class VllmEngine:
     """One AsyncLLM. Opened by `open`, which blocks while weights load; see `Engine` for the contract."""
 
     def __init__(self, llm: Any, model: str, kind: Kind, gauge: Any) -> None:
         tokenizer = llm.get_tokenizer()
-        super().__init__(
+        self.codec: Codec = HubCodec(
             tokenizer,
             max_model_len=llm.model_config.max_model_len,
             block_size=llm.vllm_config.cache_config.block_size,
@@ -56,7 +56,7 @@ class VllmEngine(HubCodec):
         blocks: int | None = None,
     ) -> VllmEngine:
         """Loads the checkpoint. Raises `StartError` with vLLM's reason."""
-        with fault.noted() as note:
+        with open_failure.noted() as note:
             try:
                 from vllm.engine.arg_utils import AsyncEngineArgs
                 from vllm.v1.engine.async_llm import AsyncLLM
@@ -69,7 +69,7 @@ class VllmEngine(HubCodec):
                 )
                 llm = AsyncLLM.from_engine_args(args, stat_loggers=[gauge])
             except Exception as error:  # vLLM raises whatever the failing layer raises
-                why = fault.reason(error, note)
+                why = open_failure.reason(error, note)
                 raise StartError(f"the {role} engine cannot open {checkpoint.source}: {why}") from error
         engine = cls(llm, checkpoint.source, checkpoint.kind, gauge)
         decode_from_the_end(llm.get_tokenizer())

@@ -40,7 +40,7 @@ class GrammarCheck:
 
     async def check(self, schema: str) -> None:
         """Raises `BadMessage` for a schema that takes too long or cannot be compiled, and `RateLimited` for a key whose
-        lists took too long of late. If the process cannot start, that is logged, and all pass."""
+        lists recently took too long. If the process cannot start, that is logged, and all pass."""
         left = self._left_of(whose.get())
         if left <= 0:
             wait_s = -left * 60 / self._key_s + 1

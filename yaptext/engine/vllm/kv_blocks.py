@@ -25,7 +25,7 @@ class Sizes:
             if kept["measured_for"] == self._measured_for:
                 return {role: int(blocks) for role, blocks in kept["blocks"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # no file, or a damaged one: what it would have told is measured again
+            pass  # no file, or a damaged one: its content is measured again
         return None
 
     def remember(self, blocks: Mapping[Role, int]) -> None:

@@ -18,7 +18,7 @@ class Closable(Protocol):
 
 E = TypeVar("E", bound=Closable)
 Openers = Mapping[Role, Callable[[], E | None]]
-"""Each blocks until its engine is open; None where the service goes on without that one."""
+"""Each blocks until its engine is open; None if the service starts without that one."""
 
 
 def in_turn(openers: Openers[E]) -> dict[Role, E]:

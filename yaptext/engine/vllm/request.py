@@ -26,7 +26,8 @@ decoders: list[str] = []
 
 KEPT_SCHEMAS = 256
 valid_schemas: OrderedDict[str, None] = OrderedDict()
-"""Schemas that vLLM has found valid."""
+"""Schemas that vLLM has found valid. No `LRUCache`: a thread adds what the event loop reads, and each step on this dict
+is one that no other thread can come into."""
 
 
 class _Params(SamplingParams):  # type: ignore[misc]

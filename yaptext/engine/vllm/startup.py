@@ -21,8 +21,8 @@ from yaptext.settings import Settings
 _log = structlog.get_logger(__name__)
 
 
-def open_engines(settings: Settings) -> Engines:
-    """Opens the deployed engines: at once on CPU, and on CUDA where an earlier start has measured how many blocks of KV
+def open_vllm(settings: Settings) -> Engines:
+    """Opens the deployed engines: at once on CPU, and on CUDA if an earlier start has measured how many blocks of KV
     cache each gets. Else one after the other, since each measures free GPU memory while it opens.
 
     Blocks. Raises `StartError`; what was already open is then closed.
@@ -138,8 +138,8 @@ def _timed(
         role=role,
         model=checkpoint.source,
         seconds=round(time.monotonic() - begun, 1),
-        max_model_len=engine.max_model_len,
-        block_size=engine.block_size,
+        max_model_len=engine.codec.max_model_len,
+        block_size=engine.codec.block_size,
         blocks=engine.blocks,
     )
     return engine

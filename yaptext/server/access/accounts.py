@@ -1,4 +1,4 @@
-"""API keys: who is calling, from the query, X-API-Key, Authorization or a ticket, and what that key may do."""
+"""API keys: which one a request gives (query, X-API-Key, Authorization, ticket), how often that may act."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import asyncio
 import itertools
 import math
 import re
-import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 from urllib.parse import unquote_to_bytes
 
 import structlog
 from starlette.requests import HTTPConnection
 
-from yaptext.errors import AuthenticationFailed, RateLimited, SettingsError, WireError
-from yaptext.server.access import keyfile
+from yaptext.errors import AuthenticationFailed, RateLimited, SettingsError
+from yaptext.server.access import caller, keyfile
 from yaptext.server.access.keyfile import NO_LIMITS, OWN_NAME, Key, Limits, hash_of
 from yaptext.server.access.throttle import Bucket, Clock, Throttle
 from yaptext.server.access.tickets import PER_MINUTE as TICKETS_PER_MINUTE
@@ -35,27 +32,19 @@ _RETRY_AFTER_MS = 2000
 
 Act = Literal["turns", "messages", "cancels", "tickets", "tools"]
 _NEW_TOOLS_PER_MINUTE = 60
-"""Lists of tools that nobody brought before: checking one costs milliseconds, compiling it more."""
-
-
-class Closable(Protocol):
-    """What is ended if its key is removed: a socket."""
-
-    def end(self, error: WireError) -> None: ...
+"""Lists of tools that are new to the service: checking one costs milliseconds, compiling it more."""
 
 
 class Account:
-    """One key as the service knows it: its sockets, and what it did in the last minute."""
+    """One key as the service knows it: its limits, and what it did in the last minute."""
 
     def __init__(self, key: Key, clock: Clock = time.monotonic) -> None:
         self.name, self.hash, self._clock = key.name, key.hash, clock
-        self._max_connections = 0
-        self.connections: set[Closable] = set()
         self._buckets: dict[str, Bucket] = {}
         self.limit(key.limits)
 
     def limit(self, limits: Limits) -> None:
-        """Sets the limits; what is not changed goes on counting."""
+        """Sets the limits; unchanged ones keep their counts."""
         self._max_connections = limits.connections
         rates = {
             "turns": limits.turns_per_minute,
@@ -78,24 +67,18 @@ class Account:
             message = f"the key {self.name} is out of {act}; limit is {bucket.per_minute} a minute"
             raise RateLimited(message, retry_after_ms=_ms(wait_s))
 
-    @contextmanager
-    def slot(self, connection: Closable) -> Iterator[None]:
-        """Counts the connection. Raises `RateLimited` where the key has as many as it may."""
-        active, limit = len(self.connections), self._max_connections
+    def admit(self, active: int) -> None:
+        """Raises `RateLimited` if the key has as many connections as it may; `active` are there."""
+        limit = self._max_connections
         if limit and active >= limit:
             message = f"the key {self.name} has {active} connections; limit is {limit}"
             raise RateLimited(message, retry_after_ms=_RETRY_AFTER_MS)
-        self.connections.add(connection)
-        try:
-            yield
-        finally:
-            self.connections.discard(connection)
 
 
 class Keys:
     """The key of `YAP_TEXT_API_KEY`, which is the operator's own and has no limits, and those of a key file.
 
-    A key is found by its hash. How long that takes depends on the hash of what was given, which nobody can steer
+    A key is found by its hash. How long that takes depends on the hash of what was given, which no client can choose
     towards that of a key without the key.
     """
 
@@ -116,7 +99,7 @@ class Keys:
         self._tickets = Tickets(clock)
         self._keys = self._read()
         if not self._keys:
-            hint = "nobody can connect: write a key into the key file and reload, or set YAP_TEXT_API_KEY"
+            hint = "no client can connect: write a key into the key file and reload, or set YAP_TEXT_API_KEY"
             _log.warning("keys.none", file=str(file), hint=hint)
         self._accounts: dict[bytes, Account] = {}
         """Of the keys that were used: a file may have many that are not."""
@@ -131,7 +114,7 @@ class Keys:
         shares the address (of a NAT, a proxy) is not locked out. The own key may be a word: it is not looked at.
         """
         headers, queries = _keys_in_headers(connection), _query(connection)
-        address = connection.client.host if connection.client else ""
+        address = caller.address(connection)
         wait_s = 0.0
         for ticket in queries["ticket"] if connection.scope["type"] == "websocket" else []:
             found = self._account(self._tickets.redeem(ticket) or b"")
@@ -154,49 +137,27 @@ class Keys:
         account.spend("tickets")
         return self._tickets.issue(account.hash)
 
-    @asynccontextmanager
-    async def reloading(
-        self, *, on_hangup: bool = True, reload: Callable[[], Awaitable[object]] | None = None
-    ) -> AsyncIterator[None]:
-        """While the block runs, SIGHUP reads the file again, also one that came before and was held back; or calls
-        `reload`, which does that and more."""
-        if not on_hangup:
-            yield
-            return
-        loop, wanted = asyncio.get_running_loop(), asyncio.Event()
-        # Not the loop's own way: it lets go of a signal by its default, and one that comes just then ends the process.
-        before = signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(wanted.set))
-        held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        task = asyncio.create_task(_reload_when(wanted, reload or self.reload))
-        try:
-            yield
-        finally:
-            # One that was held back no longer is: threads that were born since do not.
-            signal.signal(signal.SIGHUP, signal.SIG_IGN if signal.SIGHUP in held_back else before)
-            task.cancel()
-            await asyncio.wait([task])
-
-    async def reload(self) -> str | None:
-        """Takes the file as it is now; sockets of keys that are gone are told and closed. A file that is not as it
-        should be changes nothing; then returns why."""
+    async def reload(self) -> list[Account]:
+        """Takes the file as it is now; returns the accounts whose key is gone: the caller closes their sockets. Raises
+        `SettingsError` for a file that is not as it should be, which changes nothing."""
         if self._file is None:
-            return None
+            return []
         try:
             keys, removed = await asyncio.to_thread(self._read_again)
         except SettingsError as error:
             _log.error("keys.refused", error=str(error))
-            return str(error)
+            raise
         self._keys, before, self._accounts = keys, self._accounts, {}
+        gone = []
         for account in before.values():
             key = keys.get(account.hash)
             if key is not None and key.name == account.name:
                 account.limit(key.limits)
                 self._accounts[key.hash] = account
-                continue
-            for connection in account.connections:
-                connection.end(AuthenticationFailed("The key of this connection was removed."))
+            else:
+                gone.append(account)
         _log.info("keys.loaded", keys=len(keys), removed=removed)
-        return None
+        return gone
 
     def _read(self) -> dict[bytes, Key]:
         """The keys there are now, by hash. Raises `SettingsError`."""
@@ -214,13 +175,6 @@ class Keys:
         if account is None and (key := self._keys.get(hash)) is not None:
             account = self._accounts[hash] = Account(key, self._clock)
         return account
-
-
-async def _reload_when(wanted: asyncio.Event, reload: Callable[[], Awaitable[object]]) -> None:
-    while True:
-        await wanted.wait()
-        wanted.clear()
-        await reload()
 
 
 def _keys_in_headers(connection: HTTPConnection) -> list[bytes]:

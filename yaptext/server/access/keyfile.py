@@ -1,11 +1,11 @@
-"""The key file: named API keys, one a line, each as a hash and with limits of its own where it needs some.
+"""The key file: named API keys, one a line, each as a hash, with limits of its own if it needs some.
 
     # NAME sha256:HASH [LIMIT=N ...]; a limit of 0 is none
     phone-app sha256:5e88...42d8
     partner sha256:0b14...03f1 connections=4 turns_per_minute=60
 
-A key is 256 random bits, which nobody searches: its plain SHA-256 tells nothing of it. A slow hash makes passwords that
-people think of dear to guess; here it would only let whoever knocks burn the service's CPU.
+A key is 256 random bits, which cannot be searched: its plain SHA-256 reveals nothing. A slow hash makes passwords that
+people choose expensive to guess; here it would only let strangers waste the service's CPU.
 """
 
 from __future__ import annotations

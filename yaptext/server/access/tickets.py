@@ -15,7 +15,9 @@ PER_MINUTE = 600
 
 
 class Tickets:
-    """Random numbers that this process remembers until they are used or expire: a restart makes all of them void."""
+    """Random numbers that this process remembers until they are used or expire: a restart makes all of them void.
+
+    No `TTLCache`: its `pop` reads the clock twice, and raises if a ticket expires in between."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._waiting: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()

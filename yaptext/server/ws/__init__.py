@@ -1,1 +1,1 @@
-"""The /ws dialect: its door, its sockets and what waits to be sent."""
+"""The /ws dialect: its door, its sockets, what waits to be sent."""

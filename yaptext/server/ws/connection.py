@@ -4,58 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import cast
 
 import structlog
 from msgspec import UNSET
 from starlette.websockets import WebSocket
 
-from yaptext.dialogue import warming
-from yaptext.dialogue.heard import Heard
-from yaptext.dialogue.incoming import bounded
-from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.session import Session
-from yaptext.dialogue.turn import Turn
-from yaptext.engine.base import whose
-from yaptext.errors import BadMessage, Internal, RateLimited, SlowClient, WireError
-from yaptext.server.ws.send_queue import WRITE_NOW, SendQueue
-from yaptext.wire.frames import (
-    Cancel,
-    ClientMessage,
-    Done,
-    End,
-    Error,
-    Forget,
-    Frame,
-    GetSession,
-    Ping,
-    Pong,
-    ServerMessage,
-    SetPersona,
-    Start,
-    ToolResult,
-    WarmHistory,
-    WarmPersona,
-    encode,
-    error_frame,
-    read,
-    read_in_steps,
-)
-
-if TYPE_CHECKING:
-    from yaptext.dialogue.runtime import Runtime
-    from yaptext.server.access.accounts import Account
+from yaptext.dialogue.runtime import Runtime
+from yaptext.errors import Internal, SlowClient, WireError
+from yaptext.server.access.accounts import Account
+from yaptext.server.conversation import Conversation
+from yaptext.server.ws.send_queue import WRITE_NOW, SendQueue, TokenStream
+from yaptext.wire.frames import ClientMessage, Error, ServerMessage, encode, error_frame
+from yaptext.wire.reading import Frame, read, read_in_steps
 
 _log = structlog.get_logger(__name__)
 _CLOSE_IDLE, _CLOSE_NORMAL = 4000, 1000
 _FLUSH_TIMEOUT_S = 2.0
 """How long a closing socket may take to accept what still waits."""
-_ABORT_TIMEOUT_S = 10.0
-"""How long an engine may take to let go of a turn before its task is cancelled again."""
-_MAX_WARMS = 4
 _LARGE_BYTES = 32_768
 """Frames over this are read one in a round of the loop, of all sockets: each takes milliseconds."""
 
@@ -72,8 +41,16 @@ class Ending:
 class Connection:
     """One accepted socket from its first frame to its close. Tasks: receiver, writer, turns and warm-ups."""
 
-    def __init__(self, websocket: WebSocket, runtime: Runtime, account: Account) -> None:
+    def __init__(
+        self,
+        websocket: WebSocket,
+        runtime: Runtime,
+        account: Account,
+        *,
+        at_rest: Callable[[Connection], None] = lambda _: None,
+    ) -> None:
         self._socket, self._runtime, self._account = websocket, runtime, account
+        self.rests = partial(at_rest, self)
         settings = runtime.settings
         self._send_queue = SendQueue(
             max_bytes=settings.send_queue_bytes,
@@ -81,25 +58,19 @@ class Connection:
             on_overflow=self._overflow,
             write_now=websocket.scope.get("extensions", {}).get(WRITE_NOW),
         )
-        self.session: Session | None = None
-        self._persona: Persona | None = None
-        """The one that was warmed or set last."""
-        self.turn: Turn | None = None
-        self._turns: set[asyncio.Task[None]] = set()
-        self._warms: set[asyncio.Task[None]] = set()
-        self._one_warm = asyncio.Lock()
-        self._others: set[asyncio.Task[None]] = set()
+        self.conversation = Conversation(runtime, account, self)
         self._ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
 
     @property
     def busy(self) -> bool:
         """True while a turn is running or waits to run."""
-        return self.turn is not None and not self.turn.finished.is_set()
+        return self.conversation.busy
 
     @property
     def session_id(self) -> str | None:
         """Of its last turn."""
-        return None if self.turn is None else self.turn.session.session_id
+        turn = self.conversation.turn
+        return None if turn is None else turn.session.session_id
 
     @property
     def is_ending(self) -> bool:
@@ -112,26 +83,22 @@ class Connection:
 
     def fail(self, error: WireError) -> None:
         """The turn that runs or waits ends with this error."""
-        if self.turn is not None:
-            self.turn.fail(error)
+        if self.conversation.turn is not None:
+            self.conversation.turn.fail(error)
+
+    def leave(self) -> None:
+        """Ends the connection, since the client asked for it."""
+        self._end(Ending(_CLOSE_NORMAL, "end"))
 
     async def serve(self) -> Ending:
         """Runs until the client leaves or `end` is called; then every turn is over and the socket closed."""
-        whose.set(self._account.name)
         async with asyncio.TaskGroup() as group:
-            self._group = group
+            self.conversation.begin(group)
             receiver = group.create_task(self._receive())
             writer = group.create_task(self._write())
             ending = await self._ending
             receiver.cancel()
-            if self.turn is not None and ending.code is not None:
-                self.turn.cancel()  # its `done` still goes out
-            for task in self._warms | self._others | (self._turns if ending.code is None else set()):
-                task.cancel()
-            if self._turns:
-                _, stuck = await asyncio.wait(self._turns, timeout=_ABORT_TIMEOUT_S)
-                for task in stuck:
-                    task.cancel()
+            await self.conversation.stop(gone=ending.code is None)
             await self._close(ending, writer)
         return ending
 
@@ -159,13 +126,12 @@ class Connection:
             await self._handle(event["bytes"] if frame is None else frame)
 
     async def _handle(self, frame: str | bytes) -> None:
-        """Acts on one frame at once. Work that takes time becomes a task; only the size of a persona is waited for,
-        since whether it is taken decides what the next frame means."""
+        """Acts on one frame. An error of it is answered with a frame."""
         message: ClientMessage | None = None
         try:
             self._account.spend("messages")
             message, ignored = await self._read_large(frame) if len(frame) > _LARGE_BYTES else read(frame)
-            await self._dispatch(message, ignored)
+            await self.conversation.handle(message, ignored)
         except WireError as error:
             session_id = getattr(message, "session_id", None)
             self.send(error_frame(error, session_id=UNSET if session_id is None else session_id))
@@ -182,159 +148,6 @@ class Connection:
                     await asyncio.sleep(0)
         return cast(Frame, found)
 
-    async def _dispatch(self, message: ClientMessage, ignored: list[str]) -> None:
-        match message:
-            case Start():
-                self._account.spend("turns")
-                self._start(await self._checked(message), ignored)
-            case ToolResult():
-                self._account.spend("turns")
-                self._start(message, ignored)
-            case Cancel():
-                self._account.spend("cancels")
-                self._cancel(message)
-            case SetPersona():
-                await self._set_persona(message)
-            case GetSession():
-                session = self._runtime.sessions.find((self._account.name, message.session_id))
-                self.send(self._runtime.describe(self._account.name, message.session_id, session))
-            case Forget():
-                if self.session is not None and self.session.session_id == message.session_id:
-                    self.session = self._persona = None
-                self._in_background(self._tell(self._runtime.forget(self._account.name, message.session_id)))
-            case WarmPersona() | WarmHistory():
-                self._account.spend("turns")
-                self._warm(message)
-            case Ping():
-                self.send(Pong())
-            case End():
-                self._end(Ending(_CLOSE_NORMAL, "end"))
-
-    async def _checked(self, message: Start) -> Start:
-        """What is kept of the frame. Raises what it is refused for, before anything of it is kept."""
-        blank = message.user_utterance is not None and not message.user_utterance.strip()
-        if blank and not self._runtime.settings.allow_empty_utterance:
-            raise BadMessage(
-                "user_utterance is blank; null lets the assistant speak (ALLOW_EMPTY_UTTERANCE) - at $.user_utterance"
-            )
-        message = bounded(self._runtime, message)
-        found = self._runtime.sessions.find((self._account.name, message.session_id))
-        persona = (found.persona if found else Persona()).merge(message)
-        if isinstance(message.tools, list) and self._runtime.tool_sets.known(message.tools) is None:
-            self._account.spend("tools")
-            await self._runtime.tool_sets.make(message.tools)
-        if isinstance(message.persona_text, str):
-            await self._runtime.check_persona(persona)
-        return message
-
-    def _start(self, message: Start | ToolResult, ignored: list[str]) -> None:
-        key = (self._account.name, message.session_id)
-        if isinstance(message, ToolResult) and self._runtime.sessions.find(key) is None:
-            raise BadMessage(f"Turn {message.turn} waits for no tool results - at $.turn")
-        session = self._runtime.sessions.open(key)
-        turn = Turn(
-            self._runtime,
-            session,
-            message,
-            ignored=ignored,
-            send=self.send,
-            tokens=self._send_queue.open,
-            after=self.turn,
-        )
-        self.session, self.turn, self._persona = session, turn, session.persona
-        task = self._group.create_task(self.run_turn(turn))
-        self._turns.add(task)
-        task.add_done_callback(self._turns.discard)
-        task.add_done_callback(lambda _: turn.abandon())
-
-    async def run_turn(self, turn: Turn) -> None:
-        """The task of a turn: to its end, and what comes of how it ended."""
-        try:
-            await turn.run()
-        except WireError as error:
-            self.end(error)
-        else:
-            session = turn.session
-            if turn.warms_next and session.current is None and not self.is_ending:
-                session.warming = self._in_background(self._warm_next(session))
-
-    async def _warm_next(self, session: Session) -> None:
-        with suppress(WireError):  # the next turn tells
-            await warming.warm_next(self._runtime, session)
-
-    def _cancel(self, message: Cancel) -> None:
-        heard = Heard.of(message)
-        if message.session_id is None and self.turn is not None and not self.turn.over:
-            self.turn.cancel(heard)
-            return
-        session = self.session
-        if message.session_id is not None:
-            session = self._runtime.sessions.find((self._account.name, message.session_id))
-        current = None if session is None else session.current
-        if message.session_id is not None and current is not None and not current.over:
-            current.cancel(heard)
-            if current is not self.turn:  # its own done goes to the socket that it runs on
-                self.send(Done(turn=current.number, session_id=current.session.session_id, cancelled=True))
-            return
-        if session is not None and heard is not None and (current is None or current.over):
-            # The reply was sent whole, but playback was cut short.
-            session.transcript.cut_reply(heard.chars, heard.text, self._runtime.settings.interrupted_mark)
-            self._runtime.sessions.keep(session)
-        session_id = UNSET if session is None else session.session_id
-        self.send(Done(turn=0, session_id=session_id, cancelled=True, cancel_ms=0.0, tokens_sent=0))
-
-    async def _set_persona(self, message: SetPersona) -> None:
-        if message.session_id is not None:
-            key = (self._account.name, message.session_id)
-        elif self.session is not None:
-            key = self.session.key
-        else:
-            raise BadMessage("Object missing required field session_id, since no start came before - at $")
-        found = self._runtime.sessions.find(key)
-        if found is None:
-            self._account.spend("turns")  # a session is worth as much
-        message = bounded(self._runtime, message)
-        await self._runtime.check_persona((found.persona if found else Persona()).merge(message))
-        session = self._runtime.sessions.open(key)
-        session.persona = self._persona = session.persona.merge(message)
-        self.session = self.session or session
-        self._runtime.sessions.keep(session)
-        self.send(self._runtime.ack("set_persona", session, session.persona, session.turns, session.seed))
-
-    def _warm(self, message: WarmPersona | WarmHistory) -> None:
-        if len(self._warms) >= _MAX_WARMS:
-            raise RateLimited(f"{len(self._warms)} warm-ups are running; limit is {_MAX_WARMS}", retry_after_ms=500)
-        message = bounded(self._runtime, message)
-        session = self.session
-        if message.session_id is not None:
-            session = self._runtime.sessions.find((self._account.name, message.session_id))
-        task = self._group.create_task(self._run_warm(message, session))
-        self._warms.add(task)
-        task.add_done_callback(self._warms.discard)
-
-    async def _run_warm(self, message: WarmPersona | WarmHistory, session: Session | None) -> None:
-        try:
-            async with self._one_warm:  # each may go by the persona of the one before
-                warmed, self._persona = await warming.warm(
-                    self._runtime, message, session, self._account.name, self._persona
-                )
-            self.send(warmed)
-        except WireError as error:
-            self.send(error_frame(error, session_id=UNSET if message.session_id is None else message.session_id))
-        except Exception:
-            _log.exception("warm.crashed")
-            self.end(Internal("The warm-up failed by a fault of the service."))
-
-    async def _tell(self, answer: Awaitable[ServerMessage]) -> None:
-        self.send(await answer)
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that ends with the socket."""
-        task = self._group.create_task(work)
-        self._others.add(task)
-        task.add_done_callback(self._others.discard)
-        return task
-
     # --- out
 
     def send(self, message: ServerMessage) -> None:
@@ -342,6 +155,9 @@ class Connection:
         if isinstance(message, Error):
             self._runtime.metrics.errors.labels(message.error_code).inc()
         self._send_queue.put(message)
+
+    def tokens(self, turn: int) -> TokenStream:
+        return self._send_queue.open(turn)
 
     async def _write(self) -> None:
         try:

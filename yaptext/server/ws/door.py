@@ -1,61 +1,55 @@
-"""Checks of a request's `Origin` and `Host`: which web pages may use the service, and under which names."""
+"""The door of `/ws`: origin, key, slot, conversation. A refused client gets the reason in a frame, then its close."""
 
 from __future__ import annotations
 
-import ipaddress
-import re
+import math
 
-from starlette.requests import Request
-from starlette.websockets import WebSocket
+import structlog
+from msgspec import UNSET
+from starlette.responses import Response
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from yaptext.errors import AuthenticationFailed, HostNotAllowed
-from yaptext.settings import DEFAULT_API_KEY, Settings
+from yaptext.errors import GoingAway, ServerAtCapacity, WireError
+from yaptext.server.access.caller import address, check_origin, is_proxied
+from yaptext.server.service import Service
+from yaptext.server.ws.connection import Connection
+from yaptext.wire.frames import encode, error_frame
 
-_LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
-_MAX_HOST = 300
-"""Characters of a `Host` that are looked at: a name has 253."""
-
-
-def check_origin(websocket: WebSocket, settings: Settings) -> None:
-    """Raises `AuthenticationFailed` for a page of an origin that is not allowed. Only browsers send one.
-
-    Every page knows the default key, so with it those of this machine alone connect, unless the operator names some."""
-    origin, allowed = websocket.headers.get("origin"), settings.origins
-    if origin is None:
-        return
-    if allowed is not None:
-        fits, rule = origin.lower() in allowed, "it is not one of ALLOWED_ORIGINS."
-    else:
-        fits = settings.own_key != DEFAULT_API_KEY or _LOCAL_ORIGIN.fullmatch(origin.lower()) is not None
-        rule = "with the default API key only pages of this machine connect. Set YAP_TEXT_API_KEY or ALLOWED_ORIGINS."
-    if not fits:
-        raise AuthenticationFailed(f"Origin {origin[:100]!r} is not allowed: {rule}")
+_log = structlog.get_logger(__name__)
 
 
-def check_host(request: Request) -> None:
-    """Raises `HostNotAllowed` if this machine alone reaches the service, and the request has the name of another.
-
-    So a browser asks for a page whose site has changed its address to this machine's (DNS rebinding): it takes the
-    answer for the site's own. An address can be no such name."""
-    service = request.state.service
-    host = request.headers.get("host", "")[:_MAX_HOST]
-    if service.lifecycle.on_loopback and not _is_local(host):
-        name = _name_of(host)
-        if name not in service.settings.hosts and name != service.settings.host.lower():
-            raise HostNotAllowed(f"Host {host[:100]!r} is not allowed: it is not one of ALLOWED_HOSTS.")
-
-
-def _is_local(host: str) -> bool:
-    name = _name_of(host)
-    if not name or name == "localhost" or name.endswith(".localhost"):
-        return True
+async def converse(websocket: WebSocket) -> None:
+    """One socket, from its handshake to its close."""
+    service: Service = websocket.state.service
     try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True
+        check_origin(websocket, service.settings)
+        account = service.keys.identify(websocket)
+        if service.lifecycle.phase == "draining":
+            raise service.lifecycle.going_away()
+        connection = Connection(websocket, service.runtime, account, at_rest=service.admission.slots.at_rest)
+        with service.admission.slot(account, connection):
+            await websocket.accept()
+            ending = await connection.serve()
+        session_id = connection.session_id
+        _log.info("connection.closed", key=account.name, code=ending.code, reason=ending.reason, session_id=session_id)
+    except WireError as refusal:
+        await _refuse(websocket, service, refusal)
 
 
-def _name_of(host: str) -> str:
-    """Without the port."""
-    return (host if host.endswith("]") else host.rpartition(":")[0] or host).lower().rstrip(".")
+async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) -> None:
+    service.runtime.metrics.errors.labels(refusal.code).inc()
+    service.refusals.tell("connection.refused", address(websocket), error_code=refusal.code)
+    capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else UNSET
+    frame = encode(error_frame(refusal, capacity=capacity))
+    try:
+        if isinstance(refusal, GoingAway) and is_proxied(websocket):
+            # A proxy can still ask another server, as long as no socket is open. A client gets the frame instead:
+            # browsers are not shown the status of a handshake.
+            wait = {"Retry-After": str(math.ceil((refusal.retry_after_ms or 0) / 1000))}
+            await websocket.send_denial_response(Response(frame, 503, wait, media_type="application/json"))
+            return
+        await websocket.accept()
+        await websocket.send_text(frame.decode())
+        await websocket.close(refusal.close_code or ServerAtCapacity.close_code)
+    except WebSocketDisconnect:
+        pass  # the client left before the refusal

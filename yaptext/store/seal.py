@@ -1,4 +1,4 @@
-"""The seal of the session file: ids and bodies of its rows, which nobody reads without the secret."""
+"""The encryption of the session file: ids and bodies of its rows cannot be read without the secret."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import msgspec
 
-from yaptext.dialogue.session import SessionKey
-from yaptext.dialogue.session_record import SessionRecord
+from yaptext.store.base import SessionKey, SessionRecord
 
 
 class Seal:

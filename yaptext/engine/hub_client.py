@@ -69,7 +69,7 @@ class Hub:
         raise AssertionError("the last try returns or raises")
 
     def failure(self, error: BaseException, repo: str, doing: str, *, label: str | None = None) -> YapError:
-        """What a client's error is told as."""
+        """The failure that a client's error is reported as."""
         line = access_line(error, repo, label or repo, known=bool(self.api.token), is_unit=self._is_unit)
         if line is None:
             line = self._line(error, reason_of(error, self.api.token), label or repo, doing)

@@ -1,4 +1,4 @@
-"""engine/vllm/fault.py: the reason of an engine that does not open."""
+"""engine/vllm/open_failure.py: the reason of an engine that does not open."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, model_validator
 
-from yaptext.engine.vllm import fault
+from yaptext.engine.vllm import open_failure
 
 
 class Strict(BaseModel):
@@ -32,7 +32,7 @@ def test_what_pydantic_found_is_the_reason(length: object, reason: str) -> None:
     """Not the link that its text ends in."""
     with pytest.raises(ValueError) as caught:
         Strict(length=length)  # type: ignore[arg-type]
-    assert fault.reason(caught.value).startswith(reason)
+    assert open_failure.reason(caught.value).startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_what_pydantic_found_is_the_reason(length: object, reason: str) -> None:
 )
 def test_of_any_other_error_the_first_line_is_the_reason(error: Exception, reason: str) -> None:
     """And its type, if it says nothing."""
-    assert fault.reason(error) == reason
+    assert open_failure.reason(error) == reason
 
 
 def test_the_engines_process_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,16 +56,16 @@ def test_the_engines_process_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(logger, "propagate", False)
     monkeypatch.setattr(logger, "handlers", [logging.NullHandler()])
     monkeypatch.setattr(logger, "filters", [])
-    with fault.noted() as note:
-        assert os.environ[fault.VARIABLE] == str(note)
-        fault.register()
+    with open_failure.noted() as note:
+        assert os.environ[open_failure.VARIABLE] == str(note)
+        open_failure.register()
         logger.info("all is well")
-        assert fault.reason(RuntimeError("See root cause above"), note) == "See root cause above"
+        assert open_failure.reason(RuntimeError("See root cause above"), note) == "See root cause above"
         try:
             raise ValueError("No valid attention backend")
         except ValueError:
             logger.exception("EngineCore failed to start.")
-        assert fault.reason(RuntimeError("See root cause above"), note) == "No valid attention backend"
+        assert open_failure.reason(RuntimeError("See root cause above"), note) == "No valid attention backend"
     assert not Path(note).exists()
 
 
@@ -76,7 +76,7 @@ def test_a_real_engine_that_fails_in_its_process_gives_the_reason(state_folder: 
     import shutil
 
     from yaptext.engine import demo
-    from yaptext.engine.vllm.startup import open_engines
+    from yaptext.engine.registry import open_engines
     from yaptext.errors import StartError
     from yaptext.settings import Settings
 

@@ -1,4 +1,4 @@
-"""The session file as SQLite and the file system see it: whose it is, who holds it, how it is read."""
+"""The session file as SQLite and the file system see it: its owner, its holder, how it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dialogue/session_file.py: what a restart finds again, whatever happens to the process, the disk and the clock."""
+"""store/sqlite.py: what a restart finds again, whatever happens to the process, the disk and the clock."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ import pytest
 from conftest import fill
 from privileged import tmpfs
 
-from yaptext.dialogue import session_file
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.session import Session
-from yaptext.dialogue.session_file import SessionFile
 from yaptext.dialogue.session_store import Bounds, SessionStore
 from yaptext.dialogue.tools import ToolSet
 from yaptext.errors import SettingsError, StartError
+from yaptext.store import sqlite, sqlite_rows
+from yaptext.store.sqlite import SessionFile
+from yaptext.store.sqlite_rows import Rows
 
 SECRET = "a long secret of the test"
 WORDS = "the words nobody should find"
@@ -54,11 +55,17 @@ class Log(list[dict[str, Any]]):
         return [line for line in self if line["event"] == event]
 
 
+def log_of(monkeypatch: pytest.MonkeyPatch) -> Log:
+    """What the session file logs from now on."""
+    log = Log()
+    for module in (sqlite, sqlite_rows):
+        monkeypatch.setattr(module, "log", log)
+    return log
+
+
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
-    log = Log()
-    monkeypatch.setattr(session_file, "log", log)
-    return log
+    return log_of(monkeypatch)
 
 
 class Life:
@@ -67,7 +74,8 @@ class Life:
     def __init__(
         self, path: Path, clocks: Clocks, secret: str | None = None, most: int = 100, ttl_s: float = 60
     ) -> None:
-        self.file = SessionFile(path, secret, max_sessions=most, ttl_s=ttl_s, clock=clocks.clock, wall=clocks.wall)
+        rows = Rows(path, secret, max_sessions=most, ttl_s=ttl_s, clock=clocks.clock, wall=clocks.wall)
+        self.file = SessionFile(rows)
         self.store = SessionStore(Bounds(most, ttl_s), clock=clocks.clock, file=self.file)
 
     def say(self, session_id: str, text: str = WORDS) -> Session:
@@ -403,15 +411,15 @@ def test_a_start_on_a_full_disk_finds_the_sessions(small_disk: Path, log: Log, k
     again = Life(path, clocks)
     before = said(again, "a")
     assert before and not log.of("sessions.not_read")
-    assert again.file.lock is not None, "no second process takes it"
+    assert again.file.rows.lock is not None, "no second process takes it"
     assert [line["sessions"] for line in log.of("sessions.restored")][-1:] == [1]
     if not killed:  # what a killed process left beside the file may make room
-        assert again.file.failing and len(log.of("sessions.unsaved")) == 1
+        assert again.file.trouble and len(log.of("sessions.unsaved")) == 1
     again.say("a", "more")
     again.write()
     filler.unlink()
     again.write()
-    assert not again.file.failing
+    assert not again.file.trouble
     again.end()
     assert said(Life(path, clocks), "a") == [*before, "more", "a reply"]
 
@@ -487,15 +495,15 @@ def test_what_was_not_read_is_never_replaced(path: Path, clocks: Clocks, log: Lo
         assert said(again, "b") is None
         again.say("a", "since")
         again.write()
-        assert again.file.failing
+        assert again.file.trouble
     (line,) = log.of("sessions.not_read")
     assert line["level"] == "error" and line["error"] == "database is locked" and line["file"] == str(path)
     assert not log.of("sessions.unsaved")
     with held(path):
         again.write()
-    assert again.file.failing and again.file.take(("k", "a")) is None, "read, and not written"
+    assert again.file.trouble and again.file.take(("k", "a")) is None, "read, and not written"
     again.write()
-    assert not again.file.failing and again.file.take(("k", "a")) is None
+    assert not again.file.trouble and again.file.take(("k", "a")) is None
     again.say("a", "and more")
     assert said(again, "a") == ["since", "a reply", "and more", "a reply"]
     assert said(again, "b") == ["before b", "a reply"]
@@ -605,15 +613,15 @@ def test_a_session_that_is_too_large_holds_up_nobody_else(path: Path, clocks: Cl
     life = Life(path, clocks)
     life.say("big", "small yet")
     life.write()
-    assert life.file.database is not None
-    life.file.database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 5000)
+    assert life.file.rows.database is not None
+    life.file.rows.database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 5000)
     for name in ("before", "big", "after", "big"):
         life.say(name, WORDS * 1000 if name == "big" else WORDS)
         life.write()
     (line,) = log.of("session.left_out")
     assert (line["level"], line["key"]) == ("warning", "k")
     assert WORDS not in str(line) and "big" not in str(line)
-    assert not life.file.failing and not log.of("sessions.unsaved")
+    assert not life.file.trouble and not log.of("sessions.unsaved")
     life.file.close(0)
     assert log.of("sessions.lost")[0]["sessions"] == 1
     again = Life(path, clocks)
@@ -649,8 +657,8 @@ def bodies(path: Path) -> list[bytes]:
 
 def rewrite(life: Life, session_id: str, **fields: Any) -> None:
     """As another version would have it; a field of None is left out."""
-    seal, id = life.file.seal, life.file.seal.id(("k", session_id))
-    with closing(sqlite3.connect(life.file.path, isolation_level=None)) as database:
+    seal, id = life.file.rows.seal, life.file.rows.seal.id(("k", session_id))
+    with closing(sqlite3.connect(life.file.rows.path, isolation_level=None)) as database:
         ((body,),) = database.execute("SELECT body FROM session WHERE id = ?", (id,))
         if seal.cipher is not None:
             body = seal.cipher.decrypt(body[:12], body[12:], id)
@@ -685,7 +693,7 @@ def test_what_another_version_wrote_is_never_replaced(
         again.write()
     assert bodies(path)[0] == theirs
     assert [line["error"] for line in log.of("session.left_out")] == ["the row is of another version"]
-    assert not again.file.failing
+    assert not again.file.trouble
     again.file.forget(("k", "a"))
     again.end()
     assert theirs not in bodies(path)
@@ -728,19 +736,19 @@ def test_a_row_that_nobody_can_read_is_replaced(path: Path, clocks: Clocks, log:
 def test_an_error_that_nobody_thought_of_is_lived_through(path: Path, clocks: Clocks, log: Log) -> None:
     """It is told without its words, which may quote what was said, and the write is tried again."""
     life = Life(path, clocks)
-    purge = life.file.purge
+    purge = life.file.rows.purge
 
     def surprise(_: sqlite3.Connection) -> None:
         raise KeyError(WORDS)
 
-    life.file.purge = surprise  # type: ignore[method-assign]
+    life.file.rows.purge = surprise  # type: ignore[method-assign]
     life.say("a")
     life.write()
-    assert life.file.failing
+    assert life.file.trouble
     assert log.of("sessions.unsaved")[0]["error"] == "KeyError"
-    life.file.purge = purge  # type: ignore[method-assign]
+    life.file.rows.purge = purge  # type: ignore[method-assign]
     life.write()
-    assert not life.file.failing and len(log.of("sessions.saved")) == 1
+    assert not life.file.trouble and len(log.of("sessions.saved")) == 1
     life.end()
     assert said(Life(path, clocks), "a")
 
@@ -748,7 +756,7 @@ def test_an_error_that_nobody_thought_of_is_lived_through(path: Path, clocks: Cl
 def test_a_thread_that_has_died_is_told(path: Path, clocks: Clocks, log: Log) -> None:
     """One error line, and the file counts as failing from then on; the end tells what was lost."""
     life = Life(path, clocks)
-    assert not life.file.failing
+    assert not life.file.trouble
 
     def die() -> None:
         raise SystemExit
@@ -757,7 +765,7 @@ def test_a_thread_that_has_died_is_told(path: Path, clocks: Clocks, log: Log) ->
     life.say("a")
     life.file.start()
     life.file.thread.join(60)
-    assert life.file.failing
+    assert life.file.trouble
     (line,) = log.of("sessions.writer_died")
     assert (line["level"], line["error"]) == ("error", "SystemExit")
     life.file.close(0)
@@ -770,8 +778,9 @@ CHILD = """
 import sys
 from pathlib import Path
 from yaptext.dialogue.session_store import Bounds, SessionStore
-from yaptext.dialogue.session_file import SessionFile
-file = SessionFile(Path(sys.argv[1]), None, max_sessions=100, ttl_s=60)
+from yaptext.store.sqlite import SessionFile
+from yaptext.store.sqlite_rows import Rows
+file = SessionFile(Rows(Path(sys.argv[1]), None, max_sessions=100, ttl_s=60))
 store = SessionStore(Bounds(100, 60), file=file)
 session = store.open(("k", "a"))
 while True:
@@ -797,10 +806,10 @@ def test_a_killed_process_loses_nothing_that_was_written(path: Path) -> None:
             for _ in range(30):
                 written = int(child.stderr.readline())
             with pytest.raises(StartError, match=f"in use by process {child.pid}$"):
-                SessionFile(path, None, max_sessions=9, ttl_s=60).load()
+                SessionFile(Rows(path, None, max_sessions=9, ttl_s=60)).load()
             child.send_signal(signal.SIGKILL)
             written = max([written, *(int(line) for line in child.stderr if line.endswith("\n"))])
-        file = SessionFile(path, None, max_sessions=100, ttl_s=60)
+        file = SessionFile(Rows(path, None, max_sessions=100, ttl_s=60))
         ((_, kept),) = file.load()
         file.close(0)
         assert kept.turns >= written and kept.messages[1] == ("assistant", str(kept.turns))

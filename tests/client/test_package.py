@@ -1,0 +1,48 @@
+"""The package without extras: the client, on nothing but the dependencies that pyproject.toml names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+ONLY = """
+import runpy, sys
+
+allowed = {*sys.stdlib_module_names, "yaptext", *sys.argv[1].split(",")}
+
+class Others:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Others())
+sys.argv[:2] = ["yap-text"]
+"""
+pytestmark = pytest.mark.subprocess
+
+
+def run_on_dependencies(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = ",".join(Requirement(line).name for line in listed)
+    command = [sys.executable, "-c", ONLY + code, names, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_client_and_the_frames_import_nothing_else() -> None:
+    ended = run_on_dependencies("import yaptext.client.client, yaptext.wire.asyncapi; print('there')")
+    assert ended.stdout == "there\n", ended.stderr
+
+
+def test_a_command_that_needs_more_names_the_extra() -> None:
+    ended = run_on_dependencies("runpy.run_module('yaptext', run_name='__main__')", "chat")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        "yap-text: there is no Python package pydantic. The package alone is the client; "
+        "pip install 'yaptext[serve]' brings what the commands need.\n"
+    )
