@@ -906,6 +906,59 @@ def test_what_costs_is_bounded_in_number(tools: list[dict[str, Any]], message: s
         ToolSet(tools)
 
 
+def with_definitions(definitions: dict[str, Any], first: str) -> list[dict[str, Any]]:
+    x = {"$ref": f"#/$defs/{first}"}
+    return [{"name": "a", "parameters": {"type": "object", "properties": {"x": x}, "$defs": definitions}}]
+
+
+def ref(name: Any) -> dict[str, str]:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+CHAIN = {str(n): {"anyOf": [ref(n + 1), ref(n + 1)]} for n in range(40)} | {"40": {"type": "string", "maxLength": 0}}
+INWARDS = {str(n): {"anyOf": [{"properties": {"y": ref(n + 1)}}] * 2} for n in range(20)} | {"20": {"type": "null"}}
+
+
+@pytest.mark.parametrize(
+    "definitions",
+    [
+        CHAIN,
+        INWARDS,
+        {"0": {"anyOf": [{"properties": {"y": ref(0)}}, {"properties": {"z": {}, "y": ref(0)}}]}},
+        {"0": {"anyOf": [{"type": "null"}, ref(0)]}},
+    ],
+    ids=["chain", "inwards", "recursive", "circle"],
+)  # fmt: skip
+def test_schemas_that_multiply_are_refused(definitions: dict[str, Any]) -> None:
+    """Checking one call by the chain of 40 would take hours of the event loop: 2^22 schemas took 71 ms."""
+    with pytest.raises(BadMessage, match=r"more than 2000 times: '\$ref' multiplies them"):
+        ToolSet(with_definitions(definitions, "0"))
+
+
+@pytest.mark.parametrize(
+    ("definitions", "fits"),
+    [
+        (
+            {"0": {"type": "object", "properties": {
+                "left": {"anyOf": [ref(0), {"type": "null"}]}, "right": {"anyOf": [ref(0), {"type": "null"}]}}}},
+            {"left": {"left": None, "right": {"left": None}}, "right": None},
+        ),
+        (
+            {
+                "0": {"anyOf": [{"type": "number"}, ref("sum"), ref("minus")]},
+                "sum": {"type": "object", "properties": {"of": {"type": "array", "items": ref(0)}}, "required": ["of"]},
+                "minus": {"type": "object", "properties": {"minus": ref(0)}, "required": ["minus"]},
+            },
+            {"of": [1, {"of": [2, {"minus": 3}]}]},
+        ),
+    ],
+    ids=["tree", "expression"],
+)  # fmt: skip
+def test_schemas_that_lead_back_to_themselves_are_taken(definitions: dict[str, Any], fits: Any) -> None:
+    tools = ToolSet(with_definitions(definitions, "0"))
+    assert tools.parse(json.dumps([{"name": "a", "arguments": {"x": fits}}]))
+
+
 async def test_a_set_that_is_made_in_steps_is_the_same() -> None:
     """Whoever else waits has a turn between two tools."""
     given = [tool_with(type="string") | {"name": f"t{number}"} for number in range(5)]

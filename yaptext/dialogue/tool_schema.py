@@ -8,6 +8,8 @@ takes 0.12, `minProperties` 1 among 100 properties 2.4, 64 ranges of numbers 0.1
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from yaptext.errors import BadMessage
@@ -25,6 +27,10 @@ _IN_GRAMMAR = {
 }  # fmt: skip
 _CHECKED = _IN_GRAMMAR | {"minLength", "maxLength", "minProperties", "maxProperties", "dependentRequired"}
 """What else may refuse arguments, beside the schemas in a schema."""
+MAX_CHECKS = 2_000
+"""On one way into the arguments. jsonschema-rs takes 19 ms for a million."""
+_LEVELS = 24
+"""So deep values in values are counted. Schemas that multiply do so at each level."""
 _MAX_COUNTED_PROPERTIES = 24
 """Of an object whose `minProperties` or `maxProperties` the grammar holds to."""
 MAX_RANGES = 64
@@ -49,6 +55,7 @@ def check_schema(schema: Any, name: str, where: str) -> int:
         return BadMessage(f"tool {name!r}: {problem} - at {where}")
 
     waiting, count, ranges = [(schema, 0)], 0, 0
+    parts: list[dict[str, Any]] = []
     while waiting:
         count += 1
         if count > MAX_SCHEMAS:
@@ -65,6 +72,7 @@ def check_schema(schema: Any, name: str, where: str) -> int:
                 raise refuse(f"{word!r} is not possible in a tool's schema")
         if (problem := _problem(part, schema)) is not None:
             raise refuse(problem)
+        parts.append(part)
         ranges += not _RANGES.isdisjoint(part)
         if ranges > MAX_RANGES:
             raise refuse(f"more than {MAX_RANGES} ranges of numbers in one tool")
@@ -82,7 +90,58 @@ def check_schema(schema: Any, name: str, where: str) -> int:
                 raise refuse("'allOf' of more than one schema is not possible: write them as one")
             inner += part[word]
         waiting += [(item, depth + 1) for item in inner]
+    if (problem := _too_many_checks(parts, schema)) is not None:
+        raise refuse(problem)
     return count
+
+
+def _too_many_checks(parts: Sequence[dict[str, Any]], root: dict[str, Any]) -> str | None:
+    """Why validating a call might take long: `$ref`s that lead to each other in several ways multiply. Counts the
+    schemas that look at one value of the arguments, and at those inside it, on the costliest way in."""
+    within: dict[int, int] = {}
+    for _ in range(_LEVELS):
+        found: dict[int, Counter[str]] = {}
+        totals = {}
+        for part in parts:
+            looks = _looks(part, root, within, found, set())
+            inside = [count for place, count in looks.items() if place not in ("", "*")]
+            totals[id(part)] = looks[""] + looks["*"] + max(inside, default=0)
+        if max(totals.values(), default=0) > MAX_CHECKS:
+            return f"its schemas would look at a value more than {MAX_CHECKS} times: '$ref' multiplies them"
+        if totals == within:
+            break
+        within = totals
+    return None
+
+
+def _looks(
+    part: Any, root: dict[str, Any], within: dict[int, int], found: dict[int, Counter[str]], open: set[int]
+) -> Counter[str]:
+    """How many schemas look at a value and at those inside it: "" is the value, "*" any value inside, another key one
+    place inside. `within` has the sums of one level further in, `found` what is known of this level. A part in `open`
+    is being counted: one that leads back to itself at the same value is never done."""
+    if not isinstance(part, dict):
+        return Counter({"": 1})
+    if id(part) in open:
+        return Counter({"": MAX_CHECKS + 1})
+    if id(part) not in found:
+        open.add(id(part))
+        here = [part[word] for word in ("not", "if", "then", "else") if word in part]
+        here += [each for word in ("anyOf", "oneOf", "allOf") for each in part.get(word, ())]
+        here += part.get("dependentSchemas", {}).values()
+        if "$ref" in part:
+            here.append(_target(part["$ref"], root))
+        inside = [("*", part[word]) for word in ("items", "additionalProperties") if word in part]
+        inside += [(f".{name}", each) for name, each in part.get("properties", {}).items()]
+        inside += [(str(index), each) for index, each in enumerate(part.get("prefixItems", ()))]
+        looks = Counter({"": 1})
+        for place, each in inside:
+            looks[place] += within.get(id(each), 1)
+        for each in here:
+            looks.update(_looks(each, root, within, found, open))
+        found[id(part)] = Counter({place: min(count, MAX_CHECKS + 1) for place, count in looks.items()})
+        open.discard(id(part))
+    return found[id(part)]
 
 
 def for_grammar(schema: Any, root: str = "#") -> Any:
@@ -129,7 +188,7 @@ def _problem(part: dict[str, Any], root: dict[str, Any]) -> str | None:
     """What is wrong with the words of one schema that hold no schemas."""
     if "$ref" in part:
         reference = part["$ref"]
-        if not isinstance(reference, str) or not _REFERENCE.fullmatch(reference) or not _leads(reference, root):
+        if not isinstance(reference, str) or not _REFERENCE.fullmatch(reference) or _target(reference, root) is None:
             return "'$ref' must point to one of the schema's own $defs, as #/$defs/NAME"
     kinds = part.get("type", [])
     kinds = kinds if isinstance(kinds, list) else [kinds]
@@ -174,9 +233,10 @@ def _unfit_counts(part: dict[str, Any]) -> str | None:
     return None
 
 
-def _leads(reference: str, root: Any) -> bool:
+def _target(reference: str, root: Any) -> Any:
+    """What it points to, or None."""
     for step in reference.split("/")[1:]:
         if not isinstance(root, dict) or step not in root:
-            return False
+            return None
         root = root[step]
-    return True
+    return root
