@@ -82,8 +82,8 @@ PARAMETERS: dict[str, Any] = {
 
 
 REFUSED = {
-    "an unknown type", "a reference to nowhere", "an empty range", "a huge range", "nothing allowed", "an empty choice",
-    "more parts than parts",
+    "an unknown type", "a reference to nowhere", "a reference in a circle", "an empty range", "a huge range",
+    "nothing allowed", "an empty choice", "more parts than parts",
 }  # fmt: skip
 
 
