@@ -25,14 +25,15 @@ _Kind = TypeVar("_Kind", Counter, Gauge, Histogram)
 
 
 class Time:
-    """A histogram in seconds, and the one in milliseconds that it replaces."""
+    """A histogram in seconds, and the one in milliseconds that it replaced, if there was one."""
 
-    def __init__(self, seconds: Histogram, old: Histogram) -> None:
+    def __init__(self, seconds: Histogram, old: Histogram | None) -> None:
         self._seconds, self._old = seconds, old
 
     def observe(self, ms: float) -> None:
         self._seconds.observe(ms / 1000)
-        self._old.observe(ms)
+        if self._old is not None:
+            self._old.observe(ms)
 
 
 class Metrics:
@@ -103,9 +104,9 @@ class Metrics:
         self.documented.append((f"yaptext_{name}" + "_total" * (kind is Counter), labels, meaning))
         return kind(f"yaptext_{name}", meaning, labels, registry=self.registry)
 
-    def _time(self, name: str, meaning: str, buckets: Sequence[float], *, old: str) -> Time:
+    def _time(self, name: str, meaning: str, buckets: Sequence[float], *, old: str | None = None) -> Time:
         self.documented.append((f"yaptext_{name}_seconds", (), meaning))
-        return Time(
-            Histogram(f"yaptext_{name}_seconds", meaning, buckets=buckets, registry=self.registry),
-            Histogram(f"yaptext_{old}_ms", "Old name.", buckets=_OLD_MS, registry=self._old),
-        )
+        seconds = Histogram(f"yaptext_{name}_seconds", meaning, buckets=buckets, registry=self.registry)
+        if old is None:
+            return Time(seconds, None)
+        return Time(seconds, Histogram(f"yaptext_{old}_ms", "Old name.", buckets=_OLD_MS, registry=self._old))
