@@ -959,6 +959,28 @@ def test_schemas_that_lead_back_to_themselves_are_taken(definitions: dict[str, A
     assert tools.parse(json.dumps([{"name": "a", "arguments": {"x": fits}}]))
 
 
+@pytest.mark.parametrize("name", ["a b", "\u00e9", "a~1b", "a%20b", "a"])
+def test_a_definition_may_have_any_name(name: str) -> None:
+    """The validator reads a reference as a URI, models and generators write the name."""
+    tools = ToolSet(with_definitions({name: {"type": "integer"}}, name))
+    assert tools.parse('[{"name": "a", "arguments": {"x": 5}}]')
+    with pytest.raises(ValueError, match="do not fit"):
+        tools.parse('[{"name": "a", "arguments": {"x": "5"}}]')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"minLength": None, "maxLength": 5}, {"type": "string", "minItems": None}, {"minProperties": None}],
+)
+def test_a_bound_of_null_is_none(schema: dict[str, Any]) -> None:
+    assert ToolSet([tool_with(**schema)]).parse('[{"name": "a", "arguments": {"x": "5"}}]')
+
+
+def test_what_the_validator_does_not_take_is_refused_at_once() -> None:
+    with pytest.raises(BadMessage, match=r"tool 'a': .* - at \$\.tools\[0\]\.parameters"):
+        ToolSet([tool_with(dependentRequired=5)])
+
+
 async def test_a_set_that_is_made_in_steps_is_the_same() -> None:
     """Whoever else waits has a turn between two tools."""
     given = [tool_with(type="string") | {"name": f"t{number}"} for number in range(5)]

@@ -212,6 +212,7 @@ class Client(MemorySocket):
                     cut = self.cuts.get(self.current) if frame.get("cancelled") else None
                     session = self.machine.runtime.sessions.held.sessions[self.heard_of]
                     late = (self.heard_of, turn) in self.machine.cut_since
+                    self.machine.cut_since.discard((self.heard_of, turn))
                     if (
                         self.current is not None
                         and self.current.session is session

@@ -42,8 +42,11 @@ MEANINGS = {
 
 
 def summary(samples: Iterable[float]) -> dict[str, Any]:
-    """Count, mean, percentiles, and a `curve` of evenly spaced ones to draw the distribution from."""
+    """Count, mean, percentiles, and a `curve` of evenly spaced ones to draw the distribution from. Raises `ValueError`
+    if there are no samples."""
     values = np.fromiter(samples, float)
+    if not values.size:
+        raise ValueError("no samples")
     p50, p95, p99, *curve = (
         np.quantile(values, (0.5, 0.95, 0.99, *np.linspace(0, 1, _CURVE_POINTS + 1))).round(3).tolist()
     )

@@ -58,7 +58,7 @@ class Answer:
         self.ends_with_calls = False
         """The client runs them, and its next turn continues with their results."""
 
-    def begin(self, sink: Sink, number: int) -> None:
+    def open(self, sink: Sink, number: int) -> None:
         """Before `run`: the persona and the tools are those of the session from here on."""
         self._sink, self.number = sink, number
         self.tokens = sink.tokens(number)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from yaptext.dialogue.heard import Heard, Spoken, heard_part
 from yaptext.dialogue.speakable import Speakable
+from yaptext.dialogue.transcript import cut_short
 from yaptext.engine.base import Delta
 from yaptext.wire.frames import ServerMessage
 
@@ -110,12 +111,16 @@ class Reply:
         text, own = self.text, "".join(self._own)
         return text, own, None if own == text else Spoken(text, self._marks)
 
-    def cut(self, heard: Heard) -> tuple[str, Spoken | None]:
-        """Takes back what the socket has not taken. Returns the model's own words of what was heard of the rest, and
-        how they were sent, if that differs."""
-        sent = self._sink.retract()
+    def retract(self) -> str:
+        """Takes back what the socket has not taken; returns the rest."""
+        return self._sink.retract()
+
+    def heard(self, sent: str, heard: Heard, mark: str) -> tuple[str, Spoken | None]:
+        """The model's own words of what was heard of what was sent, with the mark of an interruption, and how they were
+        sent, if that differs."""
         reply = heard_part(sent, heard.chars, heard.text)
         if self._speakable is None:
-            return reply, None
+            return cut_short(reply, mark), None
         own = "".join(self._own)
-        return own[: Spoken(sent, self._marks).own(own, len(reply))], Spoken(reply, self._marks)
+        own = own[: Spoken(sent, self._marks).own(own, len(reply))]
+        return cut_short(own, mark), Spoken(reply, self._marks)

@@ -78,7 +78,7 @@ class SessionStore:
 
     @classmethod
     def of(cls, settings: Settings) -> SessionStore:
-        """The store of `SESSION_STORE`, with what its file holds. Blocks. Raises as `SessionFile.load` does."""
+        """The store of `SESSION_STORE`, with what its file holds. Blocks. Raises as `Store.load` does."""
         path, secret, bounds = settings.session_file, settings.session_store_key, Bounds.of(settings)
         if path is None:
             return cls(bounds)

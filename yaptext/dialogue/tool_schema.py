@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 from yaptext.errors import BadMessage
 
@@ -55,7 +56,6 @@ def check_schema(schema: Any, name: str, where: str) -> int:
         return BadMessage(f"tool {name!r}: {problem} - at {where}")
 
     waiting, count, ranges = [(schema, 0)], 0, 0
-    parts: list[dict[str, Any]] = []
     while waiting:
         count += 1
         if count > MAX_SCHEMAS:
@@ -72,7 +72,6 @@ def check_schema(schema: Any, name: str, where: str) -> int:
                 raise refuse(f"{word!r} is not possible in a tool's schema")
         if (problem := _problem(part, schema)) is not None:
             raise refuse(problem)
-        parts.append(part)
         ranges += not _RANGES.isdisjoint(part)
         if ranges > MAX_RANGES:
             raise refuse(f"more than {MAX_RANGES} ranges of numbers in one tool")
@@ -90,14 +89,16 @@ def check_schema(schema: Any, name: str, where: str) -> int:
                 raise refuse("'allOf' of more than one schema is not possible: write them as one")
             inner += part[word]
         waiting += [(item, depth + 1) for item in inner]
-    if (problem := _too_many_checks(parts, schema)) is not None:
-        raise refuse(problem)
     return count
 
 
-def _too_many_checks(parts: Sequence[dict[str, Any]], root: dict[str, Any]) -> str | None:
-    """Why validating a call might take long: `$ref`s that lead to each other in several ways multiply. Counts the
-    schemas that look at one value of the arguments, and at those inside it, on the costliest way in."""
+def check_references(root: dict[str, Any], name: str, where: str) -> Iterator[None]:
+    """In steps of some milliseconds, for a schema that `check_schema` takes. Raises `BadMessage` if validating a call
+    might take long: `$ref`s that lead to each other in several ways multiply. Counts the schemas that look at one value
+    of the arguments, and at those inside it, on the costliest way in."""
+    parts = list(_parts(root))
+    if not any("$ref" in part for part in parts):
+        return
     within: dict[int, int] = {}
     for _ in range(_LEVELS):
         found: dict[int, Counter[str]] = {}
@@ -107,11 +108,26 @@ def _too_many_checks(parts: Sequence[dict[str, Any]], root: dict[str, Any]) -> s
             inside = [count for place, count in looks.items() if place not in ("", "*")]
             totals[id(part)] = looks[""] + looks["*"] + max(inside, default=0)
         if max(totals.values(), default=0) > MAX_CHECKS:
-            return f"its schemas would look at a value more than {MAX_CHECKS} times: '$ref' multiplies them"
+            problem = f"its schemas would look at a value more than {MAX_CHECKS} times: '$ref' multiplies them"
+            raise BadMessage(f"tool {name!r}: {problem} - at {where}")
         if totals == within:
-            break
+            return
         within = totals
-    return None
+        yield
+
+
+def _parts(schema: Any) -> Iterator[dict[str, Any]]:
+    """A schema and those in it."""
+    if isinstance(schema, dict):
+        yield schema
+        for part in (schema[word] for word in _ONE_SCHEMA & schema.keys()):
+            yield from _parts(part)
+        for word in _NAMED_SCHEMAS & schema.keys():
+            for part in schema[word].values():
+                yield from _parts(part)
+        for word in _LISTED_SCHEMAS & schema.keys():
+            for part in schema[word]:
+                yield from _parts(part)
 
 
 def _looks(
@@ -174,8 +190,11 @@ def for_validator(schema: Any) -> Any:
     kept = {
         word: list(dict.fromkeys(value)) if word in ("type", "required") and isinstance(value, list) else value
         for word, value in schema.items()
-        if word in _CHECKED
+        if (word in _CHECKED and value is not None) or word == "const"
     }
+    if "$ref" in kept:  # names are as they are written, and the validator reads a URI
+        steps = schema["$ref"][1:].split("/")
+        kept["$ref"] = "#" + "/".join(quote(step.replace("~", "~0"), safe="~") for step in steps)
     kept |= {word: for_validator(schema[word]) for word in _ONE_SCHEMA & schema.keys()}
     for word in _NAMED_SCHEMAS & schema.keys():
         kept[word] = {name: for_validator(part) for name, part in schema[word].items()}
@@ -211,7 +230,7 @@ def _problem(part: dict[str, Any], root: dict[str, Any]) -> str | None:
     if lowest is not None and highest is not None and lowest >= highest and part.get("minimum") != part.get("maximum"):
         return "'minimum' is above 'maximum'"
     for size in _SIZES:
-        least, most = part.get(f"min{size}", 0), part.get(f"max{size}")
+        least, most = part.get(f"min{size}") or 0, part.get(f"max{size}")
         for word, bound in ((f"min{size}", least), (f"max{size}", most)):
             if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 0):
                 return f"{word!r} must be a whole number from 0 on"
@@ -223,12 +242,12 @@ def _problem(part: dict[str, Any], root: dict[str, Any]) -> str | None:
 def _unfit_counts(part: dict[str, Any]) -> str | None:
     properties, listed = part.get("properties", {}), part.get("prefixItems", [])
     closed = not part.get("additionalProperties")
-    if closed and isinstance(properties, dict) and part.get("minProperties", 0) > len(properties):
+    if closed and isinstance(properties, dict) and (part.get("minProperties") or 0) > len(properties):
         return f"'minProperties' is above the {len(properties)} of 'properties'"
     required, most = part.get("required", []), part.get("maxProperties")
     if most is not None and len(required) > most:
         return f"'required' names {len(required)}, and 'maxProperties' allows {most}"
-    if part.get("items", False) is False and isinstance(listed, list) and part.get("minItems", 0) > len(listed):
+    if part.get("items", False) is False and isinstance(listed, list) and (part.get("minItems") or 0) > len(listed):
         return f"'minItems' is above the {len(listed)} of 'prefixItems', and 'items' allows no more"
     return None
 

@@ -14,7 +14,7 @@ import msgspec
 from cachetools import LRUCache
 from jsonschema_rs import Draft202012Validator
 
-from yaptext.dialogue.tool_schema import check_schema, for_grammar, for_validator
+from yaptext.dialogue.tool_schema import check_references, check_schema, for_grammar, for_validator
 from yaptext.errors import BadMessage, SettingsError, YapError
 from yaptext.files import read_file
 from yaptext.wire.frames import Call
@@ -79,6 +79,7 @@ class ToolSet:
             definitions: dict[str, Any] = {}
             self.examples: list[tuple[str, list[Call]]] = []
             self.awaited: set[str] = set()
+            self._validators: dict[str, Draft202012Validator] = {}
             schemas = 0
             for index, given in enumerate(tools):
                 tool, count = _plain(given, index)
@@ -94,12 +95,13 @@ class ToolSet:
                 ]
                 if len(self.examples) > MAX_EXAMPLES:
                     raise BadMessage(f"more than {MAX_EXAMPLES} examples in all tools - at $.tools")
+                yield from check_references(tool["parameters"], name, f"$.tools[{index}].parameters")
+                self._validators[name] = _validator(tool, index)
                 call, definition = _call_schema(tool, index)
                 calls.append(call)
                 definitions |= definition
                 yield
             self.names = [tool["name"] for tool in self.tools]
-            self._validators: dict[str, Draft202012Validator] = {}
             self.key = msgspec.json.encode([self.tools, self.examples])
             yield
             answer = _answer_schema(calls, definitions)
@@ -133,15 +135,17 @@ class ToolSet:
         if unknown or len(calls) > MAX_CALLS:
             raise ValueError(f"{len(calls)} calls, {len(unknown)} of unknown tools")
         for call in calls:
-            if not self._validator(call.name).is_valid(call.arguments):
+            if not self._validators[call.name].is_valid(call.arguments):
                 raise ValueError(f"the arguments of {call.name} do not fit its schema")
         return calls
 
-    def _validator(self, name: str) -> Draft202012Validator:
-        if name not in self._validators:
-            schema = for_validator(self.tools[self.names.index(name)]["parameters"])
-            self._validators[name] = Draft202012Validator(schema)
-        return self._validators[name]
+
+def _validator(tool: dict[str, Any], index: int) -> Draft202012Validator:
+    try:
+        return Draft202012Validator(for_validator(tool["parameters"]))
+    except ValueError as error:
+        problem = " ".join(str(error).split())[:200]
+        raise BadMessage(f"tool {tool['name']!r}: {problem} - at $.tools[{index}].parameters") from None
 
 
 def _plain(tool: dict[str, Any], index: int) -> tuple[dict[str, Any], int]:

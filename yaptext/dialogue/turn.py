@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.session import Running, Session
 from yaptext.dialogue.tool_rounds import Asked, in_words
 from yaptext.dialogue.tools import ToolSet
-from yaptext.dialogue.transcript import REMEMBERED_CHARS, cut_short
+from yaptext.dialogue.transcript import REMEMBERED_CHARS
 from yaptext.errors import Internal, WireError
 from yaptext.wire.frames import Done, Final, ServerMessage, error_frame
 
@@ -73,7 +74,7 @@ class Turn:
             session.warming.cancel()
         session.turns += 1
         self.number = session.turns
-        self.answer.begin(sink, self.number)
+        self.answer.open(sink, self.number)
         # With those that they wait for themselves: a turn whose socket goes ends without waiting.
         self.waits_for: list[Running] = []
         for turn in filter(None, (session.current, after)):
@@ -88,8 +89,10 @@ class Turn:
         self._task: asyncio.Task[None] | None = None
         self._cut: _Cut | None = None
         self._outcome = ""
-        self._others, self._backlog_ms = 0, 0.0
-        """How many turns ran when this one began, and the chat engine's backlog then."""
+        self._others: int | None = None
+        """How many turns ran when this one began; None before that."""
+        self._backlog_ms = 0.0
+        """Of the chat engine, then."""
 
     @property
     def over(self) -> bool:
@@ -117,6 +120,8 @@ class Turn:
 
     def _end_early(self, cut: _Cut) -> None:
         if self._cut is not None or self.over:
+            if self._cut is not None and cut.error is not None:
+                self._cut = cut  # nothing is to follow this turn
             return
         self._cut = cut
         if self.state is State.WAITING and all(turn.over for turn in self.waits_for):
@@ -203,24 +208,26 @@ class Turn:
             self.session.asked = Asked(
                 self.number, answer.utterance, answer.calls, answer.rounds, answer.note, answer.speakable
             )
-            self._leave("finished", self._done(), reply="", results=False)
+            self._leave("finished", self._done(), said=lambda: ("", None), results=False)
             return
         text, own, spoken = answer.reply.whole()
         answer.finish_reason = answer.finish_reason or "stop"
         final = Final(normalized_text=text, turn=self.number)
-        self._leave("finished", final, self._done(), reply=own, spoken=spoken)
+        self._leave("finished", final, self._done(), said=lambda: (own, spoken))
 
     def _end_cut(self, cut: _Cut) -> None:
         if cut.error is not None:
             self._leave(cut.error.code, self._error(cut.error))
             return
-        reply, spoken = self.answer.reply.cut(cut.heard)
+        sent = self.answer.reply.retract()
         cancel_ms = round((time.perf_counter() - cut.at) * 1000, 3)
         self._runtime.metrics.cancel_ms.observe(cancel_ms)
         done = self._done(
             finish_reason="cancelled", cancelled=True, cancel_ms=cancel_ms, tokens_sent=self.answer.tokens.sent_tokens
         )
-        self._leave("cancelled", done, reply=cut_short(reply, self._runtime.settings.interrupted_mark), spoken=spoken)
+
+        mark = self._runtime.settings.interrupted_mark
+        self._leave("cancelled", done, said=lambda: self.answer.reply.heard(sent, cut.heard, mark))
 
     def _done(self, **fields: Any) -> Done:
         answer, session_id = self.answer, self.session.session_id
@@ -235,30 +242,25 @@ class Turn:
         self,
         outcome: str,
         *last: ServerMessage,
-        reply: str | None = None,
-        spoken: Spoken | None = None,
+        said: Callable[[], tuple[str, Spoken | None]] | None = None,
         results: bool = True,
     ) -> None:
-        """The one way out: the last frames go, and the transcript gets what was said. `reply` is what was sent unless
-        given; without `results` it gets nothing of what tools returned, since the next turn brings it again."""
+        """The one way out: the last frames go, then the transcript gets what was `said`, which is what was sent unless
+        given. Without `results` it gets nothing of what tools returned, since the next turn brings it again."""
         if self.over:
             return
         begun, self.state, self._outcome = self.state is State.RUNNING, State.OVER, outcome
         answer, transcript = self.answer, self.session.transcript
         answer.reply.close()
-        for message in last:
-            self._sink.send(message)
-        if not begun:
-            return
-        self._runtime.metrics.running_turns -= 1
-        transcript.add_turn(
-            answer.utterance,
-            answer.tokens.retract() if reply is None else reply,
-            sent=answer.sent,
-            results=in_words(answer.rounds) if results else (),
-            spoken=spoken,
-        )
-        transcript.bound(self._runtime.history_bytes)
+        try:
+            for message in last:
+                self._sink.send(message)
+        finally:
+            if begun:
+                reply, spoken = said() if said is not None else (answer.reply.retract(), None)
+                done = in_words(answer.rounds) if results else ()
+                transcript.add_turn(answer.utterance, reply, sent=answer.sent, results=done, spoken=spoken)
+                transcript.bound(self._runtime.history_bytes)
 
     def _finish(self) -> None:
         """The engine has let go: the next turn may begin."""
@@ -272,6 +274,8 @@ class Turn:
         self.state = State.FINISHED
         self.finished.set()
         answer.mark_end()
+        if self._others is not None:
+            runtime.metrics.running_turns -= 1
         if runtime.observer is not None:
             runtime.observer.ended(answer)
         runtime.metrics.turn(self._outcome, answer.usage, answer.timings)
@@ -282,7 +286,7 @@ class Turn:
             turn=self.number,
             session_id=session.session_id,
             key=session.key_name,
-            others=self._others,
+            others=self._others or 0,
             backlog_ms=round(self._backlog_ms, 1),
             finish_reason=answer.finish_reason,
             tokens_sent=answer.tokens.sent_tokens,

@@ -211,9 +211,7 @@ class Conversation:
                 )
             self._client.send(warmed)
         except WireError as error:
-            self._client.send(
-                error_frame(error, session_id=UNSET if message.session_id is None else message.session_id)
-            )
+            self._client.send(error_frame(error, session_id=message.session_id))
         except Exception:
             _log.exception("warm.crashed")
             self._client.end(Internal("The warm-up failed by a fault of the service."))

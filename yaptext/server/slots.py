@@ -29,7 +29,7 @@ class Holder(Protocol):
 
 
 class Slots:
-    """Who is connected. Nothing here limits: `Admission` and `Account` do, by what they find here."""
+    """The connections that hold a slot. Nothing here limits: `Admission` and `Account` do, by what they find here."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, set[Holder]] = {}

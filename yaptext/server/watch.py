@@ -46,7 +46,7 @@ async def watching(
 
 
 async def _guard(lifecycle: Lifecycle, watch: Coroutine[None, None, None]) -> None:
-    """If the watch itself fails, the process ends: nothing else would notice a dead engine."""
+    """If a watch itself fails, the process ends: nothing else would notice what it was there to see."""
     try:
         await watch
     except Exception:

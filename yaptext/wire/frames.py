@@ -19,10 +19,8 @@ Count = Annotated[int, Meta(ge=0)]
 
 
 class ClientMessage(Struct, frozen=True):
-    """A frame that a client sends. A subclass here is a frame of the protocol: it can be read, is named in refusals and
-    stands in the published document.
-
-    `cost` is what the frame is charged to its key as when it arrives, beside the "messages" that every frame costs."""
+    """A frame that a client sends. Every subclass is a frame of the protocol. `cost` is what its key is charged for it,
+    beside the "messages" that every frame costs."""
 
     cost: ClassVar[Literal["turns", "cancels"] | None] = None
 
@@ -294,7 +292,9 @@ encode = msgspec.json.Encoder().encode
 """One server frame, UTF-8."""
 
 
-def error_frame(error: WireError, **fields: Any) -> Error:
-    """`fields` are more of the frame's: `turn`, `session_id`, `capacity`."""
-    retry_after_ms = UNSET if error.retry_after_ms is None else error.retry_after_ms
-    return Error(error_code=error.code, message=error.message, retry_after_ms=retry_after_ms, **fields)
+def error_frame(
+    error: WireError, *, turn: int | None = None, session_id: str | None = None, capacity: Capacity | None = None
+) -> Error:
+    given = {"turn": turn, "session_id": session_id, "retry_after_ms": error.retry_after_ms, "capacity": capacity}
+    more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Error(error_code=error.code, message=error.message, **more)

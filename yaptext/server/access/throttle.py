@@ -39,7 +39,7 @@ class Bucket:
 
 
 class Throttle:
-    """Failed attempts by address, of which the `max_addresses` latest are remembered. With `per_minute` 0 it is off."""
+    """Failed attempts by address; `max_addresses` are remembered, those seen latest. With `per_minute` 0 it is off."""
 
     def __init__(self, per_minute: int, *, max_addresses: int = 10_000, clock: Clock = time.monotonic) -> None:
         self._buckets: LRUCache[str, Bucket] = LRUCache(max_addresses)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import cast
 
 import structlog
-from msgspec import UNSET
 from starlette.websockets import WebSocket
 
 from yaptext.dialogue.runtime import Runtime
@@ -133,8 +132,7 @@ class Connection:
             message, ignored = await self._read_large(frame) if len(frame) > _LARGE_BYTES else read(frame)
             await self.conversation.handle(message, ignored)
         except WireError as error:
-            session_id = getattr(message, "session_id", None)
-            self.send(error_frame(error, session_id=UNSET if session_id is None else session_id))
+            self.send(error_frame(error, session_id=getattr(message, "session_id", None)))
         except Exception:
             _log.exception("frame.crashed")
             self.end(Internal("The frame could not be handled by a fault of the service."))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import structlog
-from msgspec import UNSET
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -39,7 +38,7 @@ async def converse(websocket: WebSocket) -> None:
 async def _refuse(websocket: WebSocket, service: Service, refusal: WireError) -> None:
     service.runtime.metrics.errors.labels(refusal.code).inc()
     service.refusals.tell("connection.refused", address(websocket), error_code=refusal.code)
-    capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else UNSET
+    capacity = service.admission.capacity if isinstance(refusal, ServerAtCapacity) else None
     frame = encode(error_frame(refusal, capacity=capacity))
     try:
         if isinstance(refusal, GoingAway) and is_proxied(websocket):
