@@ -5,6 +5,8 @@
 # make test      sets everything up and runs the tests, on CPU
 # make test-systemd, make test-nix   test the units on real systemd (root), the flake on real Nix
 # make lint      runs ruff, mypy, import-linter and the check of the locks
+# make test-browser  runs the browser client and the playground in headless Chromium (needs Debian's chromium)
+# make test-clients  installs other people's clients, and runs them against the service (tests/clients/README.md)
 # make audit     looks for known vulnerabilities of the locked packages (network; ARGS: of pip-audit)
 # make sbom      writes a bill of materials of this machine's environment, dist/ENV.cdx.json (CycloneDX)
 # make image     packs ENV into an OCI archive of three layers, dist/yap-text-ENV.oci.tar (root; IMAGE_USER, MIRROR)
@@ -34,9 +36,11 @@ CPU := .venv/serve-cpu
 SIZE_serve-cpu := 0.8 GB to download, 2.9 GB installed, 1 to 3 minutes
 SIZE_serve-cuda := 3.7 GB to download, 9 GB installed, 2 to 10 minutes
 SIZE_test := 100 MB, half a minute
+SIZE_browser := 50 MB to download, 165 MB installed
 SIZE_audit := 60 MB, half a minute
+SIZE_clients := 220 MB to download, 750 MB installed, half a minute
 
-.PHONY: serve quantize install rollback test test-systemd test-nix lint lock audit sbom image tables units clean venv venv-test
+.PHONY: serve quantize install rollback test test-systemd test-nix test-clients test-browser lint lock audit sbom image tables units clean venv venv-test venv-clients
 
 serve: venv
 	@HOST='$(HOST)' PORT='$(PORT)' exec $(VENV)/bin/yap-text serve
@@ -110,10 +114,16 @@ rollback:
 	exec "$$command" install $(ARGS)
 
 test: venv-test
-	@$(CPU)/bin/python -m pytest -m 'not systemd and not nix' --cov=yaptext --cov-report=term:skip-covered $(ARGS)
+	@$(CPU)/bin/python -m pytest -m 'not systemd and not nix and not clients and not browser' --cov=yaptext --cov-report=term:skip-covered $(ARGS)
 
 test-systemd test-nix: venv-test
 	@$(CPU)/bin/python -m pytest -m $(@:test-%=%) $(ARGS)
+
+test-clients: venv-test venv-clients
+	@$(CPU)/bin/python -m pytest -m clients $(ARGS)
+
+test-browser: venv-test $(CPU)/browser.txt
+	@$(CPU)/bin/python -m pytest -m browser $(ARGS)
 
 lint: venv-test
 	$(CPU)/bin/ruff check
@@ -163,12 +173,13 @@ clean:
 
 venv: $(VENV)/project
 venv-test: $(CPU)/project $(CPU)/test.txt $(CPU)/llmcompressor/lock.txt .venv/audit/lock.txt
+venv-clients: .venv/clients/lock.txt
 
 # A stamp is a copy of the lock that the venv holds. It is written last, so that an interrupted install leaves none, and
 # compared, so that a checkout that only touches the lock installs nothing. Static patterns: make would delete the
 # intermediate files of an implicit chain.
 
-$(VENVS:%=%/lock.txt) .venv/audit/lock.txt: .venv/%/lock.txt: nix/lock/%.txt
+$(VENVS:%=%/lock.txt) .venv/audit/lock.txt .venv/clients/lock.txt: .venv/%/lock.txt: nix/lock/%.txt
 	@if cmp -s $< $@; then touch $@; exit; fi
 	$(SETUP)
 	needs $*
@@ -183,10 +194,10 @@ $(VENVS:%=%/llmcompressor/lock.txt): %/llmcompressor/lock.txt: nix/lock/llmcompr
 	add_compressor $*
 	touch $@
 
-$(CPU)/test.txt: nix/lock/test.txt $(CPU)/lock.txt
+$(CPU)/test.txt $(CPU)/browser.txt: $(CPU)/%.txt: nix/lock/%.txt $(CPU)/lock.txt
 	@if cmp -s $< $@; then touch $@; exit; fi
 	$(SETUP)
-	echo "test: adding $$(grep -c == $<) wheels: $(SIZE_test)"
+	echo "$*: adding $$(grep -c == $<) wheels: $(SIZE_$*)"
 	use_uv
 	add $(CPU) $<
 	cp $< $@

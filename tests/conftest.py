@@ -26,8 +26,8 @@ from yaptext.server.access.keyfile import NO_LIMITS, Key, Limits
 from yaptext.server.app import create_app
 from yaptext.server.lifecycle import Lifecycle
 from yaptext.server.process import Server
+from yaptext.server.send_queue import WRITE_NOW
 from yaptext.server.ws.connection import Connection
-from yaptext.server.ws.send_queue import WRITE_NOW
 from yaptext.settings import Settings
 
 Frame = dict[str, Any]
@@ -200,9 +200,9 @@ class Running:
 
 @asynccontextmanager
 async def service(engines: Engines, **variables: Any) -> AsyncIterator[Running]:
-    """The whole service in this process, on a free port, over the given engines."""
+    """The whole service in this process, over the given engines; on a free port unless `PORT` is given."""
     variables.setdefault("YAP_TEXT_STATE_DIR", "/nonexistent")  # tests must not touch the user's own state
-    settings = Settings.load(PORT=0, **variables)
+    settings = Settings.load(**{"PORT": 0} | variables)
     lifecycle = Lifecycle()
     server = Server(create_app(settings, open_engines=lambda _: engines, lifecycle=lifecycle), settings, lifecycle)
     task = asyncio.create_task(server._serve())

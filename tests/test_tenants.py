@@ -23,8 +23,9 @@ from yaptext.engine.base import Engines
 from yaptext.server.access import keyfile
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-OPEN = {"/healthz", "/livez", "/readyz", "/asyncapi.json"}
-ROUTES = ["/healthz", "/livez", "/readyz", "/asyncapi.json", "/status", "/metrics", "/ticket", "/ws", "/nowhere"]
+STATIC = {"/client.js", "/client.d.ts", "/playground/app.js", "/playground/style.css", "/playground/icon.svg"}
+OPEN = STATIC | {"/healthz", "/livez", "/readyz", "/asyncapi.json"}
+ROUTES = [*sorted(OPEN), "/status", "/metrics", "/ticket", "/ws", "/nowhere"]
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"]
 
 

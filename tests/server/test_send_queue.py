@@ -1,4 +1,4 @@
-"""server/ws/send_queue.py: the order of frames, tokens that leave together, what is taken back, how much may wait."""
+"""server/send_queue.py: the order of frames, tokens that leave together, what is taken back, how much may wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yaptext.server.ws.send_queue import SendQueue
+from yaptext.server.send_queue import SendQueue
 from yaptext.wire.frames import Error, Final, Pong
 
 LONG_S = 60.0

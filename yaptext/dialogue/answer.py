@@ -38,7 +38,7 @@ class Answer:
         self._runtime, self._session, self._request = runtime, session, request
         self.asked: Asked | None = None
         """The exchange that the turn continues, if it brings results of tools."""
-        self.rounds: list[list[Called]] = []
+        self.rounds: list[list[Called]] = [list(calls) for calls in request.rounds]
         self.utterance, self.note = request.utterance, request.note
         settings = runtime.settings
         self.speakable = settings.speakable if request.speakable is None else request.speakable
@@ -49,6 +49,7 @@ class Answer:
             self.rounds = [*self.asked.before, last]
             self.utterance, self.note = self.asked.utterance, self.asked.note
             self.speakable, self._awaits = self.asked.speakable, True
+        self._prompts = runtime.plain_prompts if request.plain else runtime.prompts
         self.usage, self.timings = Usage(), Timings()
         self.sent: str | None = None
         """The utterance as it stood in the prompt."""
@@ -76,10 +77,10 @@ class Answer:
         await asyncio.sleep(0)  # others' turn: a long history was parsed
         if self.utterance is not None:
             self.utterance = await self._runtime.utterance(self.utterance)
-        if self._runtime.prompts is None:
+        if self._prompts is None or not self._request.replies:
             await self._decide()
             del self._session.transcript.messages[:-_TOOL_ONLY_MESSAGES]  # no chat prompt trims them
-        elif self._runtime.decider is None:
+        elif self._runtime.decider is None or not self._request.decides:
             await self._chat()
         elif self._runtime.settings.concurrent_model_call:
             await self._both_at_once()
@@ -115,7 +116,8 @@ class Answer:
         decision = Decision([], 0.0)
         if tools.names and self.utterance is not None and rounds < self._runtime.settings.max_tool_rounds:
             messages = self._session.transcript.messages
-            decision = await decider.decide(tools, messages, self.utterance, in_words(self.rounds))
+            must, results = self._request.must_call, in_words(self.rounds)
+            decision = await decider.decide(tools, messages, self.utterance, results, must_call=must)
             if self.asked is not None:
                 decision = replace(decision, calls=self.asked.new(decision.calls))
         if not self.reply.closed:  # else the turn was cut in the moment in which the decision came
@@ -148,9 +150,9 @@ class Answer:
     async def _chat(self) -> None:
         if self.reply.closed:
             return  # cut while it was decided, by a tool engine that failed in letting go
-        runtime, prompts, engine = self._runtime, self._runtime.prompts, self._runtime.engines.chat
+        runtime, prompts, engine = self._runtime, self._prompts, self._runtime.engines.chat
         assert prompts is not None and engine is not None
-        now = runtime.now()
+        now = "" if prompts.plain else runtime.now()
         if self.rounds:
             last = self.rounds[-1]
             last[:] = [replace(call, content=await runtime.tool_result(call.content)) for call in last]
@@ -162,6 +164,8 @@ class Answer:
         if room < 1:
             raise TextTooLong(f"the prompt is {len(prompt)} tokens; limit is {engine.codec.max_model_len - 1}")
         sampling = samplings.sampling(runtime, self._request.sampling, self.seed, room, self._session.key_name)
+        if self._request.json_schema is not None:
+            sampling = replace(sampling, json_schema=self._request.json_schema)
         self._mark_queue()
         try:
             async with (
@@ -175,10 +179,10 @@ class Answer:
     async def _take(self, deltas: AsyncIterator[Delta], sampling: Sampling) -> None:
         """Passes the reply on, up to its end: the engine's, a label of the next speaker, or a limit."""
         runtime, usage, reply = self._runtime, self.usage, self.reply
-        assert runtime.prompts is not None
+        assert self._prompts is not None
         given = self._request.sampling
         most, thinks = samplings.reply_tokens(runtime, given), sampling.reasoning is not None
-        lines = Lines() if runtime.prompts.labelled else None
+        lines = Lines() if self._prompts.labelled else None
         soft = samplings.soft_limit(runtime, given)
         sentences = None if soft is None else Sentences(soft)
         async for delta in deltas:

@@ -94,26 +94,37 @@ class ChatPrompts:
     template allows, and `lacking` says why."""
 
     def __init__(
-        self, codec: Codec, format: Format, limits: Limits, layout: Layout, lacking: str | None = None
+        self,
+        codec: Codec,
+        format: Format,
+        limits: Limits,
+        layout: Layout,
+        lacking: str | None = None,
+        *,
+        plain: bool = False,
     ) -> None:
+        """`plain` prompts hold the texts of the client and nothing of ours: no mark, no time."""
+        self.plain = plain
         self._codec, self._limits = codec, limits
         self.format, self.layout, self.lacking = format, layout, lacking
         self._personas: LRUCache[str, Line] = LRUCache(limits.kept_personas)
 
     @classmethod
-    async def open(cls, codec: Codec, format: Format, limits: Limits, *, thinking: bool = False) -> ChatPrompts:
+    async def open(
+        cls, codec: Codec, format: Format, limits: Limits, *, thinking: bool = False, plain: bool = False
+    ) -> ChatPrompts:
         """`thinking` is what the template's switch for that is set to."""
         formats: dict[Format, list[Format]] = {"segments": ["segments"], "turns": ["turns", "segments"], "bare": []}
         for taken in formats[format]:
             layout = await Layout.learn(codec, "chat", _samples(taken), thinking=thinking)
             if layout is not None:
                 lacking = None if taken == format else f"the chat template refuses CHAT_PROMPT_FORMAT={format}"
-                return cls(codec, taken, limits, layout, lacking)
+                return cls(codec, taken, limits, layout, lacking, plain=plain)
         lacking = None
         if format != "bare":
             refused = "the chat template refuses a conversation"
             lacking = refused if codec.has_template else "the model has no chat template"
-        return cls(codec, "bare", limits, await Layout.plain(codec, "chat"), lacking)
+        return cls(codec, "bare", limits, await Layout.plain(codec, "chat"), lacking, plain=plain)
 
     @property
     def labelled(self) -> bool:
@@ -131,8 +142,9 @@ class ChatPrompts:
     async def turn(
         self, persona: str, messages: list[Message], utterance: str | None, now: str, around: Around | None = None
     ) -> list[int]:
-        """The whole prompt of one turn. `messages` is trimmed in place to the history limit, `utterance` is
-        within its limit already. Raises `TextTooLong` for a persona over its limit."""
+        """The whole prompt of one turn; `now` is the time as the model reads it, or "" for none. `messages` is trimmed
+        in place to the history limit, `utterance` is within its limit already. Raises `TextTooLong` for a persona over
+        its limit."""
         await self._stand(persona, messages)
         rounds: Rounds = ()
         if around is not None and around.rounds and self.layout.calls:
@@ -154,7 +166,7 @@ class ChatPrompts:
 
     def sent(self, utterance: str, now: str) -> str | None:
         """How a turn's prompt has the utterance, if later ones have to repeat that to find it in the cache."""
-        return f"({now}) {utterance.strip()}" if self.format == "turns" else None
+        return f"({now}) {utterance.strip()}" if self.format == "turns" and now else None
 
     async def check_persona(self, text: str) -> None:
         """Raises `TextTooLong` for a persona over its limit."""
@@ -168,7 +180,8 @@ class ChatPrompts:
 
     @cachedmethod(lambda self: self._personas)
     def _persona(self, text: str) -> Line:
-        return Line(f"<|persona|>\n{in_lines(text, labels=False)}".strip(), {})
+        mark = "" if self.plain else "<|persona|>\n"
+        return Line(f"{mark}{in_lines(text, labels=False)}".strip(), {})
 
     async def _stand(self, persona: str, messages: list[Message]) -> None:
         """Checks the persona, and drops the oldest messages over the limit."""
@@ -240,19 +253,23 @@ def _talk(
     """The one place that lays out a chat prompt."""
     utterance = utterance.strip()
     if format == "turns":
+        system = [persona, *(_line(format, message) for message in messages if message.speaker == "note")]
         said = [
-            Said("system", [persona, *(_line(format, message) for message in messages if message.speaker == "note")]),
+            *([Said("system", system)] if any(line.text for line in system) else []),
             *(Said(role, [_line(format, message)]) for message in messages if (role := _role(message)) is not None),
         ]
-        return [*said, Said("user", around.lines(f"({now}) {utterance}".strip()))]
+        last = around.lines(f"({now}) {utterance}".strip() if now else utterance) or [Line("", volatile=True)]
+        return [*said, Said("user", last)]
     lines = [persona]
     if messages:
         lines.append(_HISTORY)
     lines += [_line(format, message) for message in messages]
     if format == "bare":
         last = around.lines(f"User: {in_lines(utterance)}".strip())
-        return [Said("user", [*lines, Line(f"({now})", volatile=True), *last, Line("Assistant:", volatile=True)])]
-    lines.append(Line(f"Now: {now}.", volatile=True))
+        time = [Line(f"({now})", volatile=True)] if now else []
+        return [Said("user", [*lines, *time, *last, Line("Assistant:", volatile=True)])]
+    if now:
+        lines.append(Line(f"Now: {now}.", volatile=True))
     return [Said("system", lines), Said("user", around.lines(utterance) or [Line("", volatile=True)])]
 
 

@@ -83,17 +83,23 @@ class Decider:
             await self.prime()
 
     async def decide(
-        self, tools: ToolSet, messages: Sequence[Message], utterance: str, results: Sequence[str] = ()
+        self,
+        tools: ToolSet,
+        messages: Sequence[Message],
+        utterance: str,
+        results: Sequence[str] = (),
+        *,
+        must_call: bool = False,
     ) -> Decision:
-        """Decides within the hard timeout; `results` are of calls that were made for this utterance. A fault is a `no`
-        with its reason."""
+        """Decides within the hard timeout, with `must_call` only which call; `results` are of calls that were made for
+        this utterance. A fault is a `no` with its reason."""
         begun = time.perf_counter()
-        answer = _Answer(tools, self.threshold)
+        answer = _Answer(tools, None if must_call else self.threshold)
         reason = None
         try:
             async with asyncio.timeout(self._timeout_s):
                 prompt = await self.prompts.turn(tools, messages, utterance, results)
-                await self._ask(answer, tools, prompt, tools.schema)
+                await self._ask(answer, tools, prompt, tools.call_schema if must_call else tools.schema)
                 if answer.overruled:
                     # The model's best guess was no, the threshold says yes: which call, without that choice.
                     answer = _Answer(tools, p=answer.p)
@@ -141,7 +147,13 @@ class NoDecider:
         return []
 
     async def decide(
-        self, tools: ToolSet, messages: Sequence[Message], utterance: str, results: Sequence[str] = ()
+        self,
+        tools: ToolSet,
+        messages: Sequence[Message],
+        utterance: str,
+        results: Sequence[str] = (),
+        *,
+        must_call: bool = False,
     ) -> Decision:
         return Decision([], 0.0, reason="not_available")
 

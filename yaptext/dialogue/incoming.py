@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -11,7 +10,7 @@ from msgspec import UnsetType
 
 from yaptext.dialogue import transcript
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.request import History, TurnRequest
+from yaptext.dialogue.request import History, Told, TurnRequest
 from yaptext.dialogue.runtime import Runtime
 from yaptext.errors import BadMessage, TextTooLong
 from yaptext.wire.frames import HistoryItem, PersonaFields, Start, ToolResult, WarmHistory
@@ -20,18 +19,6 @@ _ITEM_BYTES, _NAME_CHARS = 64, 64
 _HEARD_CHARS = 65_536
 
 _Frame = TypeVar("_Frame", bound=PersonaFields)
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """A history as a client sent it: `text` finds it again, `size` is its length in characters."""
-
-    messages: list[transcript.Message]
-    text: str
-
-    @property
-    def size(self) -> int:
-        return len(self.text)
 
 
 def bounded(runtime: Runtime, frame: _Frame) -> _Frame:
@@ -80,16 +67,24 @@ async def request_of(
     frame = bounded(runtime, frame)
     found = await runtime.sessions.fetch((key_name, frame.session_id))
     persona = (found.persona if found else Persona()).merge(frame)
-    if isinstance(frame.tools, list) and runtime.tool_sets.known(frame.tools) is None:
-        charge("tools")
-        await runtime.tool_sets.make(frame.tools)
+    if isinstance(frame.tools, list):
+        await compiled(runtime, frame.tools, charge)
     if isinstance(frame.persona_text, str):
         await runtime.check_persona(persona)
     return TurnRequest.of(frame, ignored)
 
 
+async def compiled(runtime: Runtime, tools: list[dict[str, Any]], charge: Callable[[Literal["tools"]], None]) -> None:
+    """Returns when the grammar of the tools is made; `charge` is called if it was not. Raises `BadMessage`."""
+    if runtime.tool_sets.known(tools) is None:
+        charge("tools")
+        await runtime.tool_sets.make(tools)
+
+
 def told(runtime: Runtime, history: History) -> Told | None:
     """A bounded history, in whatever form; None if there is none."""
+    if isinstance(history, Told):
+        return history
     if isinstance(history, list):
         return Told(transcript.of_items(history), msgspec.json.encode(history).decode())
     if isinstance(history, str):

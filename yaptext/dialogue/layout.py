@@ -103,7 +103,7 @@ class Layout:
 
     async def ids(self, talk: Talk, rounds: Rounds = ()) -> list[int]:
         """The whole prompt, ready for a reply; after `rounds` of calls only if the template shows them."""
-        if self.pieces and not rounds:
+        if self._fits(talk) and not rounds:
             return (await self._pieces.assemble(self._turns(talk)))[0]
         text = self.render(talk, rounds)
         if text is None:
@@ -118,7 +118,7 @@ class Layout:
 
     async def prefix(self, talks: Sequence[Talk]) -> list[int]:
         """The beginning of every later prompt. `talks` are different continuations of the conversation."""
-        if self.pieces and self._pieces.are_cut:
+        if self._fits(talks[0]) and self._pieces.are_cut:
             ids, stable = await self._pieces.assemble(self._turns(talks[0]))
             return ids[:stable]
         prompts = [await self.ids(talk) for talk in talks]
@@ -128,6 +128,10 @@ class Layout:
                 break
             same += 1
         return prompts[0][: max(0, same - 1)]  # the last may be the same by chance
+
+    def _fits(self, talk: Talk) -> bool:
+        """Whether the pieces make the prompt. They begin as the samples did, with a system message if there is one."""
+        return self.pieces and (self.is_plain or not self.system or talk[0].role == "system")
 
     def _turns(self, talk: Talk) -> Talk:
         return talk if self.is_plain else in_turn(talk, system=self.system)

@@ -9,10 +9,26 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from yaptext.dialogue.heard import Heard
+from yaptext.dialogue.talk import Rounds
+from yaptext.dialogue.transcript import Message
 from yaptext.wire.frames import HistoryItem, PersonaFields, SamplingFields, Start, ToolResult, WarmHistory
 
-History = str | list[HistoryItem] | UnsetType | None
-"""A transcript of the client: written, or as a list. Absent it is the session's own, null is an empty one."""
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A history as a client sent it: `text` finds it again, `size` is its length in characters."""
+
+    messages: list[Message]
+    text: str
+
+    @property
+    def size(self) -> int:
+        return len(self.text)
+
+
+History = str | list[HistoryItem] | Told | UnsetType | None
+"""A transcript of the client: written, as a list, or as messages. Absent it is the session's own; null is
+an empty one."""
 
 
 def history_of(frame: Start | WarmHistory) -> History:
@@ -41,6 +57,17 @@ class TurnRequest:
     """The results of an earlier turn's calls: this turn continues its utterance."""
     await_tools: bool | None = None
     speakable: bool | None = None
+    rounds: Rounds = ()
+    """Calls for this utterance that have returned already, from a client that sends all of it each time."""
+    decides: bool = True
+    """Whether the tool model is asked; `must_call`: no is not among its answers."""
+    must_call: bool = False
+    replies: bool = True
+    """Whether the chat model is asked."""
+    plain: bool = False
+    """Whether the prompt is the client's own: its messages in roles, with no mark and no time."""
+    json_schema: str | None = None
+    """What the reply has to be, as compact JSON."""
     sampling: SamplingFields | None = None
     ignored: Sequence[str] = ()
     """Fields that the client sent in vain, for the ack."""

@@ -63,6 +63,8 @@ class Runtime:
     metrics: Metrics
     prompts: ChatPrompts | None
     decider: Decider | NoDecider | None
+    plain_prompts: ChatPrompts | None = None
+    """Of a client that sends its prompt itself, in roles."""
     reasoning: Reasoning | None = None
     """How the chat model's thinking is kept out of its replies, if it thinks."""
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -87,12 +89,12 @@ class Runtime:
         cls, settings: Settings, engines: Engines, tools: ToolSet, sessions: SessionStore | None = None
     ) -> Runtime:
         """Learns the models' templates. `sessions` are new ones of the settings unless given."""
-        prompts, reasoning = None, None
+        prompts, plain_prompts, reasoning = None, None, None
         decider: Decider | NoDecider | None = None
         if engines.chat is not None:
-            prompts = await ChatPrompts.open(
-                engines.chat.codec, settings.chat_prompt_format, Limits.of(settings), thinking=settings.chat_thinking
-            )
+            codec, limits, thinking = engines.chat.codec, Limits.of(settings), settings.chat_thinking
+            prompts = await ChatPrompts.open(codec, settings.chat_prompt_format, limits, thinking=thinking)
+            plain_prompts = await ChatPrompts.open(codec, "turns", limits, thinking=thinking, plain=True)
             reasoning = reasoning_of(settings.reasoning_parser, prompts.layout.thinking)
             _check_reasoning(engines.chat, reasoning)
         if engines.tool is not None:
@@ -110,7 +112,7 @@ class Runtime:
         sessions = SessionStore.of(settings) if sessions is None else sessions
         sessions.start()
         metrics = Metrics(old_names=settings.metrics_old_names)
-        runtime = cls(settings, engines, sessions, metrics, prompts, decider, reasoning)
+        runtime = cls(settings, engines, sessions, metrics, prompts, decider, plain_prompts, reasoning)
         await runtime.describe_prompts()
         if engines.chat is not None:
             runtime.logit_bias = await _token_bias(engines.chat, settings.chat_logit_bias)

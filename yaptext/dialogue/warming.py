@@ -12,9 +12,9 @@ import structlog
 from msgspec import UnsetType
 
 from yaptext.dialogue import transcript
-from yaptext.dialogue.incoming import Told, told
+from yaptext.dialogue.incoming import told
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.request import history_of
+from yaptext.dialogue.request import Told, history_of
 from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.sampling import salt, sampling
 from yaptext.dialogue.session import Session

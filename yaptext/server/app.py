@@ -28,7 +28,9 @@ from yaptext.server.access.keyfile import Limits
 from yaptext.server.access.sparing import Sparing
 from yaptext.server.admission import Admission
 from yaptext.server.lifecycle import Lifecycle
+from yaptext.server.openai import door as openai
 from yaptext.server.pending import PendingConnections, fitting
+from yaptext.server.playground import pages
 from yaptext.server.reload import on_hangup, reload
 from yaptext.server.service import Service
 from yaptext.server.watch import watching
@@ -98,7 +100,11 @@ def create_app(
             Route("/metrics", http.metrics),
             Route("/asyncapi.json", http.document(asyncapi.document())),
             Route("/ticket", http.ticket, methods=["POST"]),
+            Route("/v1/chat/completions", openai.ChatCompletions(), methods=["POST"]),
+            Route("/v1/models", openai.models),
+            Route("/v1/models/{name:path}", openai.models),
             WebSocketRoute("/ws", door.converse),
+            *pages.routes(settings),
         ],
         exception_handlers={
             AuthenticationFailed: http.turned_away,

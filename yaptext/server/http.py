@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -105,17 +105,21 @@ async def metrics(request: Request) -> Response:
 
 
 def document(content: Any) -> Callable[[Request], Awaitable[Response]]:
-    """A route of JSON that stays the same as long as the service runs. Clients may keep it by its ETag."""
-    encoded = msgspec.json.encode(content)
+    """A route of JSON that stays the same as long as the service runs."""
+    return file(msgspec.json.encode(content), "application/json", {})
+
+
+def file(encoded: bytes, media_type: str, more_headers: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
+    """A route of bytes that stay the same as long as the service runs. Clients may keep them by their ETag."""
     etag = f'"{hashlib.sha256(encoded).hexdigest()[:32]}"'
 
     async def describe(request: Request) -> Response:
         check_host(request)
-        headers = {"ETag": etag, "Cache-Control": "no-cache"}
+        headers = {"ETag": etag, "Cache-Control": "no-cache", **more_headers}
         tags = request.headers.get("if-none-match", "").split(",", _MOST_TAGS)
         if {tag.strip().removeprefix("W/") for tag in tags} & {etag, "*"}:
             return Response(None, 304, headers)
-        return Response(encoded, 200, headers, media_type="application/json")
+        return Response(encoded, 200, headers, media_type=media_type)
 
     return describe
 

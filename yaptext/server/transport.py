@@ -14,10 +14,11 @@ from websockets.protocol import State
 
 from yaptext.server.access.sparing import Sparing
 from yaptext.server.pending import PendingConnections
-from yaptext.server.ws.send_queue import WRITE_NOW
+from yaptext.server.send_queue import LINK, WRITE_NOW
 
 _MAX_REQUEST_BYTES = 65_536
-"""Of one HTTP request, head and body: no endpoint takes a body, and llhttp bounds neither."""
+"""Of one HTTP request, head and body: llhttp bounds neither. Below `/v1/` a body may have what a frame of `/ws` may."""
+_WITH_BODY = b"/v1/"
 _MAX_URL_BYTES, _MAX_HEADERS = 8192, 128
 """Of one HTTP request, as the WebSocket library has it for a handshake."""
 _MAX_HOP_BYTES = 1024
@@ -40,13 +41,37 @@ class _Refused(Exception):
         self.status, self.message = status, message
 
 
+class HttpLink:
+    """What the app may do with the connection of one request, beside ASGI (`send_queue.LINK`)."""
+
+    def __init__(self, protocol: HttpProtocol, cycle: Any) -> None:
+        self._protocol, self._cycle = protocol, cycle
+
+    def admit(self) -> None:
+        """The request has a slot: its connection is no longer pending."""
+        self._protocol.pending.leave(self._protocol.transport)
+
+    def write_now(self, part: bytes) -> bool:
+        """Writes a part of a body of unknown length. False, and nothing is written, if the client cannot take one."""
+        cycle, transport = self._cycle, self._protocol.transport
+        begun = cycle.response_started and cycle.chunked_encoding and not cycle.response_complete
+        if not begun or cycle.disconnected or self._protocol.flow.write_paused or transport.is_closing():
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
+
+    def abort(self) -> None:
+        self._protocol.transport.abort()
+
+
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP, with bounds on time and size. Its connections are pending from their first byte."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.pending: PendingConnections = self.app_state["service"].pending
-        self._request_bytes = 0
+        self._request_bytes, self._max_bytes = 0, _MAX_REQUEST_BYTES
+        self._most_bytes = _MAX_REQUEST_BYTES + self.app_state["service"].settings.max_frame_bytes
         self.pending.enter(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -60,9 +85,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._request_bytes += len(data)
         try:
-            if self._request_bytes > _MAX_REQUEST_BYTES:
-                raise _Refused(400, f"The request is over {_MAX_REQUEST_BYTES} bytes.")
+            self._check_size(self._most_bytes)
             self.parser.feed_data(data)
+            self._check_size(self._max_bytes)  # of a header that has no end
         except HttpParserUpgrade:
             if self._should_upgrade():
                 self.handle_websocket_upgrade()
@@ -87,12 +112,18 @@ class HttpProtocol(HttpToolsProtocol):
         self._hop_bytes = self._pieces = 0
         super().on_message_begin()
 
+    def _check_size(self, limit: int) -> None:
+        if self._request_bytes > limit:
+            raise _Refused(400, f"The request is over {limit} bytes.")
+
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
+        self._max_bytes = self._most_bytes if self.url.startswith(_WITH_BODY) else _MAX_REQUEST_BYTES
         if len(self.url) > _MAX_URL_BYTES:
             raise _Refused(414, f"The address is over {_MAX_URL_BYTES} bytes.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._check_size(self._max_bytes)
         if len(self.headers) >= _MAX_HEADERS:
             raise _Refused(431, f"The request has over {_MAX_HEADERS} headers.")
         if name.lower() in (b"connection", b"upgrade"):
@@ -101,10 +132,16 @@ class HttpProtocol(HttpToolsProtocol):
                 raise _Refused(431, f"Connection and Upgrade are over {_MAX_HOP_BYTES} bytes.")
         super().on_header(name, value)
 
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self.scope["extensions"] = {LINK: HttpLink(self, self.cycle)}  # type: ignore[dict-item]
+
     def on_body(self, body: bytes) -> None:
+        self._check_size(self._max_bytes)
         self._pieces += 1
-        if self._pieces > _MAX_PIECES:
-            raise _Refused(400, f"The body is in over {_MAX_PIECES} pieces.")
+        most = _MAX_PIECES * self._max_bytes // _MAX_REQUEST_BYTES
+        if self._pieces > most:
+            raise _Refused(400, f"The body is in over {most} pieces.")
         super().on_body(body)
 
     def on_response_complete(self) -> None:

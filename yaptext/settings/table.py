@@ -39,6 +39,7 @@ class Table(BaseSettings):
     allowed_origins: str | None = setting("ALLOWED_ORIGINS", None, "Web origins whose pages may open a WebSocket, separated by commas: `https://app.example.com`. `*` = any, refused with the default API key. Default: any; with the default API key only this machine (localhost, 127.0.0.1, [::1]). Clients that send no `Origin` are always allowed.")  # fmt: skip
     trusted_proxies: str | None = setting("TRUSTED_PROXIES", None, "Addresses and networks of proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are trusted, separated by commas: `10.0.0.0/8, 2001:db8::1`. Default: none. A proxy on this host needs `127.0.0.1, ::1`; any program on this host can then claim any address. Old name: `FORWARDED_ALLOW_IPS`.")  # fmt: skip
     allowed_hosts: str | None = setting("ALLOWED_HOSTS", None, "Host names that routes without a key accept in addition to localhost and IP addresses, separated by commas: `yap.example.com`. Applies if the service listens on loopback, where a proxy may forward another name.")  # fmt: skip
+    playground: bool = setting("PLAYGROUND", True, "The page at `/` that holds conversations in a browser. 0 = none; `/client.js` stays.")  # fmt: skip
     host: str = setting("HOST", "127.0.0.1", "Address to listen on.")
     port: int = setting("PORT", 8000, "Port to listen on; 0 = a free port, which is logged.", ge=0, le=65535)
     max_concurrent_connections: int | None = setting("MAX_CONCURRENT_CONNECTIONS", None, "Open WebSockets of the service. Default by deployment: tool 32, chat 24, both 16; with AWQ weights 64, 40, 26.", ge=1, le=100_000)  # fmt: skip
@@ -129,6 +130,7 @@ class Table(BaseSettings):
     # --- the decision
     tools_file: Path | None = setting("TOOLS_FILE", None, "File with a JSON list of tools (name, description, parameters). Default: the five built-in tools.")  # fmt: skip
     tool_optional: bool = setting("TOOL_OPTIONAL", False, "Start without the tool model. 1: if the tool engine cannot start, chat serves without it; decisions are `no` with reason `not_available`, and `/status` says `degraded`. A tool engine that dies later still ends the process, and systemd restarts it.")  # fmt: skip
+    tools_on_openai: bool = setting("TOOLS_ON_OPENAI", False, "The service's own tools on `/v1/chat/completions`. 1: a request without `tools` is decided by them, and may end with their calls.")  # fmt: skip
     await_tools: bool = setting("AWAIT_TOOLS", False, "Turns that wait for tools. 1: a turn whose decision is yes ends after its `toolcall`, and the client's `tool_result` continues it. Applies to turns without their own `await_tools`.")  # fmt: skip
     tool_result_max_tokens: int = setting("TOOL_RESULT_MAX_TOKENS", 1000, "Longest result of a tool, in tokens. Of a longer one the beginning is kept.", ge=1)  # fmt: skip
     max_tool_rounds: int = setting("MAX_TOOL_ROUNDS", 4, "Decisions per utterance. After so many `tool_result` frames the reply follows without another decision.", ge=1, le=16)  # fmt: skip

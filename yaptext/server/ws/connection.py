@@ -16,7 +16,7 @@ from yaptext.dialogue.runtime import Runtime
 from yaptext.errors import Internal, SlowClient, WireError
 from yaptext.server.access.accounts import Account
 from yaptext.server.conversation import Conversation
-from yaptext.server.ws.send_queue import WRITE_NOW, SendQueue, TokenStream
+from yaptext.server.send_queue import WRITE_NOW, SendQueue, TokenStream
 from yaptext.wire.frames import ClientMessage, Error, ServerMessage, encode, error_frame
 from yaptext.wire.reading import Frame, read, read_in_steps
 
@@ -159,9 +159,12 @@ class Connection:
 
     async def _write(self) -> None:
         try:
-            await self._send_queue.write(self._socket.send_text)
+            await self._send_queue.write(self._send_frame)
         except Exception as error:  # whatever the transport raises, the client is gone
             self._end(Ending(None, type(error).__name__))
+
+    async def _send_frame(self, frame: bytes) -> None:
+        await self._socket.send_text(frame.decode())
 
     def _overflow(self) -> None:
         limit = self._runtime.settings.send_queue_bytes

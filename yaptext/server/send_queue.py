@@ -13,6 +13,8 @@ from yaptext.wire.frames import ServerMessage, Token, encode
 
 WRITE_NOW = "yaptext.write_now"
 """The ASGI extension of a socket that has a `WriteNow`; on others every frame goes through the queue and its task."""
+LINK = "yaptext.link"
+"""The ASGI extension of an HTTP request: a `transport.HttpLink`."""
 WriteNow = Callable[[bytes], bool]
 """Writes a frame, or answers False where the socket cannot take one."""
 _TOKEN_FRAME_BYTES = 40
@@ -34,7 +36,8 @@ class TokenStream:
         self.sent_tokens = 0
 
     def push(self, text: str, tokens: int) -> None:
-        if self._send_queue.idle and self._send_queue.write_now(encode(Token(text=text, turn=self.turn))):
+        queue = self._send_queue
+        if queue.idle and queue.write_now(queue.encode(Token(text=text, turn=self.turn))):
             self.sent.append(text)
             self.sent_tokens += tokens
             return
@@ -64,15 +67,23 @@ class TokenStream:
 
 
 class SendQueue:
-    """Frames for one socket. Putting never waits; one task writes.
+    """Frames for one client, as `encode` writes them (b"" for a message that its door has no frame for). Putting never
+    waits; one task writes.
 
     Over `max_bytes` of waiting frames `on_overflow` is called once: the client does not keep up. With
     `flush_s` tokens after the first of a turn gather that long; any other frame takes them along at once.
     """
 
     def __init__(
-        self, *, max_bytes: int, flush_s: float, on_overflow: Callable[[], None], write_now: WriteNow | None = None
+        self,
+        *,
+        max_bytes: int,
+        flush_s: float,
+        on_overflow: Callable[[], None],
+        write_now: WriteNow | None = None,
+        encode: Callable[[ServerMessage], bytes] = encode,
     ) -> None:
+        self.encode = encode
         self._queue: deque[bytes | TokenStream | None] = deque()
         self._max_bytes, self._flush_s, self._on_overflow = max_bytes, flush_s, on_overflow
         self._bytes = 0
@@ -91,7 +102,10 @@ class SendQueue:
         return TokenStream(self, turn)
 
     def put(self, message: ServerMessage) -> None:
-        frame = encode(message)
+        if frame := self.encode(message):
+            self.put_frame(frame)
+
+    def put_frame(self, frame: bytes) -> None:
         if self.idle and self.write_now(frame):
             return
         self._queue.append(frame)
@@ -123,7 +137,7 @@ class SendQueue:
             self._overflowed = True
             self._on_overflow()
 
-    async def write(self, send: Callable[[str], Awaitable[None]]) -> None:
+    async def write(self, send: Callable[[bytes], Awaitable[None]]) -> None:
         """Writes frames in order until `finish`, or until `send` raises."""
         last_turn, last_at = 0, 0.0
         while True:
@@ -138,14 +152,14 @@ class SendQueue:
             if isinstance(item, bytes):
                 self._queue.popleft()
                 self._bytes -= len(item)
-                await send(item.decode())
+                await send(item)
                 continue
             if self._flush_s and item.turn == last_turn and len(self._queue) == 1:
                 await self._gather(last_at + self._flush_s - time.monotonic())
             self._queue.popleft()
             if item.queued:  # else it was retracted while it waited
                 last_turn, last_at = item.turn, time.monotonic()
-                await send(encode(Token(text=item.take(), turn=item.turn)).decode())
+                await send(self.encode(Token(text=item.take(), turn=item.turn)))
 
     async def _gather(self, seconds: float) -> None:
         """Waits for more tokens, or for the first frame that is not a token."""

@@ -1,0 +1,1 @@
+"""A page to talk to the service in a browser."""
