@@ -13,9 +13,11 @@ from typing import Any
 
 import msgspec
 import pytest
-import websockets
+from conftest import service
+from fakes import Script, ScriptedEngine
 from prometheus_client import Metric
 
+from yaptext.engine.base import CHAT, Engines
 from yaptext.observe.metrics import Metrics
 from yaptext.wire.frames import CLIENT_MESSAGES, SERVER_MESSAGES, PersonaFields
 from yaptext.wire.reading import decode
@@ -158,25 +160,20 @@ def test_the_javascript_sends_a_start(page: Path) -> None:
     assert (sent.session_id, sent.persona_style) == ("user-1", "savage")
 
 
-async def test_the_python_example_prints_a_reply(capsys: pytest.CaptureFixture[str]) -> None:
-    """As it stands, but for the address."""
-    (text,) = blocks(ROOT / "README.md", "python")
-    asked: list[Any] = []
-
-    async def talk(socket: websockets.ServerConnection) -> None:
-        assert socket.request is not None
-        asked.append((socket.request.headers["X-API-Key"], decode(await socket.recv())))
-        for frame in ({"type": "ack"}, {"type": "token", "text": "Par"}, {"type": "token", "text": "is."}):
-            await socket.send(json.dumps(frame))
-        await socket.send(json.dumps({"type": "done"}))
-
-    async with websockets.serve(talk, "127.0.0.1", 0) as server:
-        address = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws"
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "yaptext" / "client" / "README.md"], ids=["first", "client"]
+)
+async def test_the_python_example_prints_a_reply(capsys: pytest.CaptureFixture[str], page: Path) -> None:
+    """As it stands, but for the address, with a whole service."""
+    (text,) = [text for text in blocks(page, "python") if "connect(" in text]
+    engine = ScriptedEngine(Script(["Paris."]))
+    async with service(Engines(engine, engine)) as running:
         assert text.count("ws://127.0.0.1:8000/ws") == 1
-        await asyncio.to_thread(exec, text.replace("ws://127.0.0.1:8000/ws", address), {"__name__": "__main__"})
-    assert capsys.readouterr().out == "Paris."
-    ((key, sent),) = asked
-    assert (key, sent.user_utterance) == ("yap_token", "What is the capital of France?")
+        code = text.replace("ws://127.0.0.1:8000/ws", running.ws)
+        await asyncio.to_thread(exec, code, {"__name__": "__main__"})
+    assert "Paris." in capsys.readouterr().out  # beside the log of the service, which has no text of a turn
+    asked = [engine.decode(ids) for ids, _, priority in engine.requests if priority == CHAT]
+    assert "What is the capital of France?" in asked[-1]
 
 
 def test_every_metric_is_documented() -> None:

@@ -40,7 +40,7 @@ from yaptext.bench.prompts import Prompts, Story
 from yaptext.bench.service import Service
 from yaptext.bench.text import number, table
 from yaptext.bench.turn import Turn
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 from yaptext.dialogue import transcript
 from yaptext.dialogue.chat_prompt import ChatPrompts, Limits
 from yaptext.dialogue.runtime import Runtime

@@ -88,9 +88,8 @@ async def test_a_bench_writes_what_it_measured(tmp_path: Path) -> None:
 
 
 def test_it_needs_nothing_of_the_service() -> None:
-    """What the client environment has is enough: no msgspec, no Starlette, no uvloop, no rich."""
+    """What the client environment has is enough: no Starlette, no uvloop, no rich."""
     missing = (
-        "msgspec",
         "starlette",
         "uvicorn",
         "uvloop",

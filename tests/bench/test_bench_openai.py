@@ -14,7 +14,7 @@ import pytest
 from yaptext.bench.openai import OpenAI
 from yaptext.bench.plan import Sampling
 from yaptext.bench.prompts import Story
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 Answer = Callable[[dict[str, Any], asyncio.StreamWriter], Awaitable[None]]
 STORY = Story("You are kind.", "User: hi\nAssistant: hello")

@@ -20,7 +20,7 @@ from yaptext.bench.prompts import Prompts, Story
 from yaptext.bench.run import Run
 from yaptext.bench.screen import Lines
 from yaptext.bench.service import Service
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 from yaptext.engine.base import Engines
 from yaptext.errors import EngineFailed
 

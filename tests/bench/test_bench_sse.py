@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from yaptext.bench.http import Address, Getter, Malformed, Response, request
 from yaptext.bench.sse import Events
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 EVENTS = (
     ': a comment\r\ndata: {"a": 1}\r\n\r\n'

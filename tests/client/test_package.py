@@ -35,7 +35,7 @@ def run_on_dependencies(code: str, *arguments: str) -> subprocess.CompletedProce
 
 
 def test_the_client_and_the_frames_import_nothing_else() -> None:
-    ended = run_on_dependencies("import yaptext.client.client, yaptext.wire.asyncapi; print('there')")
+    ended = run_on_dependencies("import yaptext.client.sync, yaptext.wire.asyncapi; print('there')")
     assert ended.stdout == "there\n", ended.stderr
 
 

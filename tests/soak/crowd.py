@@ -40,7 +40,7 @@ from yaptext.bench.plan import Sampling
 from yaptext.bench.prompts import UTTERANCES, Prompts
 from yaptext.bench.service import Service
 from yaptext.bench.text import number, table
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 Sample = dict[str, float]
 MB = 2**20

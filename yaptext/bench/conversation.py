@@ -7,7 +7,7 @@ from typing import Protocol
 
 from yaptext.bench.prompts import Story
 from yaptext.bench.turn import Turn
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 
 class Full(Refused):

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 # llhttp parses; connections are our own. With aiohttp's a token costs the client 91, 76 and 41 us of CPU at 1, 64 and
 # 256 streams instead of 61, 39 and 23, since a task wakes for each, and first tokens are seen 0.24, 0.27 and 0.16 ms

@@ -21,7 +21,7 @@ from yaptext.bench.plan import Sampling
 from yaptext.bench.prompts import Story
 from yaptext.bench.sse import Events
 from yaptext.bench.turn import Turn
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 _OPEN_TIMEOUT_S = 10.0
 _WARM_TIMEOUT_S = 120.0

@@ -15,7 +15,7 @@ from yaptext.bench.figures import Samples, samples_of
 from yaptext.bench.plan import Plan
 from yaptext.bench.prompts import Prompts
 from yaptext.bench.turn import Turn
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 _MAX_RETRIES = 5
 _MAX_WAIT_S = 10.0

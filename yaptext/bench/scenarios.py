@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from yaptext.bench.conversation import Full
 from yaptext.bench.run import Guest, Run
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 Scenario = Callable[[Run], Awaitable[None]]
 

@@ -26,7 +26,7 @@ from yaptext.bench.http import Address, Getter
 from yaptext.bench.plan import Sampling
 from yaptext.bench.prompts import Story
 from yaptext.bench.turn import Turn
-from yaptext.client.client import Refused
+from yaptext.client.errors import Refused
 
 _OPEN_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0

@@ -6,12 +6,15 @@ import asyncio
 import json
 import signal
 import sys
-import uuid
 from asyncio.subprocess import PIPE
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from yaptext.client.client import Client, connect
+import msgspec
+
+from yaptext.client import ConnectionLost, Done, Event, ServiceError, Token, ToolCall, Turn, connect
+from yaptext.client.fields import TurnFields
+from yaptext.wire.frames import IdentifiedCall, Timings, Usage
 
 _HELP = "/style NAME  /gender woman|man  /persona TEXT  /quit.  Ctrl-C stops the reply, or leaves when there is none."
 
@@ -34,8 +37,7 @@ async def chat(
     persona: dict[str, str],
     tools: Tools = Tools(),  # frozen
 ) -> int:
-    session = session or uuid.uuid4().hex
-    async with connect(url, key) as client:
+    async with connect(url, key, session_id=session) as yap:
         screen = _Screen(sys.stdout.isatty())
         screen.note(f"Connected to {url}. {_HELP}")
         changes: dict[str, Any] = dict(persona)
@@ -47,19 +49,23 @@ async def chat(
                 line = await _read_line(screen.prompt)
             except (EOFError, KeyboardInterrupt):
                 print()
-                await client.send("end")
                 return 0
             if line == "/quit":
-                await client.send("end")
                 return 0
             if line.startswith("/"):
                 changes.update(_command(line, screen))
             elif line:
-                await client.send("start", session_id=session, user_utterance=line, **changes, **waits)
-                changes = {}
-                while called := await _show_turn(client, screen):
-                    results = [{"id": call["id"], "content": await _result(call, tools)} for call in called.calls]
-                    await client.send("tool_result", session_id=session, turn=called.turn, results=results)
+                fields = cast(TurnFields, changes | waits)
+                try:
+                    turn = await yap.turn(line, **fields).begin()
+                    changes = {}
+                    await _show_turn(turn, screen)
+                    while turn.calls:
+                        results = {call.id: await _result(call, tools) for call in turn.calls}
+                        turn = await yap.tool_result(turn, results)
+                        await _show_turn(turn, screen)
+                except (ServiceError, ConnectionLost) as error:
+                    screen.fail(error)
 
 
 def _command(line: str, screen: _Screen) -> dict[str, str]:
@@ -100,49 +106,34 @@ async def _read_line(prompt: str) -> str:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-async def _result(call: dict[str, Any], tools: Tools) -> str:
+async def _result(call: IdentifiedCall, tools: Tools) -> str:
     """The result of a call."""
     if tools.command is None:
         try:
-            return await _read_line(f"{call['name']}({json.dumps(call['arguments'])}) returns> ")
+            return await _read_line(f"{call.name}({json.dumps(call.arguments)}) returns> ")
         except (EOFError, KeyboardInterrupt):
             return "The user did not answer."
     process = await asyncio.create_subprocess_shell(tools.command, stdin=PIPE, stdout=PIPE)
-    told, _ = await process.communicate(json.dumps(call).encode())
+    told, _ = await process.communicate(json.dumps(msgspec.to_builtins(call)).encode())
     text = told.decode(errors="replace").strip()
     return text if process.returncode == 0 else f"The tool failed with status {process.returncode}. {text}".strip()
 
 
-@dataclass(frozen=True, slots=True)
-class _Called:
-    """A turn that waits for the results of its calls."""
-
-    turn: int
-    calls: list[dict[str, Any]]
-
-
-async def _show_turn(client: Client, screen: _Screen) -> _Called | None:
+async def _show_turn(turn: Turn, screen: _Screen) -> None:
     loop = asyncio.get_running_loop()
     cancels: set[asyncio.Task[None]] = set()
 
     def barge_in() -> None:
-        cancels.add(loop.create_task(client.send("cancel")))
+        cancels.add(loop.create_task(turn.cancel()))
 
     loop.add_signal_handler(signal.SIGINT, barge_in)
-    calls: list[dict[str, Any]] = []
-    called = None
     try:
-        async for frame in client.turn():
-            screen.show(frame)
-            if frame["type"] == "toolcall":
-                calls = frame["raw"]
-            elif frame.get("finish_reason") == "tool_calls":
-                called = _Called(frame["turn"], calls)
+        async for event in turn:
+            screen.show(event)
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         if cancels:
-            await asyncio.wait(cancels)
-    return called
+            await asyncio.gather(*cancels)
 
 
 class _Screen:
@@ -153,29 +144,26 @@ class _Screen:
     def note(self, text: str) -> None:
         print(f"{self._dim}{text}{self._off}", flush=True)
 
-    def show(self, frame: dict[str, Any]) -> None:
-        match frame["type"]:
-            case "toolcall":
-                calls = ", ".join(f"{call['name']}({call['arguments']})" for call in frame["raw"])
-                self.note(f"[tool: {calls or 'none'}, {frame['tool_ms']:.0f} ms{self._reason(frame)}]")
-            case "token":
-                print(frame["text"], end="", flush=True)
-            case "done" if frame.get("finish_reason") == "tool_calls":
+    def show(self, event: Event) -> None:
+        match event:
+            case ToolCall():
+                calls = ", ".join(f"{call.name}({call.arguments})" for call in event.raw)
+                reason = f", {event.reason}" if event.reason else ""
+                self.note(f"[tool: {calls or 'none'}, {event.tool_ms:.0f} ms{reason}]")
+            case Token():
+                print(event.text, end="", flush=True)
+            case Done(finish_reason="tool_calls"):
                 pass
-            case "done" if frame.get("cancelled"):
+            case Done(cancelled=True):
                 print()
-                self.note(f"[cancelled after {frame['tokens_sent']} tokens, in {frame['cancel_ms']:.1f} ms]")
-            case "done":
-                usage, timings = frame["usage"], frame["timings"]
+                self.note(f"[cancelled after {event.tokens_sent} tokens, in {event.cancel_ms:.1f} ms]")
+            case Done(usage=Usage() as usage, timings=Timings() as timings):
                 print()
                 self.note(
-                    f"[first token {timings['ttft_ms']} ms, {usage['completion_tokens']} tokens in "
-                    f"{timings['total_ms']} ms, {usage['cached_tokens']}/{usage['prompt_tokens']} cached]"
+                    f"[first token {timings.ttft_ms} ms, {usage.completion_tokens} tokens in "
+                    f"{timings.total_ms} ms, {usage.cached_tokens}/{usage.prompt_tokens} cached]"
                 )
-            case "error":
-                print()
-                self.note(f"[{frame['error_code']}: {frame['message']}]")
 
-    @staticmethod
-    def _reason(frame: dict[str, Any]) -> str:
-        return f", {frame['reason']}" if frame.get("reason") else ""
+    def fail(self, error: ServiceError | ConnectionLost) -> None:
+        print()
+        self.note(f"[{error.code}: {error.message}]")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import uuid
-from typing import Any
+from typing import Any, cast
 
 from yaptext.commands import client_options
 
@@ -40,36 +39,41 @@ async def _warmup(
 ) -> int:
     """Prints a line of figures (milliseconds as a client sees them) and a line with decision and text.
     Returns 0, or 1 if the turn ended in an error."""
-    from yaptext.client.client import connect
+    import msgspec
 
-    fields: dict[str, Any] = dict(persona)
+    from yaptext.client import Ack, Done, Final, ServiceError, Token, ToolCall, connect
+    from yaptext.client.fields import TurnFields
+
+    fields = cast(TurnFields, dict(persona))
     if history is not None:
-        fields["history_text"] = history.replace("\\n", "\n")
+        fields["history"] = history.replace("\\n", "\n")
     figures: dict[str, Any] = {}
     result: dict[str, Any] = {}
-    async with connect(url, key) as client:
-        begun = time.perf_counter()
+    try:
+        async with connect(url, key, session_id=session, reconnect=False) as yap:
+            begun = time.perf_counter()
 
-        def mark(name: str) -> None:
-            figures.setdefault(name, round((time.perf_counter() - begun) * 1000, 2))
+            def mark(name: str) -> None:
+                figures.setdefault(name, round((time.perf_counter() - begun) * 1000, 2))
 
-        await client.send("start", session_id=session or uuid.uuid4().hex, user_utterance=message, **fields)
-        async for frame in client.turn():
-            match frame["type"]:
-                case "ack":
-                    mark("ack_ms")
-                case "toolcall":
-                    mark("decision_ms")
-                    result["toolcall"] = {"status": frame["status"], "raw": frame["raw"]}
-                case "token":
-                    mark("ttft_ms")
-                case "final":
-                    result["text"] = frame["normalized_text"]
-                case "done":
-                    mark("total_ms")
-                    figures["usage"], figures["server"] = frame["usage"], frame["timings"]
-                case "error":
-                    result["error"] = {"code": frame["error_code"], "message": frame["message"]}
+            async with yap.turn(message, **fields) as turn:
+                async for event in turn:
+                    match event:
+                        case Ack():
+                            mark("ack_ms")
+                        case ToolCall():
+                            mark("decision_ms")
+                            result["toolcall"] = {"status": event.status, "raw": msgspec.to_builtins(event.raw)}
+                        case Token():
+                            mark("ttft_ms")
+                        case Final():
+                            result["text"] = event.normalized_text
+                        case Done():
+                            mark("total_ms")
+                            figures["usage"] = msgspec.to_builtins(event.usage)
+                            figures["server"] = msgspec.to_builtins(event.timings)
+    except ServiceError as error:
+        result["error"] = {"code": error.code, "message": error.message}
     if figures.get("total_ms") and figures.get("ttft_ms"):
         seconds = (figures["total_ms"] - figures["ttft_ms"]) / 1000
         tokens = figures["usage"]["completion_tokens"]
