@@ -1,1 +1,1 @@
-"""Sessions and turns: what an utterance means before an engine sees it."""
+"""Sessions with their turns: what an utterance means before an engine sees it."""

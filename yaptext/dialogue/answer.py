@@ -1,4 +1,4 @@
-"""The answer of a turn: a decision and a reply, one after the other or at once."""
+"""The answer of a turn: its decision with its reply, one after the other or at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decision: does this utterance call a tool, and with which arguments.
+"""The decision: whether an utterance calls a tool, with its arguments.
 
 The answer is constrained by a grammar to `[]` or a list of calls that are valid for the tools' schemas. It counts as
 soon as it is whole: a no costs the one or two tokens of `[]`, a yes its call, without the token after it.

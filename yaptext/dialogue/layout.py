@@ -1,4 +1,4 @@
-"""How a conversation becomes token ids: exactly what the chat template renders and the tokenizer makes of that.
+"""How a conversation becomes token ids: exactly those of what the chat template renders.
 
 A tokenizer cuts a text at its control tokens and encodes each stretch between them by itself; a line that begins after
 a newline is mostly independent, too. So a prompt can be put together from pieces that are encoded once. Whether that

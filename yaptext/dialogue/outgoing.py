@@ -1,4 +1,4 @@
-"""A reply on its way to the client: held until the decision is out, put into words for a TTS, and counted."""
+"""A reply on its way to the client: held until the decision is out, then put into words for a TTS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of the chat model's text is the reply: not its thinking, and not the lines of the next speaker."""
+"""What of the chat model's text is the reply: neither its thinking nor the lines of the next speaker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that can be read aloud, out of what a model writes: without markdown, emoji, stage directions, HTML and links.
+"""Text that can be read aloud, made of what a model writes: without markdown, emoji, HTML, links.
 
 It works on a stream: whatever the pieces are in which the text comes, what is sent is the same. Held back is only what
 may still turn out to be such a thing.

@@ -1,4 +1,4 @@
-"""Rounds of tool calls that a client makes for one utterance: what was asked, and what came back."""
+"""Rounds of tool calls that a client makes for one utterance, with their results."""
 
 from __future__ import annotations
 

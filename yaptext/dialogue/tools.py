@@ -1,4 +1,4 @@
-"""Tools: which lists of them are accepted, and which answers they allow."""
+"""Tools: the lists of them that are accepted, with the answers that each allows."""
 
 from __future__ import annotations
 

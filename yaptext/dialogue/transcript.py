@@ -1,4 +1,4 @@
-"""Transcripts: what was said in a session, and how much of it a prompt keeps."""
+"""Transcripts: what was said in a session, as far as a prompt keeps it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template: what both an engine and the quantizer make prompts with.
+"""A model's text side (tokenizer, chat template): what an engine or the quantizer makes prompts with.
 
 A control token is any token that was added to the vocabulary, whether it is marked special or not: role marks and
 `<think>` often are not. Templates write them; in a content they are text. The tokenizer cuts a prompt at them first and

@@ -1,4 +1,4 @@
-"""What safetensors files hold by their own account: the tensors' names, types and shapes, read without a weight."""
+"""What safetensors files say of themselves (names, types, shapes of their tensors), read without a weight."""
 
 from __future__ import annotations
 

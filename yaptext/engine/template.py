@@ -1,4 +1,4 @@
-"""A model's chat template: what it renders, and what that depends on besides the messages (date, thinking)."""
+"""A model's chat template: what it renders of messages, of the date, of a switch for thinking."""
 
 from __future__ import annotations
 

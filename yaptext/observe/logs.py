@@ -1,4 +1,4 @@
-"""Structured logs on stderr: one JSON object per line, for this process, uvicorn and vLLM."""
+"""Structured logs on stderr: one JSON object per line, for this process as for uvicorn's or vLLM's lines."""
 
 from __future__ import annotations
 

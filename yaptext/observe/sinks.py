@@ -1,4 +1,4 @@
-"""The outputs of the log: stderr and a file, each of which may be full or missing."""
+"""The outputs of the log (stderr, a file), each of which may be full or missing."""
 
 from __future__ import annotations
 

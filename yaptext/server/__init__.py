@@ -1,1 +1,1 @@
-"""Sockets, keys and slots: where a frame enters and leaves."""
+"""Where clients enter: sockets, keys, slots."""

@@ -1,4 +1,4 @@
-"""The bounded queue between turns and one socket: frames in order, tokens merged while the client is slow.
+"""The bounded queue from turns to one client: frames in order, tokens merged while the client is slow.
 
 While the socket takes what comes, nothing is queued: a frame is on its way when `put` or `push` returns."""
 

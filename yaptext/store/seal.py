@@ -1,4 +1,4 @@
-"""The encryption of the session file: ids and bodies of its rows cannot be read without the secret."""
+"""The encryption of the session file: nothing in its rows can be read without the secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The session file as SQLite and the file system see it: its owner, its holder, how it is read."""
+"""The session file as the file system sees it: its owner, its holder, how SQLite reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of the session file: sealed, found by a hash, bounded in number and age."""
+"""The rows of the session file: sealed, found by a hash, bounded by number or age."""
 
 from __future__ import annotations
 

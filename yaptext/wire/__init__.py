@@ -1,1 +1,1 @@
-"""What stands on the wire of `/ws`: the messages, and the document that describes them."""
+"""What stands on the wire of `/ws`: the messages, with the document that describes them."""

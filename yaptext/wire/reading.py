@@ -1,4 +1,4 @@
-"""How a client's frame is read: whole and within bounds, or refused with the field that is wrong."""
+"""How a client's frame is read: whole, or refused with the field that is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM is asked for: the arguments of one engine, by the settings, the checkpoint and the machine."""
+"""What vLLM is asked for: the arguments of one engine, by its settings, checkpoint, machine."""
 
 from __future__ import annotations
 

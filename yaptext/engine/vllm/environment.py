@@ -1,4 +1,4 @@
-"""What vLLM and its processes find in the environment: variables, caches."""
+"""What vLLM finds in the environment of its processes: variables, caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why an engine did not open: the reason, out of what vLLM raises and what its process logs.
+"""Why an engine did not open: the reason, found in what vLLM raises or its process logs.
 
 vLLM's own error says "See root cause above" where its process failed: a plugin in that process leaves the reason in a
 file, which the service names in the environment.

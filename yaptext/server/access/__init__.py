@@ -1,1 +1,1 @@
-"""Who may come in: keys, tickets, and those that come too often."""
+"""Who may come in: keys, tickets, limits of those that come too often."""

@@ -1,4 +1,4 @@
-"""Errors in the form that OpenAI's clients act on: a status, a type, and when to come back."""
+"""Errors in the form that OpenAI's clients act on: status, type, time of the next try."""
 
 from __future__ import annotations
 

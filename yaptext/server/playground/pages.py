@@ -1,4 +1,4 @@
-"""The routes of the browser client, and of the playground that uses it."""
+"""The routes of the playground, with the browser client that it uses."""
 
 from __future__ import annotations
 
