@@ -150,15 +150,19 @@ class Layout:
         messages: list[dict[str, Any]] = []
         for number, calls in enumerate(rounds):
             ids = [f"c{number:04d}{index:04d}" for index in range(len(calls))]
-            functions = [{"name": call.name, "arguments": disguised(self._codec, call.arguments)} for call in calls]
+            names = [self._codec.disguise(call.name) for call in calls]
+            functions = [
+                {"name": name, "arguments": disguised(self._codec, call.arguments)}
+                for name, call in zip(names, calls, strict=True)
+            ]
             asked = [
                 {"id": id, "type": "function", "function": function}
                 for id, function in zip(ids, functions, strict=True)
             ]
             messages.append({"role": "assistant", "content": "", "tool_calls": asked})
             messages += [
-                {"role": "tool", "name": call.name, "tool_call_id": id, "content": self._codec.disguise(call.content)}
-                for id, call in zip(ids, calls, strict=True)
+                {"role": "tool", "name": name, "tool_call_id": id, "content": self._codec.disguise(call.content)}
+                for id, name, call in zip(ids, names, calls, strict=True)
             ]
         return messages
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 import structlog
+from cachetools import LRUCache
 from msgspec import UNSET
 
 from yaptext.dialogue import transcript
@@ -22,10 +23,7 @@ from yaptext.dialogue.session_store import SessionStore
 from yaptext.dialogue.tools import ToolSet, ToolSets
 from yaptext.dialogue.warmed import WarmedTranscripts
 from yaptext.engine.base import Engine, Engines, Reasoning
-from yaptext.errors import (
-    StartError,
-    StartRefused,
-)
+from yaptext.errors import StartError, StartRefused
 from yaptext.observe.metrics import Metrics
 from yaptext.settings import Settings
 from yaptext.wire.frames import (
@@ -74,6 +72,8 @@ class Runtime:
     warmed: WarmedTranscripts = field(default_factory=WarmedTranscripts)
     large_frames: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Shared by all sockets: its holder may read a long text in this round of the loop."""
+    reply_schemas: LRUCache[str, None] = field(default_factory=lambda: LRUCache(256))
+    """JSON schemas of replies that the engine takes."""
     observer: TurnObserver | None = None
     tool_sets: ToolSets = field(init=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any
+from typing import Any, cast
 
 from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -17,7 +17,7 @@ from yaptext.server.pending import PendingConnections
 from yaptext.server.send_queue import LINK, WRITE_NOW
 
 _MAX_REQUEST_BYTES = 65_536
-"""Of one HTTP request, head and body: llhttp bounds neither. Below `/v1/` a body may have what a frame of `/ws` may."""
+"""Of one HTTP request, which llhttp does not bound. Below `/v1/` a body may have what a frame of `/ws` may."""
 _WITH_BODY = b"/v1/"
 _MAX_URL_BYTES, _MAX_HEADERS = 8192, 128
 """Of one HTTP request, as the WebSocket library has it for a handshake."""
@@ -42,7 +42,7 @@ class _Refused(Exception):
 
 
 class HttpLink:
-    """What the app may do with the connection of one request, beside ASGI (`send_queue.LINK`)."""
+    """What the app may do with the connection of one request beside ASGI."""
 
     def __init__(self, protocol: HttpProtocol, cycle: Any) -> None:
         self._protocol, self._cycle = protocol, cycle
@@ -52,7 +52,7 @@ class HttpLink:
         self._protocol.pending.leave(self._protocol.transport)
 
     def write_now(self, part: bytes) -> bool:
-        """Writes a part of a body of unknown length. False, and nothing is written, if the client cannot take one."""
+        """Writes a part of a body. False, and nothing is written, if the client cannot take one."""
         cycle, transport = self._cycle, self._protocol.transport
         begun = cycle.response_started and cycle.chunked_encoding and not cycle.response_complete
         if not begun or cycle.disconnected or self._protocol.flow.write_paused or transport.is_closing():
@@ -72,9 +72,11 @@ class HttpProtocol(HttpToolsProtocol):
         self.pending: PendingConnections = self.app_state["service"].pending
         self._request_bytes, self._max_bytes = 0, _MAX_REQUEST_BYTES
         self._most_bytes = _MAX_REQUEST_BYTES + self.app_state["service"].settings.max_frame_bytes
+        self._lost, self._alone = False, cast(Any, None)
         self.pending.enter(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
         super().connection_lost(exc)
         self.pending.leave(self.transport)
 
@@ -119,6 +121,10 @@ class HttpProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
         self._max_bytes = self._most_bytes if self.url.startswith(_WITH_BODY) else _MAX_REQUEST_BYTES
+        # uvicorn tells only the latest request of a connection that it is lost, and these have to know.
+        running = self.cycle if self.url.startswith(_WITH_BODY) else self._alone
+        if running is not None and not running.response_complete:
+            raise _Refused(400, "Requests beside one below /v1/ need connections of their own.")
         if len(self.url) > _MAX_URL_BYTES:
             raise _Refused(414, f"The address is over {_MAX_URL_BYTES} bytes.")
 
@@ -135,6 +141,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         self.scope["extensions"] = {LINK: HttpLink(self, self.cycle)}  # type: ignore[dict-item]
+        self._alone = self.cycle if self.url.startswith(_WITH_BODY) else None
 
     def on_body(self, body: bytes) -> None:
         self._check_size(self._max_bytes)
@@ -147,10 +154,11 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._request_bytes = 0
-        self.pending.enter(self.transport, answered=True)
+        if not self._lost:
+            self.pending.enter(self.transport, answered=True)
 
     def handle_websocket_upgrade(self) -> None:
-        # Neither is ever taken up here, and the library needs milliseconds to read a long one.
+        # Never taken up here; the library needs milliseconds to read a long one.
         self.scope["headers"] = [header for header in self.headers if header[0] not in _NEVER_TAKEN_UP]
         super().handle_websocket_upgrade()
         protocol = self.transport.get_protocol()
@@ -176,9 +184,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     # Why not the library's `ServerProtocol.send_text` for them: a token costs 24.3 us of CPU with it (spread; 23.1 if
     # all get theirs in one step) instead of 22.3 (21.4): 9 (8) % more; with `Frame.serialize` alone 7 (10) %. They are
-    # medians of four alternating rounds of tests/bench/front_end.py, 1,000 sockets, the scripted engine included. The
-    # library makes an object, checks it, and fills a buffer and a list; extensions and fragments need that, and there
-    # are none here.
+    # medians of four alternating rounds of tests/bench/front_end.py, 1,000 sockets, the scripted engine included.
 
     _unread = b""
 

@@ -50,10 +50,16 @@ class Completion:
         self._runtime, self._key_name = runtime, key_name
         self._link = scope.get("extensions", {}).get(LINK)
         self.turn: Turn | None = None
+        self._refusal: WireError | None = None
         self._error: Error | None = None
         self._calls: list[IdentifiedCall] = []
         self._done: Done | None = None
         self._started = self._gone = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether some of the response was sent."""
+        return self._started
 
     @property
     def busy(self) -> bool:
@@ -62,6 +68,7 @@ class Completion:
 
     def fail(self, error: WireError) -> None:
         """The turn ends with this error."""
+        self._refusal = self._refusal or error  # the turn may not have begun yet
         if self.turn is not None:
             self.turn.fail(error)
 
@@ -73,7 +80,9 @@ class Completion:
             self._link.admit()
 
     async def run(self, session: Session, request: TurnRequest, chunks: Chunks, *, stream: bool) -> None:
-        """Raises `BadMessage` before anything is sent."""
+        """Raises `WireError` before anything is sent."""
+        if self._refusal is not None:
+            raise self._refusal
         whose.set(self._key_name)
         self._chunks, self._collected = chunks, None if stream else _Collected()
         settings = self._runtime.settings
@@ -103,7 +112,11 @@ class Completion:
                 task.cancel()
             await asyncio.gather(*helpers, self._turning, return_exceptions=True)
             self.turn.abandon()
-        await self._close()
+        try:
+            async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+                await self._close()
+        except TimeoutError:
+            self._abort()
 
     # --- what the turn says
 

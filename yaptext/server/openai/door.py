@@ -7,13 +7,14 @@ import time
 from typing import Any
 
 import msgspec
+import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.session import Session
 from yaptext.dialogue.transcript import Transcript
-from yaptext.errors import BadMessage, HostNotAllowed, NotDeployed, WireError
+from yaptext.errors import BadMessage, HostNotAllowed, Internal, NotDeployed, WireError
 from yaptext.server.access.accounts import Account
 from yaptext.server.access.caller import address, check_origin
 from yaptext.server.http import identify
@@ -25,6 +26,7 @@ from yaptext.server.openai.schema import ChatRequest
 from yaptext.server.service import Service
 from yaptext.wire.frames import error_frame
 
+_log = structlog.get_logger(__name__)
 _LARGE_BYTES = 32_768
 _decode = msgspec.json.Decoder(ChatRequest).decode
 
@@ -34,6 +36,7 @@ class ChatCompletions:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive, send)
+        completion: Completion | None = None
         try:
             service, account = _admitted(request)
             account.spend("messages")
@@ -47,6 +50,11 @@ class ChatCompletions:
             await _refused(request, error)(scope, receive, send)
         except ClientDisconnect:
             pass
+        except Exception:
+            _log.exception("completion.crashed")
+            if completion is not None and completion.begun:
+                raise
+            await _refused(request, Internal("The request failed by a fault of the service."))(scope, receive, send)
 
 
 async def models(request: Request) -> Response:
@@ -94,7 +102,7 @@ async def _read(request: Request, service: Service) -> ChatRequest:
         async with service.runtime.large_frames:  # each takes milliseconds: one in a round of the loop
             await asyncio.sleep(0)
             return _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise BadMessage(str(error).replace("`", "")) from None
 
 
@@ -110,12 +118,14 @@ async def _complete(runtime: Runtime, account: Account, body: ChatRequest, compl
         own.seed, own.turns = named.seed, named.turns
         own.transcript, named.transcript = named.transcript, Transcript()  # with its token ids
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    chunks = Chunks(body.model, with_usage=with_usage, one_call=body.parallel_tool_calls is False)
+    chunks = Chunks(body.model or "chat", with_usage=bool(with_usage), one_call=body.parallel_tool_calls is False)
     try:
-        await completion.run(own, request, chunks, stream=body.stream)
+        await completion.run(own, request, chunks, stream=bool(body.stream))
     finally:
         if named is not None:
-            named.transcript, named.turns, named.persona = own.transcript, own.turns, own.persona
+            named.turns = max(named.turns, own.turns)
+            if named.current is None and not named.forgotten:  # else a turn of `/ws` has it
+                named.transcript = own.transcript
             runtime.sessions.keep(named)
 
 

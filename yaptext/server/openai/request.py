@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -15,6 +17,7 @@ from yaptext.dialogue.session import Session
 from yaptext.dialogue.talk import Called
 from yaptext.dialogue.tool_rounds import in_words
 from yaptext.dialogue.tool_schema import check_references, check_schema, for_grammar
+from yaptext.dialogue.tools import MAX_TOOLS_BYTES
 from yaptext.dialogue.transcript import Message as Said
 from yaptext.dialogue.transcript import cut_short, keep_recent
 from yaptext.errors import BadMessage, NotDeployed, TextTooLong
@@ -26,6 +29,9 @@ _LEAST_BYTES = 64
 """What a message of a history counts as at least."""
 _PERSONA = "persona/"
 _NO_RESULT = "(no result)"
+_MOST_ROUNDS, _MOST_CALLS = 16, 64
+_MOST_ARGUMENTS, _MOST_DEPTH = 32_768, 64
+"""Characters of a call's arguments, and objects or lists in them, that are taken apart."""
 
 
 def model_names(runtime: Runtime) -> list[str]:
@@ -38,25 +44,28 @@ def model_names(runtime: Runtime) -> list[str]:
 
 def session_id_of(body: ChatRequest) -> str | None:
     """Which session a request belongs to, if it says so."""
-    named = (body.metadata or {}).get("session_id") or body.prompt_cache_key or body.user
-    return named[:128] if isinstance(named, str) and named else None
+    given = ((body.metadata or {}).get("session_id"), body.prompt_cache_key, body.user)
+    return next((name[:128] for name in given if isinstance(name, str) and name), None)
 
 
 async def request_of(runtime: Runtime, body: ChatRequest, account: Account, session: Session | None) -> TurnRequest:
     """The request of a body. `session` is the one that the body names. Raises `BadMessage`,
     `TextTooLong`, `NotDeployed`, `RateLimited`."""
     _check(body)
-    known = model_names(runtime)
-    if body.model not in known:
-        raise NotDeployed(f"The model {body.model[:100]!r} does not exist; there are {', '.join(known)} - at $.model")
+    known, model = model_names(runtime), body.model or "chat"
+    if model not in known:
+        raise NotDeployed(f"The model {model[:100]!r} does not exist; there are {', '.join(known)} - at $.model")
     tool = runtime.engines.tool
-    replies = not (body.model == "tool" or (tool is not None and body.model == tool.model != _chat_name(runtime)))
-    persona, history, utterance, rounds = _parts(body.messages)
+    replies = not (model == "tool" or (tool is not None and model == tool.model != _chat_name(runtime)))
+    persona, history, utterance, rounds = _parts(_latest(body.messages, 2 * runtime.history_bytes // _LEAST_BYTES))
+    limit = 16 * runtime.settings.tool_result_max_tokens
+    rounds = [[replace(call, content=call.content[:limit]) for call in calls] for calls in rounds]
+    await asyncio.sleep(0)  # others' turn: a long history was parsed
     if session is not None:
         _mark_heard(history, session, runtime.settings.interrupted_mark)
     sizes = [max(len(said.text.encode(errors="replace")), _LEAST_BYTES) for said in history]
     history = history[keep_recent(sizes, runtime.history_bytes) :]
-    style = body.model.removeprefix(_PERSONA) if body.model.startswith(_PERSONA) else None
+    style = model.removeprefix(_PERSONA) if model.startswith(_PERSONA) else None
     # Without a system message and a persona the prompt has none.
     fields = PersonaFields(
         persona_text=persona if persona is not None or style is not None else "", persona_style=style
@@ -65,14 +74,18 @@ async def request_of(runtime: Runtime, body: ChatRequest, account: Account, sess
     if persona is not None and len(persona) > limit:
         raise TextTooLong(f"the system message is {len(persona)} characters; limit is {limit} - at $.messages")
     if persona is not None and runtime.prompts is not None:
-        await runtime.prompts.check_persona(persona)
+        try:
+            await runtime.prompts.check_persona(persona)
+        except TextTooLong as error:
+            raise TextTooLong(f"the system message: {error.message.partition(' - at ')[0]} - at $.messages") from None
     if utterance is not None:
         await _check_utterance(runtime, utterance)
     tools = await _tools(runtime, body, account) if not rounds else []
-    schema = _json_schema(body)
-    if schema is not None and runtime.engines.chat is not None:
+    schema = await _json_schema(body)
+    if schema is not None and runtime.engines.chat is not None and schema not in runtime.reply_schemas:
         account.spend("tools")
         await runtime.engines.chat.check_schema(schema)
+        runtime.reply_schemas[schema] = None
     must_call = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
     return TurnRequest(
         session_id_of(body) or "",
@@ -118,8 +131,8 @@ def _parts(messages: Sequence[Message]) -> tuple[str | None, list[Said], str | N
         if message.role in ("user", "assistant") and (text := _text(message)):
             history.append(Said("user" if message.role == "user" else "assistant", text))
         if message.tool_calls:
-            history += [Said("tool", text) for text in in_words([_called(message.tool_calls, before[index + 1 :])])]
-    rounds = [_called(each.tool_calls, tail[index + 1 :]) for index, each in enumerate(tail) if each.tool_calls]
+            history += [Said("tool", text) for text in in_words([_called(before, index)])]
+    rounds = [_called(tail, index) for index, each in enumerate(tail) if each.tool_calls][-_MOST_ROUNDS:]
     utterance = None if last is None else _text(messages[last]) or None
     return "\n\n".join(filter(None, persona)) or None, history, utterance, rounds
 
@@ -135,17 +148,37 @@ def _text(message: Message) -> str:
     return (content or "").strip()
 
 
-def _called(calls: Sequence[ToolCall], after: Sequence[Message]) -> list[Called]:
-    """The calls with what they returned. One whose result is missing, as after an interruption, has none."""
-    results = {each.tool_call_id: _text(each) for each in after if each.role == "tool"}
+def _called(messages: Sequence[Message], index: int) -> list[Called]:
+    """The calls of a message with what they returned, up to the next message with calls. One whose result is missing,
+    as after an interruption, has none."""
+    results: dict[str | None, str] = {}
+    for after in range(index + 1, len(messages)):
+        each = messages[after]
+        if each.tool_calls:
+            break
+        if each.role in ("tool", "function"):
+            results.setdefault(each.tool_call_id, _text(each))
+    calls = (messages[index].tool_calls or [])[:_MOST_CALLS]
     return [Called(call.function.name, _arguments(call), results.get(call.id, _NO_RESULT)) for call in calls]
 
 
 def _arguments(call: ToolCall) -> dict[str, Any]:
+    """Those that are broken, long or deep are text: a template walks the others."""
+    text = call.function.arguments or "{}"
     try:
-        return msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
-    except msgspec.DecodeError:
-        return {"arguments": call.function.arguments}
+        if len(text) <= _MOST_ARGUMENTS and max(text.count("["), text.count("{")) <= _MOST_DEPTH:
+            return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    return {"arguments": text[:_MOST_ARGUMENTS]}
+
+
+def _latest(messages: Sequence[Message], most: int) -> list[Message]:
+    """The end of a long history, with the system messages: more is never used."""
+    if len(messages) <= most:
+        return list(messages)
+    first = [each for each in messages[:-most] if each.role in ("system", "developer")]
+    return [*first, *messages[-most:]]
 
 
 def _mark_heard(history: list[Said], session: Session, mark: str) -> None:
@@ -178,10 +211,12 @@ async def _tools(runtime: Runtime, body: ChatRequest, account: Account) -> list[
         return []
     if runtime.decider is None and (choice == "required" or isinstance(choice, NamedTool)):
         raise NotDeployed("tool_choice needs the tool model; DEPLOY_MODELS=chat - at $.tool_choice")
+    if choice == "required" and not tools and not runtime.settings.tools_on_openai:
+        raise BadMessage("tool_choice is required, and there are no tools - at $.tool_choice")
     if not tools and runtime.settings.tools_on_openai and runtime.decider is not None:
         tools = list(runtime.decider.tools.given)
     if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if (tool.get("function") or tool).get("name") == choice.function.name]
+        tools = [tool for tool in tools if _name(tool) == choice.function.name]
         if not tools:
             raise BadMessage(
                 f"tool_choice names {choice.function.name[:64]!r}, which is not in tools - at $.tool_choice"
@@ -191,16 +226,24 @@ async def _tools(runtime: Runtime, body: ChatRequest, account: Account) -> list[
     return tools if runtime.decider is not None else []
 
 
-def _json_schema(body: ChatRequest) -> str | None:
+def _name(tool: dict[str, Any]) -> Any:
+    inner = tool.get("function", tool)
+    return inner.get("name") if isinstance(inner, dict) else None
+
+
+async def _json_schema(body: ChatRequest) -> str | None:
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_schema" and wanted.json_schema is None:
         raise BadMessage("Object missing required field `json_schema` - at $.response_format")
     schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema
+    size = len(msgspec.json.encode(schema))
+    if size > MAX_TOOLS_BYTES:
+        raise BadMessage(f"the schema is {size} bytes of JSON; limit is {MAX_TOOLS_BYTES} - at $.response_format")
     check_schema(schema, "response_format", "$.response_format")
     for _ in check_references(schema, "response_format", "$.response_format"):
-        pass
+        await asyncio.sleep(0)
     return msgspec.json.encode(for_grammar(schema)).decode()
 
 

@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-Text = Annotated[str, Meta(max_length=128)]
-
 
 class Part(Struct, frozen=True):
     """A part of a content. Only `text` is taken."""
@@ -20,8 +18,8 @@ class Part(Struct, frozen=True):
 
 
 class Function(Struct, frozen=True):
-    name: str
-    arguments: str = "{}"
+    name: Annotated[str, Meta(max_length=128)]
+    arguments: str | None = None
 
 
 class ToolCall(Struct, frozen=True):
@@ -58,13 +56,13 @@ class ResponseFormat(Struct, frozen=True):
 
 
 class StreamOptions(Struct, frozen=True):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class ChatRequest(Struct, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
-    model: str = "chat"
-    stream: bool = False
+    model: str | None = None
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
