@@ -152,7 +152,7 @@ class Answer:
             return  # cut while it was decided, by a tool engine that failed in letting go
         runtime, prompts, engine = self._runtime, self._prompts, self._runtime.engines.chat
         assert prompts is not None and engine is not None
-        now = "" if prompts.plain else runtime.now()
+        now = None if prompts.plain else runtime.now()
         if self.rounds:
             last = self.rounds[-1]
             last[:] = [replace(call, content=await runtime.tool_result(call.content)) for call in last]

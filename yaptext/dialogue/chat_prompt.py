@@ -91,7 +91,7 @@ class Around:
 
 class ChatPrompts:
     """Builds the chat model's prompts. `format` is what was taken: the one that was asked for, else the next that the
-    template allows, and `lacking` says why."""
+    template allows, and `lacking` says why. `plain` prompts hold nothing of ours: no mark, no time."""
 
     def __init__(
         self,
@@ -103,7 +103,6 @@ class ChatPrompts:
         *,
         plain: bool = False,
     ) -> None:
-        """`plain` prompts hold the texts of the client and nothing of ours: no mark, no time."""
         self.plain = plain
         self._codec, self._limits = codec, limits
         self.format, self.layout, self.lacking = format, layout, lacking
@@ -140,11 +139,15 @@ class ChatPrompts:
         return ids[: len(ids) // self._codec.block_size * self._codec.block_size]
 
     async def turn(
-        self, persona: str, messages: list[Message], utterance: str | None, now: str, around: Around | None = None
+        self,
+        persona: str,
+        messages: list[Message],
+        utterance: str | None,
+        now: str | None,
+        around: Around | None = None,
     ) -> list[int]:
-        """The whole prompt of one turn; `now` is the time as the model reads it, or "" for none. `messages` is trimmed
-        in place to the history limit, `utterance` is within its limit already. Raises `TextTooLong` for a persona over
-        its limit."""
+        """The whole prompt of one turn; `now` is the time as the model reads it, or None. `messages` is trimmed in place
+        to the history limit, `utterance` is within its own. Raises `TextTooLong` for a persona over its limit."""
         await self._stand(persona, messages)
         rounds: Rounds = ()
         if around is not None and around.rounds and self.layout.calls:
@@ -156,7 +159,7 @@ class ChatPrompts:
         persona: str,
         messages: Sequence[Message],
         utterance: str | None,
-        now: str,
+        now: str | None,
         around: Around | None = None,
     ) -> Talk:
         """The conversation that the prompt of a turn renders."""
@@ -164,9 +167,9 @@ class ChatPrompts:
             utterance = _GO_ON if messages else _SPEAK_FIRST
         return _talk(self.format, self._persona(persona), messages, utterance, now, around or Around())
 
-    def sent(self, utterance: str, now: str) -> str | None:
+    def sent(self, utterance: str, now: str | None) -> str | None:
         """How a turn's prompt has the utterance, if later ones have to repeat that to find it in the cache."""
-        return f"({now}) {utterance.strip()}" if self.format == "turns" and now else None
+        return f"({now}) {utterance.strip()}" if self.format == "turns" and now is not None else None
 
     async def check_persona(self, text: str) -> None:
         """Raises `TextTooLong` for a persona over its limit."""
@@ -247,7 +250,7 @@ def _talk(
     persona: Line,
     messages: Sequence[Message],
     utterance: str,
-    now: str,
+    now: str | None,
     around: Around = Around(),
 ) -> Talk:
     """The one place that lays out a chat prompt."""
@@ -258,7 +261,7 @@ def _talk(
             *([Said("system", system)] if any(line.text for line in system) else []),
             *(Said(role, [_line(format, message)]) for message in messages if (role := _role(message)) is not None),
         ]
-        last = around.lines(f"({now}) {utterance}".strip() if now else utterance) or [Line("", volatile=True)]
+        last = around.lines(utterance if now is None else f"({now}) {utterance}".strip()) or [Line("", volatile=True)]
         return [*said, Said("user", last)]
     lines = [persona]
     if messages:
@@ -266,9 +269,9 @@ def _talk(
     lines += [_line(format, message) for message in messages]
     if format == "bare":
         last = around.lines(f"User: {in_lines(utterance)}".strip())
-        time = [Line(f"({now})", volatile=True)] if now else []
+        time = [] if now is None else [Line(f"({now})", volatile=True)]
         return [Said("user", [*lines, *time, *last, Line("Assistant:", volatile=True)])]
-    if now:
+    if now is not None:
         lines.append(Line(f"Now: {now}.", volatile=True))
     return [Said("system", lines), Said("user", around.lines(utterance) or [Line("", volatile=True)])]
 
