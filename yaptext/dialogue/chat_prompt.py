@@ -146,8 +146,8 @@ class ChatPrompts:
         now: str | None,
         around: Around | None = None,
     ) -> list[int]:
-        """The whole prompt of one turn; `now` is the time as the model reads it, or None. `messages` is trimmed in place
-        to the history limit, `utterance` is within its own. Raises `TextTooLong` for a persona over its limit."""
+        """The whole prompt of one turn; `now` is the time as the model reads it. `messages` is trimmed in place to the
+        history limit, `utterance` is within its own. Raises `TextTooLong` for a persona over its limit."""
         await self._stand(persona, messages)
         rounds: Rounds = ()
         if around is not None and around.rounds and self.layout.calls:
