@@ -1,4 +1,4 @@
-"""server/slots.py: who is connected, and what a drain and a removed key find there."""
+"""server/slots.py: the connections that hold a slot, and what a drain and a removed key find there."""
 
 from __future__ import annotations
 
