@@ -29,6 +29,7 @@ from yaptext.server.access.sparing import Sparing
 from yaptext.server.admission import Admission
 from yaptext.server.lifecycle import Lifecycle
 from yaptext.server.openai import door as openai
+from yaptext.server.openai.responses_socket import respond
 from yaptext.server.pending import PendingConnections, fitting
 from yaptext.server.playground import pages
 from yaptext.server.reload import on_hangup, reload
@@ -100,10 +101,12 @@ def create_app(
             Route("/metrics", http.metrics),
             Route("/asyncapi.json", http.document(asyncapi.document())),
             Route("/ticket", http.ticket, methods=["POST"]),
-            Route("/v1/chat/completions", openai.ChatCompletions(), methods=["POST"]),
+            Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
+            Route("/v1/responses", openai.responses, methods=["POST"]),
             Route("/v1/models", openai.models),
             Route("/v1/models/{name:path}", openai.models),
             WebSocketRoute("/ws", door.converse),
+            WebSocketRoute("/v1/responses", respond),
             *pages.routes(settings),
         ],
         exception_handlers={
