@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from yaptext.server.openai import errors
+from yaptext.server.openai.logprobs import Logprobs
 from yaptext.wire.frames import Done, Error, IdentifiedCall, Token, Usage
 
 _REASONS = {"length": "length", "tool_calls": "tool_calls"}
@@ -21,7 +22,8 @@ class Chunks:
 
     numbered = False
 
-    def __init__(self, model: str, *, with_usage: bool, one_call: bool) -> None:
+    def __init__(self, model: str, *, with_usage: bool, one_call: bool, top_logprobs: int | None) -> None:
+        self.top_logprobs = top_logprobs
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._with_usage, self._one_call = with_usage, one_call
         self._begun = False
@@ -43,10 +45,10 @@ class Chunks:
         for index, call in enumerate(self._calls(calls)):
             yield self._chunk({"tool_calls": [{"index": index} | _call_of(call)]}, None)
 
-    def done(self, done: Done, text: str) -> Iterable[bytes]:
+    def done(self, done: Done, text: str, logprobs: Logprobs | None) -> Iterable[bytes]:
         if not self._begun:
             yield from self.text_begins()
-        yield self._chunk({}, _reason(done))
+        yield self._chunk({}, _reason(done), logprobs)
         if self._with_usage:
             yield _event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": _usage(done.usage)})
         yield b"data: [DONE]\n\n"
@@ -54,24 +56,30 @@ class Chunks:
     def failed(self, error: Error, text: str) -> Iterable[bytes]:
         yield _event(errors.body_of(error))
 
-    def whole(self, text: str, calls: Sequence[IdentifiedCall], done: Done) -> dict[str, Any]:
+    def whole(
+        self, text: str, calls: Sequence[IdentifiedCall], done: Done, logprobs: Logprobs | None
+    ) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
         if calls:
             message["tool_calls"] = [_call_of(call) for call in self._calls(calls)]
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(done)}
+        choice = {"index": 0, "message": message, "logprobs": _content(logprobs), "finish_reason": _reason(done)}
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(done.usage)}
 
     def _calls(self, calls: Sequence[IdentifiedCall]) -> Sequence[IdentifiedCall]:
         return calls[:1] if self._one_call else calls
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None, logprobs: Logprobs | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": _content(logprobs), "finish_reason": finish_reason}
         usage = {"usage": None} if self._with_usage else {}
         return _event(self._head | {"object": "chat.completion.chunk", "choices": [choice]} | usage)
 
 
 def _event(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def _content(logprobs: Logprobs | None) -> dict[str, Any] | None:
+    return None if logprobs is None else {"content": logprobs, "refusal": None}
 
 
 def _reason(done: Done) -> str:

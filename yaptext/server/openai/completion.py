@@ -76,6 +76,7 @@ class Completion:
         )
         self._said = said = Said(dialect, self._queue if stream else None, self._erred)
         self.turn = Turn(self._runtime, session, request, said)
+        said.alternatives = self.turn.answer.alternatives
         self._turning = asyncio.create_task(self.turn.run())
         helpers = [asyncio.create_task(self._watch())]
         if stream:
@@ -129,8 +130,7 @@ class Completion:
         if error is not None:
             content, status, headers = errors.body_of(error), errors.status_of(error), errors.headers_of(error)
         else:
-            assert said.done is not None
-            content, status, headers = dialect.whole(said.text, said.calls, said.done), 200, {}
+            content, status, headers = said.whole(), 200, {}
         response = Response(msgspec.json.encode(content), status, headers, media_type="application/json")
         await response(self._scope, self._receive, self._send)
 

@@ -106,6 +106,7 @@ async def request_of(
         plain=True,
         json_schema=schema,
         sampling=_sampling(body),
+        alternatives=max(1, body.top_logprobs or 0) if body.logprobs else 0,
     )
 
 
@@ -116,8 +117,8 @@ def _chat_name(runtime: Runtime) -> str | None:
 def _check(body: ChatRequest) -> None:
     if body.n not in (None, 1):
         raise BadMessage(f"n is {body.n}; allowed is 1 - at $.n")
-    if body.logprobs or body.top_logprobs:
-        raise BadMessage("logprobs are not given - at $.logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise BadMessage("top_logprobs needs logprobs - at $.top_logprobs")
 
 
 def _parts(messages: Sequence[Message]) -> tuple[str | None, list[Said], str | None, list[list[Called]]]:

@@ -179,6 +179,7 @@ class ResponsesSocket(Socket):
                 said.send(Done(turn=0, usage=usage, finish_reason="stop"))
             else:
                 self._turn = turn = Turn(self._runtime, session, request, said)
+                said.alternatives = turn.answer.alternatives
                 said.begin()
                 if events.id in self._cancelled:
                     turn.cancel()
