@@ -6,16 +6,20 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import jsonschema
 import msgspec
 import pytest
+from conftest import service
+from fakes import ScriptedEngine
 from starlette.routing import Route
 
 from yaptext import __version__
+from yaptext.engine.base import Engines
 from yaptext.server.app import create_app
 from yaptext.server.openai import errors
 from yaptext.server.openai.schema import ChatRequest
-from yaptext.server.reference.fields import MEANINGS
+from yaptext.server.reference.fields import BOUNDS, MEANINGS
 from yaptext.server.reference.openapi import document
 from yaptext.settings import Settings
 
@@ -100,9 +104,14 @@ def test_requests_are_described_by_the_struct_that_reads_them() -> None:
     """Field by field, each with its meaning."""
     (schema,) = msgspec.json.schema_components([ChatRequest], ref_template="#/components/schemas/{name}")[1:]
     described = json.loads(json.dumps(SCHEMAS["ChatRequest"]))
-    for field in described["properties"].values():
+    expected = schema["ChatRequest"]
+    for name, field in described["properties"].items():
         assert field.pop("description")
-    assert described == schema["ChatRequest"]
+        if f"ChatRequest.{name}" in BOUNDS:  # has bounds that are checked later
+            del expected["properties"][name], field
+            described["properties"][name] = None
+    expected["properties"] |= {name.partition(".")[2]: None for name in BOUNDS if name.startswith("ChatRequest.")}
+    assert described == expected
 
 
 def test_every_meaning_is_of_a_field() -> None:
@@ -111,6 +120,24 @@ def test_every_meaning_is_of_a_field() -> None:
     assert [
         meant for meant in MEANINGS if not any(f in (meant, f.partition(".")[0] + "." + meant) for f in fields)
     ] == []
+
+
+@pytest.mark.parametrize("field", [name.partition(".")[2] for name in BOUNDS if name.startswith("ChatRequest.")])
+async def test_bounds_that_are_checked_later_are_those_of_the_document(field: str) -> None:
+    """What the schema allows at its edges is served, and what it forbids is refused."""
+    schema = {"$ref": f"#/components/schemas/ChatRequest/properties/{field}"}
+    values: list[Any] = [None, False, True, 0, 1, 2, -1, 20, 1000, 1001, 0.1, 0.05, 2.5, 2**63 - 1, 2**63, "x" * 64]
+    values += ["x" * 65, ["x"] * 8, ["x"] * 9, [""], ["x" * 64], ["x" * 65]]
+    engine = ScriptedEngine()
+    seen = set()
+    async with service(Engines(engine, engine)) as running, httpx.AsyncClient(timeout=60) as client:
+        for value in values:
+            body = {"messages": [{"role": "user", "content": "hi"}], field: value}
+            headers = {"X-API-Key": "yap_token"}
+            answer = await client.post(f"{running.http}/v1/chat/completions", json=body, headers=headers)
+            assert (answer.status_code == 200) == validator(schema).is_valid(value), (value, answer.text)
+            seen.add(answer.status_code)
+    assert seen == {200, 400}
 
 
 def test_every_error_of_the_doors_is_in_the_document() -> None:

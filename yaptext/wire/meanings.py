@@ -131,7 +131,7 @@ FIELDS = {
 """By field, or by struct and field."""
 
 VALUES = {
-    "ToolCall.reason": ("timeout", "invalid", "engine_failed", "not_available"),
+    "ToolCall.reason": ("timeout", "truncated", "invalid", "engine_failed", "not_available"),
     "Done.finish_reason": ("stop", "length", "soft_limit", "timeout", "tool_calls", "cancelled"),
 }
 """What these texts may be, by struct and field."""

@@ -1,5 +1,9 @@
 """What fields of HTTP bodies mean, if their names do not say it."""
 
+from __future__ import annotations
+
+from typing import Any
+
 MEANINGS = {
     "ChatRequest.messages": "The conversation so far. System messages come first, wherever they stand.",
     "ChatRequest.model": "`chat`, `tool` (the decision alone), a model's own name, or `persona/STYLE`. Absent: `chat`.",
@@ -61,3 +65,25 @@ MEANINGS = {
     "PromptState.thinking": "Whether the model thinks before it replies.",
 }
 """By `Schema.field`, or by the field alone."""
+
+BOUNDS: dict[str, dict[str, dict[str, Any]]] = {
+    "ChatRequest.n": {"integer": {"enum": [1]}},
+    "ChatRequest.logprobs": {"boolean": {"enum": [False]}},
+    "ChatRequest.top_logprobs": {"integer": {"maximum": 0}},
+    "ChatRequest.top_k": {"integer": {"minimum": 0, "maximum": 1000}},
+    "ChatRequest.repetition_penalty": {"number": {"minimum": 0.1, "maximum": 2}},
+    "ChatRequest.seed": {"integer": {"minimum": 0, "maximum": 2**63 - 1}},
+    "ChatRequest.stop": {
+        "string": {"maxLength": 64},
+        "array": {"maxItems": 8, "items": {"type": "string", "minLength": 1, "maxLength": 64}},
+    },
+}
+"""Bounds that are checked when a body has been read, by `Schema.field` and type."""
+
+RULES: dict[str, dict[str, Any]] = {
+    "ResponseFormat": {
+        "if": {"properties": {"type": {"const": "json_schema"}}},
+        "then": {"properties": {"json_schema": {"type": "object"}}, "required": ["json_schema"]},
+    },
+}
+"""What holds between the fields of a schema."""

@@ -8,7 +8,7 @@ import msgspec
 
 from yaptext import __version__
 from yaptext.server.reference import examples
-from yaptext.server.reference.fields import MEANINGS
+from yaptext.server.reference.fields import BOUNDS, MEANINGS, RULES
 from yaptext.server.reference.operations import EVENTS, JSON, OPERATIONS, Answer, Content, Operation
 
 Refs = dict[Any, dict[str, Any]]
@@ -81,6 +81,10 @@ def _schemas() -> tuple[Refs, dict[str, Any]]:
             meaning = MEANINGS.get(f"{name}.{field}") or MEANINGS.get(field)
             if meaning is not None:
                 properties["description"] = meaning
+            bounds = BOUNDS.get(f"{name}.{field}", {})
+            for part in properties.get("anyOf", [properties]):
+                part.update(bounds.get(part.get("type"), {}))
+        schema.update(RULES.get(name, {}))
         if name in examples.BODIES:
             schema["examples"] = [examples.BODIES[name]]
     return dict(zip(structs, refs, strict=True)), dict(sorted(schemas.items()))
@@ -126,10 +130,10 @@ def _media(media: str, content: Content, refs: Refs) -> dict[str, Any]:
     if isinstance(content, str):
         return {"schema": {"type": "string", "description": content}}
     schema = _schema(content, refs)
-    # As OpenAI's own document has it: the schema of a stream is that of the data of each event.
-    return {
-        "schema": schema | ({"description": "The data of one event; `[DONE]` ends them."} if media == EVENTS else {})
-    }
+    if media == EVENTS:  # the schema is that of one event, as in the items of OpenAPI 3.2
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, {"contentMediaType": JSON, "contentSchema": schema}]}
+        schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    return {"schema": schema}
 
 
 def _schema(structs: tuple[Any, ...], refs: Refs) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from yaptext.server.reference import bodies, examples
 JSON, EVENTS, TEXT, HTML = "application/json", "text/event-stream", "text/plain", "text/html"
 Content = tuple[Any, ...] | str
 """The structs that a body may be; or what a body that is no JSON holds."""
+_NONE: Mapping[int, Any] = {}
 _RETRY = ("Retry-After",)
 _RETRY_MS = ("retry-after-ms", "Retry-After")
 
@@ -44,6 +45,7 @@ class Operation:
 
 
 _NO_MODEL = Answer("There is no such model.", {JSON: (OpenAIError,)})
+_NO_NAME = Answer("There is no such model. Text if the name has a line break.", {JSON: (OpenAIError,), TEXT: "A word."})
 _STARTING = Answer("The service starts: its engines open.", {JSON: (bodies.Starting,)}, _RETRY)
 _WRONG_HOST = Answer(
     "On loopback: `Host` is a name that is not one of ALLOWED_HOSTS (`host_not_allowed`).", {JSON: (bodies.HttpError,)}
@@ -70,15 +72,18 @@ def _probe(path: str, name: str, summary: str, good: Content, broken: str) -> Op
     return Operation("get", path, name, summary, answers)
 
 
-def _file(path: str, name: str, summary: str, media_type: str, holds: str, meaning: str = "") -> Operation:
+def _file(
+    path: str, name: str, summary: str, media_type: str, holds: str, more: Mapping[int, Answer] = _NONE
+) -> Operation:
     """A route of bytes that stay the same while the service runs."""
     answers = {
         200: Answer(holds, {media_type: (dict[str, Any],) if media_type == JSON else holds}, ("ETag", "Cache-Control")),
         304: Answer("The client has it already.", {}, ("ETag", "Cache-Control")),
         403: _WRONG_HOST,
         503: _STARTING,
+        **more,
     }
-    return Operation("get", path, name, summary, answers, meaning, parameters=("If-None-Match",))
+    return Operation("get", path, name, summary, answers, parameters=("If-None-Match",))
 
 
 def generation(
@@ -115,7 +120,7 @@ OPERATIONS = (
     ),
     Operation(
         "get", "/v1/models/{name}", "retrieveModel", "One of them",
-        {200: Answer("It exists.", {JSON: (Model,)}), 404: _NO_MODEL, **_OPENAI}, "It may contain slashes.",
+        {200: Answer("It exists.", {JSON: (Model,)}), 404: _NO_NAME, **_OPENAI}, "It may contain slashes.",
         "header", parameters=("name",),
     ),
     Operation(
@@ -151,6 +156,6 @@ OPERATIONS = (
     _file("/client.d.ts", "getClientTypes", "Its types", TEXT, "Declarations of TypeScript."),
     _file(
         "/", "getPlayground", "The playground", HTML, "A page to talk to the service.",
-        "For requests that accept `text/html`; others get 404, as with PLAYGROUND=0.",
+        {404: Answer("The request does not accept `text/html`; or PLAYGROUND=0.", {TEXT: "A word."})},
     ),
 )  # fmt: skip

@@ -87,7 +87,7 @@ class _Schemas:
         return _list(
             (
                 field,
-                f'<span class="type">{self.type_of(it)}{"" if field in required else ", optional"}</span> '
+                f'<span class="type">{self.type_of(it)}{"" if field in required else ", optional"}.</span> '
                 f"{_marked(it.get('description', ''))}",
             )
             for field, it in schema.get("properties", {}).items()
@@ -102,6 +102,9 @@ class _Schemas:
             return " or ".join(map(self.type_of, schema["anyOf"]))
         if "enum" in schema:
             return " or ".join(f"<code>{escape(json.dumps(value))}</code>" for value in schema["enum"])
+        if schema.get("required") == ["data"]:
+            _, content = schema["properties"]["data"]["anyOf"]
+            return f"events of {self.type_of(content['contentSchema'])}"
         kind = escape(str(schema.get("type", "any JSON")))
         if kind == "array":
             kind = f"list of {self.type_of(schema['items'])}"
