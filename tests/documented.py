@@ -226,5 +226,6 @@ class _Exchange:
 
 def _events(stream: bytes) -> list[Any]:
     """The data of the whole events of a stream."""
-    events = [event for event in stream.split(b"\n\n")[:-1] if not event.startswith(b":")]
-    return [json.loads(event.removeprefix(b"data: ")) for event in events if event != b"data: [DONE]"]
+    lines = b"\n".join(stream.split(b"\n\n")[:-1]).split(b"\n")
+    found = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
+    return [json.loads(data) for data in found if data != b"[DONE]"]

@@ -10,8 +10,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+from fuzz.frames import BASES, EDITS, NAMES, VALUES, dumps, edit
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jsonschema_rs import Draft202012Validator
 
 from yaptext import __version__
+from yaptext.errors import BadMessage
 from yaptext.wire import meanings
 from yaptext.wire.asyncapi import document
 from yaptext.wire.frames import (
@@ -28,6 +33,7 @@ from yaptext.wire.frames import (
     Warmed,
     encode,
 )
+from yaptext.wire.reading import decode
 
 SENT = {
     "start", "tool_result", "cancel", "warm_persona", "warm_history", "set_persona", "get_session", "forget", "ping",
@@ -66,6 +72,12 @@ FIELDS: dict[str, set[str]] = {
     "pong": set(),
     "error": {"error_code", "message", "turn", "session_id", "retry_after_ms", "capacity"},
 }  # fmt: skip
+
+
+SENT_VALIDATOR = Draft202012Validator(
+    {"anyOf": [message["payload"] for tag, message in document()["components"]["messages"].items() if tag in SENT]}
+    | {"components": document()["components"]}
+)
 
 
 def resolve(ref: str) -> Any:
@@ -269,6 +281,40 @@ def test_the_schemas_refuse_what_the_service_refuses(frame: dict[str, Any]) -> N
     """Bounds, required fields and codes are part of the published schemas."""
     with pytest.raises(jsonschema.ValidationError):
         check(frame)
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is JSON that every reader takes alike: no number that is cut, no half of a character."""
+    try:
+        return not isinstance(value, float) and bool(json.loads(dumps(value)) == value)
+    except (ValueError, RecursionError):
+        return False
+
+
+_numbers = st.integers(0, 2**16)
+_edits = st.tuples(
+    st.sampled_from([what for what in EDITS if what != "double"]),
+    _numbers,
+    st.sampled_from(list(filter(_plain, VALUES))),
+    st.sampled_from(NAMES),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(BASES), st.lists(_edits, max_size=2))
+def test_a_frame_fits_the_schemas_if_the_service_reads_it(base: dict[str, Any], edits: list[Any]) -> None:
+    """And the other way round, of frames that are near to right ones. Older names and bounds in bytes are no part of a
+    schema."""
+    frame: Any = base
+    for each in edits:
+        frame = edit(frame, *each) if isinstance(frame, dict) else frame
+    try:
+        decode(dumps(frame))
+        read = True
+    except BadMessage as error:
+        assume("bytes of JSON" not in error.message)
+        read = False
+    assert SENT_VALIDATOR.is_valid(frame) is read
 
 
 def test_the_tables_of_this_file_are_complete() -> None:

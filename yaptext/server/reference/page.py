@@ -56,7 +56,8 @@ def page(openapi: Mapping[str, Any], asyncapi: Mapping[str, Any]) -> str:
     }  # fmt: skip
     contents = "".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, (title, _, _) in parts.items())
     sections = "".join(
-        f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>{about}{content}</section>\n'
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{escape(title)}</h2>'
+        f"{about}{_index(content)}{content}</section>\n"
         for name, (title, about, content) in parts.items()
     )
     head = _HEAD.format(style=STYLE, version=escape(openapi["info"]["version"]))
@@ -169,6 +170,13 @@ def _list(pairs: Iterable[tuple[str, str]]) -> str:
     """Names with what they mean, which is HTML."""
     found = "".join(f"<dt><code>{escape(name)}</code></dt><dd>{meaning}</dd>" for name, meaning in pairs)
     return f"<dl>{found}</dl>" if found else ""
+
+
+def _index(content: str) -> str:
+    """Links to the articles of a section."""
+    found = re.findall(r'<article id="([^"]+)"><h3>(.*?)</h3>', content)
+    links = "".join(f'<li><a href="#{name}">{re.sub("<.*?>", "", title)}</a></li>' for name, title in found)
+    return f'<ul class="index">{links}</ul>' if links else ""
 
 
 def _examples(examples: Iterable[Any]) -> str:
