@@ -15,8 +15,9 @@ from yaptext.server.send_queue import LINK, WRITE_NOW
 from yaptext.wire.asyncapi import document as asyncapi
 
 _WS, _HTTP = asyncapi(), openapi()
-_CLOSES = {int(code) for code in _WS["channels"]["ws"]["x-close-codes"]}
+_CLOSES = _WS["channels"]["ws"]["x-close-codes"]
 _ROOT = "#/components/schemas/"
+_RESPONSES = "/v1/responses"
 
 
 def _closed(node: Any) -> Any:
@@ -77,7 +78,7 @@ class Documented:
         """Frames by type, responses by route and status."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "websocket" and scope["path"] == "/ws":
+        if scope["type"] == "websocket" and scope["path"] in ("/ws", _RESPONSES):
             await _Socket(self, scope, send).run(self._app, receive)
         elif scope["type"] == "http" and (route := _route(scope["path"])) is not None:
             await _Exchange(self, scope, route, receive, send).run(self._app)
@@ -92,7 +93,7 @@ class Documented:
 
 class _Socket:
     def __init__(self, documented: Documented, scope: Any, send: Any) -> None:
-        self._documented, self._send = documented, send
+        self._documented, self._send, self._path = documented, send, scope["path"]
         self._write = scope.get("extensions", {}).get(WRITE_NOW)
         more = {} if self._write is None else {WRITE_NOW: self._write_now}
         self._scope = scope | {"extensions": scope.get("extensions", {}) | more}
@@ -113,20 +114,30 @@ class _Socket:
                 self._check(event["text"])  # of bytes there are none
             case "websocket.close":
                 code = event.get("code", 1000)
-                self._documented.note(f"close {code}", None if code in _CLOSES else "is not in the document")
-            case "websocket.http.response.start":
-                self._documented.note(
-                    f"refusal {event['status']}", None if event["status"] == 503 else "not documented"
+                codes = (
+                    _CLOSES if self._path == "/ws" else _HTTP["paths"][self._path]["post"]["x-websocket"]["closeCodes"]
                 )
+                fault = None if str(code) in codes else "is not in the document"
+                self._documented.note(f"close {code}", fault)
+            case "websocket.http.response.start":
+                known = {"503"} if self._path == "/ws" else _HTTP["paths"][self._path]["post"]["responses"]
+                fault = None if str(event["status"]) in known else "is not in the document"
+                self._documented.note(f"refusal {event['status']}", fault)
             case "websocket.http.response.body":
                 self._refusal += event["body"]
                 if not event.get("more_body"):
-                    self._check(self._refusal)
+                    self._check(self._refusal, refused=True)
         await self._send(event)
 
-    def _check(self, text: str | bytes) -> None:
+    def _check(self, text: str | bytes, *, refused: bool = False) -> None:
         frame = json.loads(text)
-        self._documented.note(f"frame {frame.get('type')}", fault_of(frame))
+        if self._path == "/ws":
+            fault = fault_of(frame)
+        elif refused:
+            fault = _fault({"$ref": f"{_ROOT}OpenAIError"}, frame)
+        else:
+            fault = _fault(_HTTP["paths"][self._path]["post"]["x-websocket"]["send"]["schema"], frame)
+        self._documented.note(f"frame {frame.get('type')}", fault)
 
 
 def _route(path: str) -> str | None:

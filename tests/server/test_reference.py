@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,9 @@ from yaptext import __version__
 from yaptext.engine.base import Engines
 from yaptext.server.app import create_app
 from yaptext.server.openai import errors
+from yaptext.server.openai.responses_schema import ResponsesRequest
 from yaptext.server.openai.schema import ChatRequest
-from yaptext.server.reference.fields import BOUNDS, MEANINGS
+from yaptext.server.reference.fields import BOUNDS, MEANINGS, RULES
 from yaptext.server.reference.openapi import document
 from yaptext.settings import Settings
 
@@ -100,17 +102,24 @@ def test_every_operation_is_described(path: str, method: str) -> None:
         validator(body["schema"]).validate(body["example"])
 
 
-def test_requests_are_described_by_the_struct_that_reads_them() -> None:
+@pytest.mark.parametrize("struct", [ChatRequest, ResponsesRequest])
+def test_requests_are_described_by_the_struct_that_reads_them(struct: Any) -> None:
     """Field by field, each with its meaning."""
-    (schema,) = msgspec.json.schema_components([ChatRequest], ref_template="#/components/schemas/{name}")[1:]
-    described = json.loads(json.dumps(SCHEMAS["ChatRequest"]))
-    expected = schema["ChatRequest"]
+    described = json.loads(json.dumps(SCHEMAS[struct.__name__]))
+    expected = msgspec.json.schema_components([struct])[1][struct.__name__]
+    described["properties"], expected["properties"] = (
+        {name: json.loads(re.sub(r'"#/[^"]*[/.](\w+)"', r'"\1"', json.dumps(field))) for name, field in each.items()}
+        for each in (described["properties"], expected["properties"])
+    )
+    for rule in RULES.get(struct.__name__, {}):
+        del described[rule]
     for name, field in described["properties"].items():
         assert field.pop("description")
-        if f"ChatRequest.{name}" in BOUNDS:  # has bounds that are checked later
+        if f"{struct.__name__}.{name}" in BOUNDS:  # has bounds that are checked later
             del expected["properties"][name], field
             described["properties"][name] = None
-    expected["properties"] |= {name.partition(".")[2]: None for name in BOUNDS if name.startswith("ChatRequest.")}
+    later = {name.partition(".")[2] for name in BOUNDS if name.startswith(f"{struct.__name__}.")}
+    expected["properties"] |= dict.fromkeys(later)
     assert described == expected
 
 
@@ -122,19 +131,23 @@ def test_every_meaning_is_of_a_field() -> None:
     ] == []
 
 
-@pytest.mark.parametrize("field", [name.partition(".")[2] for name in BOUNDS if name.startswith("ChatRequest.")])
+@pytest.mark.parametrize("field", list(BOUNDS))
 async def test_bounds_that_are_checked_later_are_those_of_the_document(field: str) -> None:
     """What the schema allows at its edges is served, and what it forbids is refused."""
-    schema = {"$ref": f"#/components/schemas/ChatRequest/properties/{field}"}
+    struct, _, field = field.partition(".")
+    schema = {"$ref": f"#/components/schemas/{struct}/properties/{field}"}
+    path, said = {
+        "ChatRequest": ("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        "ResponsesRequest": ("responses", {"input": "hi"}),
+    }[struct]
     values: list[Any] = [None, False, True, 0, 1, 2, -1, 20, 1000, 1001, 0.1, 0.05, 2.5, 2**63 - 1, 2**63, "x" * 64]
     values += ["x" * 65, ["x"] * 8, ["x"] * 9, [""], ["x" * 64], ["x" * 65]]
     engine = ScriptedEngine()
     seen = set()
     async with service(Engines(engine, engine)) as running, httpx.AsyncClient(timeout=60) as client:
         for value in values:
-            body = {"messages": [{"role": "user", "content": "hi"}], field: value}
             headers = {"X-API-Key": "yap_token"}
-            answer = await client.post(f"{running.http}/v1/chat/completions", json=body, headers=headers)
+            answer = await client.post(f"{running.http}/v1/{path}", json=said | {field: value}, headers=headers)
             assert (answer.status_code == 200) == validator(schema).is_valid(value), (value, answer.text)
             seen.add(answer.status_code)
     assert seen == {200, 400}
@@ -146,7 +159,9 @@ def test_every_error_of_the_doors_is_in_the_document() -> None:
     assert statuses <= set(DOCUMENT["paths"]["/v1/chat/completions"]["post"]["responses"])
     detail = SCHEMAS["ErrorDetail"]["properties"]
     assert {form[1] for form in errors._FORMS.values()} == set(detail["type"]["enum"])
-    assert {form[2] for form in errors._FORMS.values()} | {"host_not_allowed"} == set(detail["code"]["enum"])
+    assert {form[2] for form in errors._FORMS.values()} | {"host_not_allowed", *errors._BY_PLACE.values()} == set(
+        detail["code"]["enum"]
+    )
 
 
 def test_the_document_is_plain_json_and_new_each_time() -> None:

@@ -50,10 +50,29 @@ class Reply(Struct):
     tool_calls: Annotated[list[CompletionCall], Meta(min_length=1)] | UnsetType = UNSET
 
 
+class TopLogprob(Struct):
+    """`bytes` are the UTF-8 of `token`."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the reply. `top_logprobs` are the likeliest at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(Struct):
+    content: list[TokenLogprob]
+    refusal: None
+
+
 class Choice(Struct):
     index: Literal[0]
     message: Reply
-    logprobs: None
+    logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
 
 
@@ -83,7 +102,7 @@ class Delta(Struct):
 class ChunkChoice(Struct):
     index: Literal[0]
     delta: Delta
-    logprobs: None
+    logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason | None
 
 
@@ -122,6 +141,7 @@ class ErrorDetail(Struct):
         "invalid_value",
         "context_length_exceeded",
         "model_not_found",
+        "previous_response_not_found",
         "host_not_allowed",
         "rate_limit_exceeded",
         "server_at_capacity",

@@ -20,6 +20,13 @@ CHAT_REQUEST: dict[str, Any] = {
     "max_completion_tokens": 200,
     "prompt_cache_key": "user-1",
 }
+RESPONSES_REQUEST: dict[str, Any] = {
+    "model": "persona/savage",
+    "instructions": "Answer in one sentence.",
+    "input": [{"type": "message", "role": "user", "content": "And tomorrow?"}],
+    "stream": True,
+    "max_output_tokens": 200,
+}
 _HEAD = {"id": "chatcmpl-4f1c9a", "created": 1796083560, "model": "chat"}
 _CALL = {
     "id": "call_5f0c1e2ab9d4",
@@ -52,6 +59,15 @@ BODIES: dict[str, Any] = {
     | {
         "object": "chat.completion.chunk",
         "choices": [{"index": 0, "delta": {"content": "Sunny"}, "logprobs": None, "finish_reason": None}],
+    },
+    "TextDelta": {
+        "type": "response.output_text.delta",
+        "sequence_number": 4,
+        "item_id": "msg_4f1c9a",
+        "output_index": 0,
+        "content_index": 0,
+        "delta": "Sunny",
+        "logprobs": [],
     },
     "OpenAIError": {
         "error": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from typing import Any
 
 import msgspec
@@ -9,7 +11,7 @@ import msgspec
 from yaptext import __version__
 from yaptext.server.reference import examples
 from yaptext.server.reference.fields import BOUNDS, MEANINGS, RULES
-from yaptext.server.reference.operations import EVENTS, JSON, OPERATIONS, Answer, Content, Operation
+from yaptext.server.reference.operations import EVENTS, JSON, OPERATIONS, SOCKET_CLOSES, Answer, Content, Operation
 
 Refs = dict[Any, dict[str, Any]]
 """What stands for a struct, by the struct."""
@@ -17,6 +19,10 @@ _ABOUT = (
     "Conversations go over the WebSocket `/ws`, which `/asyncapi.json` describes. Clients of OpenAI's API use the "
     "routes below `/v1`. A path that is not one of these is 404, another method 405. What is no HTTP, or is over the "
     "service's bounds on address, headers and body, is 400, 414 or 431 as plain text."
+)
+_SOCKET = (
+    "A WebSocket of the same address takes requests as frames of the type `response.create` and answers each with the "
+    "events of a stream, in order. `generate: false` warms the prompt. What refuses a client answers its handshake."
 )
 _WAYS: dict[str, list[dict[str, list[str]]]] = {
     "none": [],
@@ -74,9 +80,11 @@ def document() -> dict[str, Any]:
 def _schemas() -> tuple[Refs, dict[str, Any]]:
     """A reference to each struct, and the schemas by name, with what the names of fields do not say."""
     structs = sorted({each for operation in OPERATIONS for each in _structs(operation)}, key=str)
-    refs, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    made = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    # Of two structs of one name each has the name of its module before its own.
+    refs, schemas = json.loads(json.dumps(made).replace("yaptext.server.openai.", ""))
     for qualified, schema in schemas.items():
-        name = qualified.rpartition(".")[2]  # of two structs of one name each has its module in it
+        name = qualified.rpartition(".")[2]
         for field, properties in schema.get("properties", {}).items():
             meaning = MEANINGS.get(f"{name}.{field}") or MEANINGS.get(field)
             if meaning is not None:
@@ -91,7 +99,7 @@ def _schemas() -> tuple[Refs, dict[str, Any]]:
 
 
 def _structs(operation: Operation) -> set[Any]:
-    found: set[Any] = {operation.body} - {None}
+    found: set[Any] = {operation.body, *itertools.chain(*operation.socket or ())} - {None}
     for answer in operation.answers.values():
         for content in answer.content.values():
             found |= set() if isinstance(content, str) else set(content)
@@ -114,6 +122,14 @@ def _operation(operation: Operation, refs: Refs) -> dict[str, Any]:
             {"example": operation.example} if operation.example else {}
         )
         found["requestBody"] = {"required": True, "content": {JSON: body}}
+    if operation.socket is not None:
+        sent, received = operation.socket
+        found["x-websocket"] = {
+            "description": _SOCKET,
+            "receive": {"schema": _schema(sent, refs)},
+            "send": {"schema": _schema(received, refs)},
+            "closeCodes": {str(code): meaning for code, meaning in SOCKET_CLOSES.items()},
+        }
     return found
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from yaptext.server.openai.bodies import Chunk, Completion, Model, ModelList, OpenAIError
+from yaptext.server.openai.responses_bodies import EVENTS as RESPONSE_EVENTS
+from yaptext.server.openai.responses_bodies import ErrorEvent, Response
+from yaptext.server.openai.responses_schema import Cancel, Create, ResponsesRequest
 from yaptext.server.openai.schema import ChatRequest
 from yaptext.server.reference import bodies, examples
 
@@ -42,6 +45,8 @@ class Operation:
     body: type | None = None
     parameters: tuple[str, ...] = ()
     example: Any = None
+    socket: tuple[tuple[type, ...], tuple[type, ...]] | None = None
+    """Frames that a client sends, and that it gets, on a WebSocket of the same path."""
 
 
 _NO_MODEL = Answer("There is no such model.", {JSON: (OpenAIError,)})
@@ -87,14 +92,21 @@ def _file(
 
 
 def generation(
-    path: str, name: str, summary: str, body: type, whole: type, events: tuple[type, ...], example: Any
+    path: str,
+    name: str,
+    summary: str,
+    body: type,
+    whole: type,
+    events: tuple[type, ...],
+    example: Any,
+    socket: tuple[tuple[type, ...], tuple[type, ...]] | None = None,
 ) -> Operation:
     """A route of `/v1/` that makes a reply: one object, or a stream of events if the request has `stream: true`."""
     answers = {
         200: Answer(
             "The reply, whole or as events. A line that begins with `:` keeps a silent stream open. A stream that "
-            "fails ends with the error as its last event.",
-            {JSON: (whole,), EVENTS: (*events, OpenAIError)},
+            "fails ends with an event that says so.",
+            {JSON: (whole,), EVENTS: events},
         ),
         400: Answer("A field is wrong or too long. The message gives the limit.", {JSON: (OpenAIError,)}),
         **_OPENAI,
@@ -105,13 +117,27 @@ def generation(
         "Takes a slot while it runs, and is charged as a message and a turn. Fields that the service does not know are "
         "ignored. A client that disconnects ends its turn."
     )
-    return Operation("post", path, name, summary, answers, meaning, "header", body, example=example)
+    return Operation("post", path, name, summary, answers, meaning, "header", body, example=example, socket=socket)
 
 
+SOCKET_CLOSES = {
+    1001: "No frame came for IDLE_TIMEOUT_S.",
+    1007: "Text that is not UTF-8.",
+    1008: "The key was removed, or the client does not read.",
+    1009: "A frame over MAX_FRAME_BYTES, or in too many fragments.",
+    1011: "A fault of the service.",
+    1012: "The service stops, or has lost an engine.",
+}
+"""Of the sockets of OpenAI's API: their clients reconnect after 1001, 1011 and 1012."""
 OPERATIONS = (
     generation(
         "/v1/chat/completions", "createChatCompletion", "A reply to a list of messages, or the calls of its tools",
-        ChatRequest, Completion, (Chunk,), examples.CHAT_REQUEST,
+        ChatRequest, Completion, (Chunk, OpenAIError), examples.CHAT_REQUEST,
+    ),
+    generation(
+        "/v1/responses", "createResponse", "A reply to what is added to a conversation, or the calls of its tools",
+        ResponsesRequest, Response, RESPONSE_EVENTS, examples.RESPONSES_REQUEST,
+        ((Create, Cancel), (*RESPONSE_EVENTS, ErrorEvent)),
     ),
     Operation(
         "get", "/v1/models", "listModels", "The names that `model` may have",

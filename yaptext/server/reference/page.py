@@ -108,7 +108,7 @@ class _Schemas:
             return f"events of {self.type_of(content['contentSchema'])}"
         kind = escape(str(schema.get("type", "any JSON")))
         if kind == "array":
-            kind = f"list of {self.type_of(schema['items'])}"
+            kind = f"list of {self.type_of(schema.get('items', {}))}"
         elif isinstance(schema.get("additionalProperties"), dict):
             kind = f"object of {self.type_of(schema['additionalProperties'])}"
         return ", ".join([kind, *(words.format(schema[bound]) for bound, words in _BOUNDS.items() if bound in schema)])
@@ -140,8 +140,16 @@ def _route(path: str, method: str, operation: Mapping[str, Any], openapi: Mappin
         + (f"<h4>Body</h4><p>{schemas.type_of(body['schema'])}</p>{_examples([body['example']])}" if body else "")
         + "<h4>Answers</h4>"
         + _list((status, _answer(it, schemas)) for status, it in operation["responses"].items())
+        + (_socket(operation["x-websocket"], schemas) if "x-websocket" in operation else "")
         + "</article>"
     )
+
+
+def _socket(socket: Mapping[str, Any], schemas: _Schemas) -> str:
+    frames = (
+        (name, schemas.type_of(socket[way]["schema"])) for name, way in (("sent", "receive"), ("received", "send"))
+    )
+    return f"<h4>WebSocket</h4>{_text(socket['description'])}{_list(frames)}{_list(socket['closeCodes'].items())}"
 
 
 def _answer(answer: Mapping[str, Any], schemas: _Schemas) -> str:
