@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from functools import cache
 from hashlib import sha256
 
 from starlette.routing import Route
@@ -23,10 +24,12 @@ _HEADERS = {
 }
 
 
-def routes() -> list[Route]:
+@cache
+def routes() -> tuple[Route, ...]:
+    """Always the same ones: nothing of them depends on a setting."""
     for_http, for_ws = openapi.document(), asyncapi.document()
-    return [
+    return (
         Route("/openapi.json", http.document(for_http)),
         Route("/asyncapi.json", http.document(for_ws)),
         Route("/docs", http.file(page(for_http, for_ws).encode(), "text/html; charset=utf-8", _HEADERS)),
-    ]
+    )
