@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -17,6 +18,7 @@ from fakes import Gate, Script, ScriptedEngine
 
 from yaptext.engine.base import Engine, Engines
 from yaptext.server import lifecycle
+from yaptext.server.opening import Opening
 
 WEATHER = [{"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
 CALL = '[{"name":"get_weather","arguments":{"city":"Oslo"}}]'
@@ -166,6 +168,30 @@ async def test_the_page_survives_a_restart(
         await person.page.click("summary:has-text('Session as')")
         await person.sees("#session", "after")
         assert "before" in await person.text("#session")
+        await person.page.goto("about:blank")
+
+
+async def test_a_page_that_is_opened_during_a_start_becomes_the_playground(tab: Any, person: Person) -> None:
+    """It says how far the start is, also to a screen reader, and that the service is away if it is; then a person
+    writes to it without having done anything."""
+    from axe_playwright_python.async_playwright import Axe
+
+    tab.allowed = ("503", "ERR_CONNECTION_REFUSED")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with Opening([listener], expected_s=None):
+            await person.page.goto(f"http://127.0.0.1:{port}/")
+            await person.sees("[role=status]", "The service is starting.")
+            for scheme in ("light", "dark"):
+                await person.page.emulate_media(color_scheme=scheme)
+                found = (await Axe().run(person.page)).response["violations"]
+                assert [fault["id"] for fault in found] == []
+    await person.sees("[role=status]", "The service does not answer.")
+    engine = ScriptedEngine()
+    async with service(Engines(chat=engine, tool=engine), PORT=port):
+        await person.sees("#state", "Connected")
+        await person.says("hi")
+        await person.sees(".assistant:not(.running)", "Hello there.")
         await person.page.goto("about:blank")
 
 
