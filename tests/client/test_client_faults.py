@@ -378,9 +378,13 @@ except KeyboardInterrupt:
             elif told[-1] == "cancel":
                 await socket.send('{"type":"done","turn":1,"cancelled":true}')
 
-    async def mute(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(5)
+    left = asyncio.Event()
+
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
         writer.close()
+        await writer.wait_closed()
+        left.set()
 
     async def run(url: str, waits_at: str) -> tuple[str, str]:
         process = await asyncio.create_subprocess_exec(
@@ -400,3 +404,4 @@ except KeyboardInterrupt:
     assert told == ["start", "cancel", "end"]
     async with await asyncio.start_server(mute, "127.0.0.1", 0) as server:
         assert await run(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws", "connecting") == ("left", "")
+        await asyncio.wait_for(left.wait(), 20)
