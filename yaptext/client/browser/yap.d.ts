@@ -130,6 +130,8 @@ export interface Options {
   tools?: Tool[];
   /** Attempts to connect before an error is reported. Default: 8. */
   attempts?: number;
+  /** Time for the service to answer before the connection counts as lost, in milliseconds. Default: 15000. */
+  timeoutMs?: number;
   onstate?: (state: State) => void;
 }
 
