@@ -240,6 +240,8 @@ async def test_a_yes_is_a_call_and_a_no_is_a_reply() -> None:
         assert found["finish_reason"] == "tool_calls" and found["message"]["content"] is None
         (call,) = found["message"]["tool_calls"]
         assert call["type"] == "function" and json.loads(call["function"]["arguments"]) == {"place": "Oslo"}
+        usage = (await ask(client, tools=[WEATHER]))["usage"]
+        assert usage["completion_tokens"] == 1 and usage["total_tokens"] == usage["prompt_tokens"] + 1 > 20
     async with door() as (client, _, _):
         assert (await ask(client, tools=[WEATHER]))["choices"][0]["message"]["content"] == "Hello there."
 
@@ -270,6 +272,16 @@ async def test_after_a_result_comes_the_answer_without_a_decision() -> None:
         assert (answer["finish_reason"], answer["message"]["content"]) == ("stop", "Hello there.")
         assert [sampling.json_schema for _, sampling, _ in engine.requests] == [None]
         assert "4 degrees" in prompts(engine)[-1]
+
+
+async def test_a_result_that_names_no_call_is_that_of_the_only_one() -> None:
+    async with door() as (client, engine, _):
+        result = {"role": "tool", "content": "4 degrees"}
+        await ask(client, ("user", "a"), called("f", "1"), result)
+        assert "4 degrees" in prompts(engine)[-1]
+        two = called("f", "1") | {"tool_calls": called("f", "1")["tool_calls"] + called("g", "2")["tool_calls"]}
+        await ask(client, ("user", "a"), two, result)
+        assert "4 degrees" not in prompts(engine)[-1] and prompts(engine)[-1].count("(no result)") == 2
 
 
 async def test_a_call_without_its_result_is_repaired() -> None:

@@ -132,6 +132,7 @@ class Answer:
         self._runtime.metrics.decisions.labels(decision.reason or ("yes" if decision.calls else "no")).inc()
         self.usage.tool_prompt_tokens = decision.prompt_tokens
         self.usage.tool_cached_tokens = decision.cached_tokens
+        self.usage.tool_completion_tokens = decision.completion_tokens
         self.timings.tool_ms = round(decision.tool_ms, 2)
         self.calls = [IdentifiedCall(f"call_{secrets.token_hex(6)}", c.name, c.arguments) for c in decision.calls]
         self._sink.send(

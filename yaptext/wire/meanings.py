@@ -100,6 +100,7 @@ FIELDS = {
     "reasoning_tokens": "Those of the reply that were thinking, which is never sent.",
     "tool_prompt_tokens": "Of the prompt of the decision.",
     "tool_cached_tokens": "Those of it that the engine did not compute again.",
+    "tool_completion_tokens": "Of the decision: its calls, or the no.",
     "timings": "Milliseconds since the frame came; null: not reached.",
     "queue_ms": "Until an engine got its first request.",
     "ttft_ms": "Until the first token left.",
@@ -190,7 +191,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "turn": 1, "session_id": "user-1", "finish_reason": "stop",
         "usage": {
             "prompt_tokens": 311, "cached_tokens": 288, "completion_tokens": 5, "reasoning_tokens": 0,
-            "tool_prompt_tokens": 402, "tool_cached_tokens": 384,
+            "tool_prompt_tokens": 402, "tool_cached_tokens": 384, "tool_completion_tokens": 14,
         },
         "timings": {"queue_ms": 0.2, "tool_ms": 41.2, "ttft_ms": 60.1, "total_ms": 92.7},
     },

@@ -53,7 +53,7 @@ export interface Call { id: string; name: string; arguments: Record<string, unkn
 
 export interface Usage {
   prompt_tokens: number; cached_tokens: number; completion_tokens: number; reasoning_tokens: number;
-  tool_prompt_tokens: number; tool_cached_tokens: number;
+  tool_prompt_tokens: number; tool_cached_tokens: number; tool_completion_tokens: number;
 }
 
 /** Milliseconds from the arrival of the turn at the service. */

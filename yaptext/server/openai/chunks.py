@@ -11,7 +11,8 @@ import msgspec
 
 from yaptext.server.openai import errors
 from yaptext.server.openai.logprobs import Logprobs
-from yaptext.wire.frames import Done, Error, IdentifiedCall, Token, Usage
+from yaptext.server.openai.usage import tokens_of
+from yaptext.wire.frames import Done, Error, IdentifiedCall, Token
 
 _REASONS = {"length": "length", "tool_calls": "tool_calls"}
 """Others (an end of the model's own, a soft limit, a timeout, a cancel) are `stop`."""
@@ -50,7 +51,7 @@ class Chunks:
             yield from self.text_begins()
         yield self._chunk({}, _reason(done), logprobs)
         if self._with_usage:
-            yield _event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": _usage(done.usage)})
+            yield _event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": _usage(done)})
         yield b"data: [DONE]\n\n"
 
     def failed(self, error: Error, text: str) -> Iterable[bytes]:
@@ -63,7 +64,7 @@ class Chunks:
         if calls:
             message["tool_calls"] = [_call_of(call) for call in self._calls(calls)]
         choice = {"index": 0, "message": message, "logprobs": _content(logprobs), "finish_reason": _reason(done)}
-        return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(done.usage)}
+        return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(done)}
 
     def _calls(self, calls: Sequence[IdentifiedCall]) -> Sequence[IdentifiedCall]:
         return calls[:1] if self._one_call else calls
@@ -94,16 +95,12 @@ def _call_of(call: IdentifiedCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments_of(call)}}
 
 
-def _usage(usage: Usage | Any) -> dict[str, Any]:
-    """The decision's tokens count if no reply was made."""
-    if not isinstance(usage, Usage):
-        usage = Usage()
-    prompt = usage.prompt_tokens or usage.tool_prompt_tokens
-    cached = usage.cached_tokens if usage.prompt_tokens else usage.tool_cached_tokens
+def _usage(done: Done) -> dict[str, Any]:
+    tokens = tokens_of(done)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": prompt + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "prompt_tokens": tokens.prompt,
+        "completion_tokens": tokens.completion,
+        "total_tokens": tokens.total,
+        "prompt_tokens_details": {"cached_tokens": tokens.cached},
+        "completion_tokens_details": {"reasoning_tokens": tokens.reasoning},
     }

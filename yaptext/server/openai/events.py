@@ -12,7 +12,8 @@ import msgspec
 from yaptext.server.openai.logprobs import Logprobs
 from yaptext.server.openai.responses_schema import LOGPROBS, ResponsesRequest
 from yaptext.server.openai.said import HOLE
-from yaptext.wire.frames import Done, Error, IdentifiedCall, Token, Usage
+from yaptext.server.openai.usage import tokens_of
+from yaptext.wire.frames import Done, Error, IdentifiedCall, Token
 
 _TEXT = "response.output_text"
 _CODES = {"rate_limited": "rate_limit_exceeded", "bad_message": "invalid_prompt", "text_too_long": "invalid_prompt"}
@@ -127,13 +128,12 @@ class Events:
         cut = done.finish_reason == "length" and self._has_limit
         status = "cancelled" if done.cancelled is True else "incomplete" if cut else "completed"
         output = [self._message(text, "completed" if status == "completed" else "incomplete", logprobs)]
-        usage = done.usage if isinstance(done.usage, Usage) else Usage()
-        response = self._response(status, usage, output if self._texts else self._items)
+        response = self._response(status, done, output if self._texts else self._items)
         return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
 
-    def _response(self, status: str, usage: Usage | None, output: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def _response(self, status: str, done: Done | None, output: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         ends = {"status": status, "error": None, "incomplete_details": None, "output": output}
-        return self._head | ends | {"usage": None if usage is None else _usage(usage)}
+        return self._head | ends | {"usage": None if done is None else _usage(done)}
 
     def _message(self, text: str, status: str, logprobs: Logprobs | None = None) -> dict[str, Any]:
         message = {"id": self._message_id, "type": "message", "role": "assistant", "status": status}
@@ -158,14 +158,12 @@ def _part(text: str, logprobs: Logprobs | None = None) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    """The decision's tokens count if no reply was made."""
-    prompt = usage.prompt_tokens or usage.tool_prompt_tokens
-    cached = usage.cached_tokens if usage.prompt_tokens else usage.tool_cached_tokens
+def _usage(done: Done) -> dict[str, Any]:
+    tokens = tokens_of(done)
     return {
-        "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": prompt + usage.completion_tokens,
+        "input_tokens": tokens.prompt,
+        "input_tokens_details": {"cached_tokens": tokens.cached, "cache_write_tokens": 0},
+        "output_tokens": tokens.completion,
+        "output_tokens_details": {"reasoning_tokens": tokens.reasoning},
+        "total_tokens": tokens.total,
     }

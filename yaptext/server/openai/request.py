@@ -164,6 +164,9 @@ def _called(messages: Sequence[Message], index: int) -> list[Called]:
         if each.role in ("tool", "function"):
             results.setdefault(each.tool_call_id, text_of(each))
     calls = (messages[index].tool_calls or [])[:_MOST_CALLS]
+    lacking = [call.id for call in calls if call.id not in results]
+    if None in results and len(lacking) == 1:
+        results[lacking[0]] = results[None]  # of a client that names no call
     return [Called(call.function.name, _arguments(call), results.get(call.id, _NO_RESULT)) for call in calls]
 
 
