@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from conftest import Running, service
+from conftest import Running, service, until
 from fakes import ScriptedEngine
 from structlog.testing import capture_logs
 
@@ -173,6 +173,21 @@ async def test_nothing_of_it_is_logged_or_kept_by_a_browser() -> None:
             answer = await client.post(ROUTE, json=frame)
             assert answer.status_code == 400 and answer.headers["Cache-Control"] == "no-store"
     assert not any(word in str(lines) for word in ("violet", "indigo", "lilac", "mauve"))
+
+
+async def test_a_client_that_leaves_in_its_body_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the service, whose log stays quiet."""
+    async with door() as (client, _, running):
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.server.bound_port)
+        head = f"POST {ROUTE} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: yap_token\r\nContent-Length: 100\r\n\r\n{{"
+        writer.write(head.encode())
+        await writer.drain()
+        await until(lambda: bool(running.server.server_state.tasks))
+        writer.close()
+        await writer.wait_closed()
+        await until(lambda: not running.server.server_state.tasks)
+        await shown(client)
+    assert reader.at_eof() and not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_without_the_page_there_is_none() -> None:
