@@ -79,18 +79,23 @@ async def test_a_barge_in_ends_the_turn_within_a_second(name: str, target: Targe
     answered."""
     if target.engine is not None:
         target.engine.chat = Script((" word",) * 3000, pace=step)  # half a minute
+    before = len(target.finished())
     async with client(name, "barge_in", target, tmp_path) as running:
         closed = await running.until("closed")
+        began = time.monotonic()
         assert closed["heard"].strip()
         async with asyncio.timeout(1):
             while await target.running():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
+        idle_ms = 1000 * (time.monotonic() - began)
         if target.engine is not None:
             assert target.engine.aborted == 1
             target.engine.chat = Script(pace=step)
-        if target.process is not None:
-            last = target.process.events("turn.finished")[-1]
+        else:
+            await until(lambda: len(target.finished()) > before)
+            last = target.finished()[-1]
             assert (last["outcome"], last["finish_reason"]) == ("disconnected", None)
+            running.add(f"The engine is idle after {idle_ms:.0f} ms; it made {last['completion_tokens']} tokens.")
         running.go_on()
         await running.end()
     (turn,) = running.of("turn")

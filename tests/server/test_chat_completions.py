@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -141,6 +142,23 @@ async def test_a_reply_is_of_the_schema_that_was_asked_for() -> None:
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
         await ask(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
         assert json.loads(engine.requests[-1][1].json_schema or "") == schema
+
+
+async def test_log_probabilities_come_with_the_end_of_a_reply() -> None:
+    told = [{"Hello": 0.75, "Hi": 0.25}, {" there": 1.0}, {".": 0.5, "!": 0.5}]
+    async with door(Script(alternatives=told)) as (client, engine, _):
+        whole = (await ask(client, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"]
+        *_, chunk, _ = await events(client, logprobs=True, top_logprobs=2)
+        assert chunk["choices"][0]["logprobs"]["content"] == whole
+        assert [entry["token"] for entry in whole] == ["Hello", " there", "."]
+        assert whole[0]["logprob"] == pytest.approx(math.log(0.75)) and whole[0]["bytes"] == list(b"Hello")
+        assert [entry["token"] for entry in whole[0]["top_logprobs"]] == ["Hello", "Hi"]
+        response = await client.post(
+            "/v1/responses", json={"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+        )
+        assert response.json()["output"][0]["content"][0]["logprobs"] == whole
+        assert {sampling.alternatives for _, sampling, _ in engine.requests if not sampling.json_schema} == {2}
+        assert (await ask(client))["choices"][0]["logprobs"] is None
 
 
 # --- the conversation
@@ -319,7 +337,7 @@ OTHER = {"type": "function", "function": {"name": "x"}}
         ({"model": "gpt-9"}, 404, "model_not_found", "model", "'gpt-9' does not exist; there are chat, scripted"),
         ({"messages": LONG}, 400, "context_length_exceeded", "messages", "USER_UTT_MAX_TOKENS"),
         ({"tools": [{"type": "function", "function": {}}]}, 400, "invalid_value", None, "name"),
-        ({"logprobs": True}, 400, "invalid_value", "logprobs", "logprobs"),
+        ({"top_logprobs": 2}, 400, "invalid_value", "top_logprobs", "top_logprobs needs logprobs"),
         ({"tools": [WEATHER], "tool_choice": OTHER}, 400, "invalid_value", "tool_choice", "'x'"),
         ({"messages": IMAGE}, 400, "invalid_value", "messages", "image_url"),
     ],

@@ -15,6 +15,7 @@ from msgspec import UNSET
 from yaptext.dialogue import transcript
 from yaptext.dialogue.chat_prompt import ChatPrompts, Limits, fit
 from yaptext.dialogue.decision import Decider, NoDecider
+from yaptext.dialogue.kept import KeptResponses
 from yaptext.dialogue.layout import Layout
 from yaptext.dialogue.persona import Persona
 from yaptext.dialogue.reply import reasoning_of
@@ -70,6 +71,7 @@ class Runtime:
     prompt_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By role: what prompts are made of, for `/status`."""
     warmed: WarmedTranscripts = field(default_factory=WarmedTranscripts)
+    kept: KeptResponses = field(default_factory=KeptResponses)
     large_frames: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Shared by all sockets: its holder may read a long text in this round of the loop."""
     reply_schemas: LRUCache[str, None] = field(default_factory=lambda: LRUCache(256))
@@ -175,21 +177,16 @@ class Runtime:
 
     async def utterance(self, text: str) -> str:
         """The beginning of an utterance, within `USER_UTT_MAX_TOKENS`."""
-        engine = self.engines.chat or self.engines.tool
-        assert engine is not None
-        settings = self.settings
-        return await fit(
-            engine.codec, text, settings.user_utt_max_tokens, keep="start", exact=settings.exact_token_trim
-        )
+        return await self._beginning(text, self.settings.user_utt_max_tokens)
 
     async def tool_result(self, text: str) -> str:
         """The beginning of what a tool returned, within `TOOL_RESULT_MAX_TOKENS`."""
+        return await self._beginning(text, self.settings.tool_result_max_tokens)
+
+    async def _beginning(self, text: str, limit: int) -> str:
         engine = self.engines.chat or self.engines.tool
         assert engine is not None
-        settings = self.settings
-        return await fit(
-            engine.codec, text, settings.tool_result_max_tokens, keep="start", exact=settings.exact_token_trim
-        )
+        return await fit(engine.codec, text, limit, keep="start", exact=self.settings.exact_token_trim)
 
     @staticmethod
     def now() -> str:
@@ -250,19 +247,19 @@ class Runtime:
         """Erases a session everywhere: its turn ends, and nothing of it is kept in memory or in the session file. All
         of that is under way when this returns; what it returns waits until it is done."""
         session, erased = self.sessions.forget((key_name, session_id))
-        warmed = self.warmed.forget(key_name, session_id)
-        current = session.current if session is not None else None
+        known = [self.warmed.forget(key_name, session_id), self.kept.forget(key_name, session_id), session is not None]
+        running = session.running if session is not None else []
         if session is not None and session.warming is not None:
             session.warming.cancel()
-        if current is not None:
-            current.cancel()
+        for turn in running:
+            turn.cancel()
 
         async def done() -> Forgotten:
-            if current is not None:
-                await current.finished.wait()
+            for turn in running:
+                await turn.finished.wait()
             if erased is not None:
                 await asyncio.shield(asyncio.wrap_future(erased))
-            return Forgotten(session_id, session is not None or warmed)
+            return Forgotten(session_id, any(known))
 
         return done()
 

@@ -43,8 +43,8 @@ class Session:
     """One user of one key. It outlives its sockets; two sockets may share it."""
 
     __slots__ = (
-        "asked", "bytes", "current", "forgotten", "key", "persona", "seed", "tools", "transcript", "turns", "used_at",
-        "warming",
+        "asked", "beside", "bytes", "current", "forgotten", "key", "persona", "seed", "tools", "transcript", "turns",
+        "used_at", "warming",
     )  # fmt: skip
 
     def __init__(self, key: SessionKey) -> None:
@@ -55,6 +55,8 @@ class Session:
         self.transcript = Transcript()
         self.turns = 0
         self.current: Running | None = None
+        self.beside: set[Session] = set()
+        """Those of requests that run beside each other in its name."""
         self.asked: Asked | None = None
         """Calls whose results the last turn waits for."""
         self.warming: asyncio.Task[None] | None = None
@@ -70,6 +72,15 @@ class Session:
     @property
     def session_id(self) -> str:
         return self.key[1]
+
+    @property
+    def running(self) -> list[Running]:
+        """Its turns that run or wait."""
+        return [each.current for each in (self, *self.beside) if each.current is not None]
+
+    @property
+    def in_use(self) -> bool:
+        return self.current is not None or bool(self.beside)
 
     def weigh(self) -> int:
         """What it takes in memory, roughly, and no less; tools count in full in each session that shares them."""

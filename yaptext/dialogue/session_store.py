@@ -102,7 +102,7 @@ class SessionStore:
     def find(self, key: SessionKey) -> Session | None:
         """The session, where it exists and has not expired."""
         session = self._sessions.get(key) or self._take_late(key)
-        if session is None or (session.current is None and self._clock() - session.used_at > self.bounds.ttl_s):
+        if session is None or (not session.in_use and self._clock() - session.used_at > self.bounds.ttl_s):
             return None
         return session
 
@@ -201,7 +201,7 @@ class SessionStore:
         """Drops what has expired, and what is over the bounds."""
         since, bounds = self._clock() - self.bounds.ttl_s, self.bounds
         for session in list(itertools.takewhile(lambda session: session.used_at < since, self._sessions.values())):
-            if session.current is None and session is not newest:
+            if not session.in_use and session is not newest:
                 self._remove(session.key)
         while self.by_key[newest.key_name].is_over(bounds.key_sessions, bounds.key_bytes):
             if not self._drop_oldest(newest.key_name, newest):
@@ -217,7 +217,7 @@ class SessionStore:
     def _drop_oldest(self, key_name: str, newest: Session) -> bool:
         """Drops the oldest of a key that is not in use, if there is one."""
         for session in self.by_key[key_name].sessions.values():
-            if session.current is None and session is not newest:
+            if not session.in_use and session is not newest:
                 self._remove(session.key)
                 return True
         return False

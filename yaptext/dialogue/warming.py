@@ -14,14 +14,15 @@ from msgspec import UnsetType
 from yaptext.dialogue import transcript
 from yaptext.dialogue.incoming import told
 from yaptext.dialogue.persona import Persona
-from yaptext.dialogue.request import Told, history_of
+from yaptext.dialogue.request import Told, TurnRequest, history_of
 from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.sampling import salt, sampling
 from yaptext.dialogue.session import Session
+from yaptext.dialogue.tools import ToolSet
 from yaptext.dialogue.warmed import Warm
 from yaptext.engine.base import WARM, Engine, Sampling, exhaust
 from yaptext.errors import EngineFailed, NotDeployed, UnknownPersona, WireError
-from yaptext.wire.frames import PersonaFields, SamplingFields, Warmed, WarmHistory, WarmPersona
+from yaptext.wire.frames import PersonaFields, SamplingFields, Usage, Warmed, WarmHistory, WarmPersona
 
 _log = structlog.get_logger(__name__)
 _PRIMED_BATCHES = (1, 2, 3, 6, 12, 16, 24, 32, 40, 48, 65, 80)
@@ -110,6 +111,22 @@ async def warm(
         ms=round((time.perf_counter() - begun) * 1000, 2),
     )
     return warmed, persona
+
+
+async def warm_request(runtime: Runtime, session: Session, request: TurnRequest) -> Usage:
+    """Computes what the prompts of a turn would begin with; returns the tokens of the reply's. Nothing of the session
+    changes. Raises `EngineFailed`, `TextTooLong`."""
+    messages = list((told(runtime, request.history) or Told([], "")).messages)
+    chat, tool, prompts, decider = runtime.engines.chat, runtime.engines.tool, runtime.plain_prompts, runtime.decider
+    if tool is not None and decider is not None and request.decides and isinstance(request.tools, list):
+        tools = runtime.tool_sets.known(request.tools) or ToolSet(request.tools)
+        await _compute(runtime, tool, await decider.prefix(tools, messages), "")
+    if chat is None or prompts is None:
+        return Usage()
+    persona = session.persona.merge(request.persona).compose(runtime.settings.default_persona_style)
+    prefix = await prompts.prefix(persona, messages)
+    cached = await _compute(runtime, chat, prefix, session.key_name)
+    return Usage(prompt_tokens=len(prefix), cached_tokens=cached)
 
 
 async def warm_next(runtime: Runtime, session: Session) -> None:

@@ -29,14 +29,15 @@ from yaptext.server.access.sparing import Sparing
 from yaptext.server.admission import Admission
 from yaptext.server.lifecycle import Lifecycle
 from yaptext.server.openai import door as openai
+from yaptext.server.openai.responses_socket import respond
 from yaptext.server.pending import PendingConnections, fitting
 from yaptext.server.playground import pages
+from yaptext.server.reference import pages as reference
 from yaptext.server.reload import on_hangup, reload
 from yaptext.server.service import Service
 from yaptext.server.watch import watching
 from yaptext.server.ws import door
 from yaptext.settings import Settings
-from yaptext.wire import asyncapi
 
 _log = structlog.get_logger(__name__)
 OpenEngines = Callable[[Settings], Engines]
@@ -98,12 +99,14 @@ def create_app(
             Route("/readyz", http.readyz),
             Route("/status", http.status),
             Route("/metrics", http.metrics),
-            Route("/asyncapi.json", http.document(asyncapi.document())),
+            *reference.routes(),
             Route("/ticket", http.ticket, methods=["POST"]),
-            Route("/v1/chat/completions", openai.ChatCompletions(), methods=["POST"]),
+            Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
+            Route("/v1/responses", openai.responses, methods=["POST"]),
             Route("/v1/models", openai.models),
             Route("/v1/models/{name:path}", openai.models),
             WebSocketRoute("/ws", door.converse),
+            WebSocketRoute("/v1/responses", respond),
             *pages.routes(settings),
         ],
         exception_handlers={

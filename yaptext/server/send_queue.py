@@ -24,10 +24,12 @@ _TOKEN_FRAME_BYTES = 40
 class TokenStream:
     """The tokens of one turn on their way out. Tokens that wait together leave in one frame."""
 
-    __slots__ = ("_send_queue", "pending", "pending_bytes", "pending_tokens", "queued", "sent", "sent_tokens", "turn")
+    __slots__ = (
+        "_send_queue", "encode", "pending", "pending_bytes", "pending_tokens", "queued", "sent", "sent_tokens", "turn",
+    )  # fmt: skip
 
-    def __init__(self, queue: SendQueue, turn: int) -> None:
-        self._send_queue, self.turn = queue, turn
+    def __init__(self, queue: SendQueue, turn: int, encode: Callable[[Token], bytes]) -> None:
+        self._send_queue, self.turn, self.encode = queue, turn, encode
         self.pending: list[str] = []
         self.pending_tokens = 0
         self.pending_bytes = 0
@@ -37,7 +39,7 @@ class TokenStream:
 
     def push(self, text: str, tokens: int) -> None:
         queue = self._send_queue
-        if queue.idle and queue.write_now(queue.encode(Token(text=text, turn=self.turn))):
+        if queue.idle and queue.write_now(self.encode(Token(text=text, turn=self.turn))):
             self.sent.append(text)
             self.sent_tokens += tokens
             return
@@ -67,8 +69,7 @@ class TokenStream:
 
 
 class SendQueue:
-    """Frames for one client, as `encode` writes them (b"" for a message that its door has no frame for). Putting never
-    waits; one task writes.
+    """Frames for one client. Putting never waits; one task writes.
 
     Over `max_bytes` of waiting frames `on_overflow` is called once: the client does not keep up. With
     `flush_s` tokens after the first of a turn gather that long; any other frame takes them along at once.
@@ -81,9 +82,7 @@ class SendQueue:
         flush_s: float,
         on_overflow: Callable[[], None],
         write_now: WriteNow | None = None,
-        encode: Callable[[ServerMessage], bytes] = encode,
     ) -> None:
-        self.encode = encode
         self._queue: deque[bytes | TokenStream | None] = deque()
         self._max_bytes, self._flush_s, self._on_overflow = max_bytes, flush_s, on_overflow
         self._bytes = 0
@@ -98,12 +97,12 @@ class SendQueue:
         """True while nothing waits, so that a frame may go out at once without overtaking another."""
         return not self._queue and not self._writing and not self._flush_s
 
-    def open(self, turn: int) -> TokenStream:
-        return TokenStream(self, turn)
+    def open(self, turn: int, encode: Callable[[Token], bytes] = encode) -> TokenStream:
+        """`encode` may be called more than once for the same text."""
+        return TokenStream(self, turn, encode)
 
     def put(self, message: ServerMessage) -> None:
-        if frame := self.encode(message):
-            self.put_frame(frame)
+        self.put_frame(encode(message))
 
     def put_frame(self, frame: bytes) -> None:
         if self.idle and self.write_now(frame):
@@ -159,7 +158,7 @@ class SendQueue:
             self._queue.popleft()
             if item.queued:  # else it was retracted while it waited
                 last_turn, last_at = item.turn, time.monotonic()
-                await send(self.encode(Token(text=item.take(), turn=item.turn)))
+                await send(item.encode(Token(text=item.take(), turn=item.turn)))
 
     async def _gather(self, seconds: float) -> None:
         """Waits for more tokens, or for the first frame that is not a token."""

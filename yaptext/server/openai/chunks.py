@@ -4,62 +4,72 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from yaptext.wire.frames import Done, IdentifiedCall, ServerMessage, Token, ToolCall, Usage
+from yaptext.server.openai import errors
+from yaptext.server.openai.logprobs import Logprobs
+from yaptext.wire.frames import Done, Error, IdentifiedCall, Token, Usage
 
-KEEP_ALIVE = b": ping\n\n"
-DONE = b"data: [DONE]\n\n"
 _REASONS = {"length": "length", "tool_calls": "tool_calls"}
 """Others (an end of the model's own, a soft limit, a timeout, a cancel) are `stop`."""
 
 
 class Chunks:
-    """The bodies of one completion. `one_call` leaves out all calls but the first (`parallel_tool_calls`)."""
+    """The events of one completion. `one_call` leaves out all calls but the first (`parallel_tool_calls`)."""
 
-    def __init__(self, model: str, *, with_usage: bool, one_call: bool) -> None:
+    numbered = False
+
+    def __init__(self, model: str, *, with_usage: bool, one_call: bool, top_logprobs: int | None) -> None:
+        self.top_logprobs = top_logprobs
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._with_usage, self._one_call = with_usage, one_call
-        chunk = self._chunk({"content": "?"}, None)
-        self._before, self._after = chunk.split(b'"?"')
+        self._begun = False
+        self._before, self._after = self._chunk({"content": "?"}, None).split(b'"?"')
 
-    def of(self, message: ServerMessage) -> bytes:
-        """The events of a message of the turn; nothing for those that this dialect does not have."""
-        if isinstance(message, Token):  # once a token: the rest of the chunk is always the same
-            return self._before + msgspec.json.encode(message.text) + self._after
-        if isinstance(message, ToolCall):
-            return b"".join(map(self._call, range(len(message.raw)), self._calls(message.raw)))
-        if isinstance(message, Done):
-            usage = b""
-            if self._with_usage:
-                usage = _event(
-                    self._head | {"object": "chat.completion.chunk", "choices": [], "usage": _usage(message.usage)}
-                )
-            return self._chunk({}, _reason(message)) + usage + DONE
-        return b""
+    def begin(self) -> Iterable[bytes]:
+        return ()
 
-    def first(self, *, calls: bool) -> bytes:
-        """Before the first of the others. A reply that is calls has no content."""
-        return self._chunk({"role": "assistant", "content": None if calls else ""}, None)
+    def text_begins(self) -> Iterable[bytes]:
+        self._begun = True
+        yield self._chunk({"role": "assistant", "content": ""}, None)
 
-    def whole(self, text: str, calls: Sequence[IdentifiedCall], done: Done) -> dict[str, Any]:
+    def token(self, token: Token) -> bytes:
+        return self._before + msgspec.json.encode(token.text) + self._after
+
+    def calls(self, calls: Sequence[IdentifiedCall]) -> Iterable[bytes]:
+        self._begun = True
+        yield self._chunk({"role": "assistant", "content": None}, None)
+        for index, call in enumerate(self._calls(calls)):
+            yield self._chunk({"tool_calls": [{"index": index} | _call_of(call)]}, None)
+
+    def done(self, done: Done, text: str, logprobs: Logprobs | None) -> Iterable[bytes]:
+        if not self._begun:
+            yield from self.text_begins()
+        yield self._chunk({}, _reason(done), logprobs)
+        if self._with_usage:
+            yield _event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": _usage(done.usage)})
+        yield b"data: [DONE]\n\n"
+
+    def failed(self, error: Error, text: str) -> Iterable[bytes]:
+        yield _event(errors.body_of(error))
+
+    def whole(
+        self, text: str, calls: Sequence[IdentifiedCall], done: Done, logprobs: Logprobs | None
+    ) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
         if calls:
             message["tool_calls"] = [_call_of(call) for call in self._calls(calls)]
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(done)}
+        choice = {"index": 0, "message": message, "logprobs": _content(logprobs), "finish_reason": _reason(done)}
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(done.usage)}
 
     def _calls(self, calls: Sequence[IdentifiedCall]) -> Sequence[IdentifiedCall]:
         return calls[:1] if self._one_call else calls
 
-    def _call(self, index: int, call: IdentifiedCall) -> bytes:
-        return self._chunk({"tool_calls": [{"index": index} | _call_of(call)]}, None)
-
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None, logprobs: Logprobs | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": _content(logprobs), "finish_reason": finish_reason}
         usage = {"usage": None} if self._with_usage else {}
         return _event(self._head | {"object": "chat.completion.chunk", "choices": [choice]} | usage)
 
@@ -68,13 +78,20 @@ def _event(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
+def _content(logprobs: Logprobs | None) -> dict[str, Any] | None:
+    return None if logprobs is None else {"content": logprobs, "refusal": None}
+
+
 def _reason(done: Done) -> str:
     return _REASONS.get(str(done.finish_reason), "stop")
 
 
+def arguments_of(call: IdentifiedCall) -> str:
+    return msgspec.json.encode(call.arguments).decode()
+
+
 def _call_of(call: IdentifiedCall) -> dict[str, Any]:
-    arguments = msgspec.json.encode(call.arguments).decode()
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments_of(call)}}
 
 
 def _usage(usage: Usage | Any) -> dict[str, Any]:

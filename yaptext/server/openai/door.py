@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -11,28 +12,29 @@ import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from yaptext.dialogue.runtime import Runtime
-from yaptext.dialogue.session import Session
-from yaptext.dialogue.transcript import Transcript
 from yaptext.errors import BadMessage, HostNotAllowed, Internal, NotDeployed, WireError
 from yaptext.server.access.accounts import Account
 from yaptext.server.access.caller import address, check_origin
 from yaptext.server.http import identify
 from yaptext.server.openai import errors
-from yaptext.server.openai.chunks import Chunks
+from yaptext.server.openai.asked import Asked, asked_of_chat, asked_of_responses
 from yaptext.server.openai.completion import Completion
-from yaptext.server.openai.request import model_names, request_of, session_id_of
+from yaptext.server.openai.events import Events, as_sse
+from yaptext.server.openai.request import model_names
+from yaptext.server.openai.responses_schema import ResponsesRequest
 from yaptext.server.openai.schema import ChatRequest
 from yaptext.server.service import Service
 from yaptext.wire.frames import error_frame
 
 _log = structlog.get_logger(__name__)
 _LARGE_BYTES = 32_768
-_decode = msgspec.json.Decoder(ChatRequest).decode
 
 
-class ChatCompletions:
-    """`POST /v1/chat/completions`."""
+class Completions:
+    """A route whose body is answered with a turn."""
+
+    def __init__(self, body: type[Any], asked: Callable[[Service, Account, Any], Asked]) -> None:
+        self._decode, self._asked = msgspec.json.Decoder(body).decode, asked
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive, send)
@@ -40,12 +42,15 @@ class ChatCompletions:
         try:
             service, account = _admitted(request)
             account.spend("messages")
-            body = await _read(request, service)
+            body = await self._read(request, service)
             account.spend("turns")
             completion = Completion(scope, receive, send, service.runtime, account.name)
             with service.admission.slot(account, completion):
                 completion.admit()
-                await _complete(service.runtime, account, body, completion)
+                asked = self._asked(service, account, body)
+                async with asked.turn(service.runtime, account) as (session, wanted):
+                    said = await completion.run(session, wanted, asked.dialect, stream=asked.stream)
+                    asked.answered(said)
         except (WireError, HostNotAllowed) as error:
             await _refused(request, error)(scope, receive, send)
         except ClientDisconnect:
@@ -55,6 +60,34 @@ class ChatCompletions:
             if completion is not None and completion.begun:
                 raise
             await _refused(request, Internal("The request failed by a fault of the service."))(scope, receive, send)
+
+    async def _read(self, request: Request, service: Service) -> Any:
+        limit = service.settings.max_frame_bytes
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise BadMessage(f"the body is more than {limit} bytes; limit is {limit} (MAX_FRAME_BYTES)")
+            parts.append(part)
+        body = b"".join(parts)
+        try:
+            if size <= _LARGE_BYTES:
+                return self._decode(body)
+            async with service.runtime.large_frames:  # each takes milliseconds: one in a round of the loop
+                await asyncio.sleep(0)
+                return self._decode(body)
+        except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+            raise BadMessage(str(error).replace("`", "")) from None
+
+
+def _asked_of_responses(service: Service, account: Account, body: ResponsesRequest) -> Asked:
+    if body.generate is False:
+        raise BadMessage("generate is for the socket; to warm a prompt, set max_output_tokens to 1 - at $.generate")
+    return asked_of_responses(service.runtime, account, body, Events(body, as_sse))
+
+
+chat_completions = Completions(ChatRequest, lambda _, __, body: asked_of_chat(body))
+responses = Completions(ResponsesRequest, _asked_of_responses)
 
 
 async def models(request: Request) -> Response:
@@ -85,48 +118,6 @@ def _admitted(request: Request) -> tuple[Service, Account]:
     if service.lifecycle.phase == "draining":
         raise service.lifecycle.going_away()
     return service, account
-
-
-async def _read(request: Request, service: Service) -> ChatRequest:
-    limit = service.settings.max_frame_bytes
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise BadMessage(f"the body is more than {limit} bytes; limit is {limit} (MAX_FRAME_BYTES)")
-        parts.append(part)
-    body = b"".join(parts)
-    try:
-        if size <= _LARGE_BYTES:
-            return _decode(body)
-        async with service.runtime.large_frames:  # each takes milliseconds: one in a round of the loop
-            await asyncio.sleep(0)
-            return _decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        raise BadMessage(str(error).replace("`", "")) from None
-
-
-async def _complete(runtime: Runtime, account: Account, body: ChatRequest, completion: Completion) -> None:
-    """The turn has a session of its own, so that requests of one session may run beside each other; what it leaves is
-    the named session's."""
-    session_id = session_id_of(body)
-    named = None if session_id is None else runtime.sessions.open((account.name, session_id))
-    request = await request_of(runtime, body, account, named)
-    own = Session((account.name, session_id or ""))
-    own.forgotten = True  # nothing of it is kept
-    if named is not None:
-        own.seed, own.turns = named.seed, named.turns
-        own.transcript, named.transcript = named.transcript, Transcript()  # with its token ids
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    chunks = Chunks(body.model or "chat", with_usage=bool(with_usage), one_call=body.parallel_tool_calls is False)
-    try:
-        await completion.run(own, request, chunks, stream=bool(body.stream))
-    finally:
-        if named is not None:
-            named.turns = max(named.turns, own.turns)
-            if named.current is None and not named.forgotten:  # else a turn of `/ws` has it
-                named.transcript = own.transcript
-            runtime.sessions.keep(named)
 
 
 def _refused(request: Request, error: WireError | HostNotAllowed) -> Response:

@@ -23,6 +23,10 @@ _FORMS = {
 """By code of the wire. Clients retry 429 and 5xx by themselves; after a 400 or 404 Pipecat gives the service up."""
 
 
+_BY_PLACE = {"previous_response_id": "previous_response_not_found"}
+"""Pipecat sends the whole conversation then."""
+
+
 def status_of(error: Error) -> int:
     return _FORMS[error.error_code][0]
 
@@ -30,6 +34,7 @@ def status_of(error: Error) -> int:
 def body_of(error: Error) -> dict[str, Any]:
     _, kind, code = _FORMS[error.error_code]
     message, _, place = error.message.partition(" - at $.")
+    code = _BY_PLACE.get(place, code)
     return {"error": {"message": message, "type": kind, "param": place or None, "code": code}}
 
 

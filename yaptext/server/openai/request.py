@@ -48,9 +48,11 @@ def session_id_of(body: ChatRequest) -> str | None:
     return next((name[:128] for name in given if isinstance(name, str) and name), None)
 
 
-async def request_of(runtime: Runtime, body: ChatRequest, account: Account, session: Session | None) -> TurnRequest:
-    """The request of a body. `session` is the one that the body names. Raises `BadMessage`,
-    `TextTooLong`, `NotDeployed`, `RateLimited`."""
+async def request_of(
+    runtime: Runtime, body: ChatRequest, account: Account, session: Session | None, sent: str = ""
+) -> TurnRequest:
+    """The request of a body. `session` is the one that the body names, `sent` the last reply of the conversation, if
+    it is known otherwise. Raises `BadMessage`, `TextTooLong`, `NotDeployed`, `RateLimited`."""
     _check(body)
     known, model = model_names(runtime), body.model or "chat"
     if model not in known:
@@ -61,8 +63,10 @@ async def request_of(runtime: Runtime, body: ChatRequest, account: Account, sess
     limit = 16 * runtime.settings.tool_result_max_tokens
     rounds = [[replace(call, content=call.content[:limit]) for call in calls] for calls in rounds]
     await asyncio.sleep(0)  # others' turn: a long history was parsed
-    if session is not None:
-        _mark_heard(history, session, runtime.settings.interrupted_mark)
+    if session is not None and not sent:
+        replies_sent = (said.text for said in reversed(session.transcript.messages) if said.speaker == "assistant")
+        sent = next(replies_sent, "")
+    _mark_heard(history, sent, runtime.settings.interrupted_mark)
     sizes = [max(len(said.text.encode(errors="replace")), _LEAST_BYTES) for said in history]
     history = history[keep_recent(sizes, runtime.history_bytes) :]
     style = model.removeprefix(_PERSONA) if model.startswith(_PERSONA) else None
@@ -102,6 +106,7 @@ async def request_of(runtime: Runtime, body: ChatRequest, account: Account, sess
         plain=True,
         json_schema=schema,
         sampling=_sampling(body),
+        alternatives=max(1, body.top_logprobs or 0) if body.logprobs else 0,
     )
 
 
@@ -112,32 +117,32 @@ def _chat_name(runtime: Runtime) -> str | None:
 def _check(body: ChatRequest) -> None:
     if body.n not in (None, 1):
         raise BadMessage(f"n is {body.n}; allowed is 1 - at $.n")
-    if body.logprobs or body.top_logprobs:
-        raise BadMessage("logprobs are not given - at $.logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise BadMessage("top_logprobs needs logprobs - at $.top_logprobs")
 
 
 def _parts(messages: Sequence[Message]) -> tuple[str | None, list[Said], str | None, list[list[Called]]]:
     """Persona, history, utterance, and the rounds of calls that were made for the utterance."""
     last = next((index for index in range(len(messages) - 1, -1, -1) if messages[index].role == "user"), None)
     tail = messages[last + 1 :] if last is not None else ()
-    if any(message.role == "assistant" and not message.tool_calls and _text(message) for message in tail):
+    if any(message.role == "assistant" and not message.tool_calls and text_of(message) for message in tail):
         last, tail = None, ()  # the assistant has answered: it goes on by itself
-    persona = [_text(each) for each in messages if each.role in ("system", "developer")]
+    persona = [text_of(each) for each in messages if each.role in ("system", "developer")]
     before = [
         each for each in (messages if last is None else messages[:last]) if each.role not in ("system", "developer")
     ]
     history: list[Said] = []
     for index, message in enumerate(before):
-        if message.role in ("user", "assistant") and (text := _text(message)):
+        if message.role in ("user", "assistant") and (text := text_of(message)):
             history.append(Said("user" if message.role == "user" else "assistant", text))
         if message.tool_calls:
             history += [Said("tool", text) for text in in_words([_called(before, index)])]
     rounds = [_called(tail, index) for index, each in enumerate(tail) if each.tool_calls][-_MOST_ROUNDS:]
-    utterance = None if last is None else _text(messages[last]) or None
+    utterance = None if last is None else text_of(messages[last]) or None
     return "\n\n".join(filter(None, persona)) or None, history, utterance, rounds
 
 
-def _text(message: Message) -> str:
+def text_of(message: Message) -> str:
     """Raises `BadMessage` for a part that is no text."""
     content = message.content
     if isinstance(content, list):
@@ -157,7 +162,7 @@ def _called(messages: Sequence[Message], index: int) -> list[Called]:
         if each.tool_calls:
             break
         if each.role in ("tool", "function"):
-            results.setdefault(each.tool_call_id, _text(each))
+            results.setdefault(each.tool_call_id, text_of(each))
     calls = (messages[index].tool_calls or [])[:_MOST_CALLS]
     return [Called(call.function.name, _arguments(call), results.get(call.id, _NO_RESULT)) for call in calls]
 
@@ -181,9 +186,8 @@ def _latest(messages: Sequence[Message], most: int) -> list[Message]:
     return [*first, *messages[-most:]]
 
 
-def _mark_heard(history: list[Said], session: Session, mark: str) -> None:
+def _mark_heard(history: list[Said], sent: str, mark: str) -> None:
     """The last reply that the client shows, if it is shorter than what was sent, is what the user heard of it."""
-    sent = next((said.text for said in reversed(session.transcript.messages) if said.speaker == "assistant"), "")
     index = next((index for index in range(len(history) - 1, -1, -1) if history[index].speaker == "assistant"), None)
     if index is None:
         return

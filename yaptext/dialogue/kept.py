@@ -1,0 +1,77 @@
+"""Responses that a client continues by their id, with the conversation before them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cachetools import TTLCache
+
+_TTL_S = 3600.0
+_BYTES, _ALL_BYTES = 32 * 2**20, 256 * 2**20
+"""Of one key, and of all."""
+_SWEEP_S = 60.0
+_LEAST_BYTES = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A conversation up to the end of a response. `messages` are of the door's own kind, `bytes` their size."""
+
+    session_id: str | None
+    messages: tuple[Any, ...]
+    bytes: int
+
+
+class KeptResponses:
+    """By key and id, each for an hour after it was made. Over the bound of a key its least used go, over that of all
+    those of the key that has most. No key finds those of another."""
+
+    def __init__(
+        self, most_bytes: int = _BYTES, all_bytes: int = _ALL_BYTES, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._most_bytes, self._all_bytes, self._clock = most_bytes, all_bytes, clock
+        self._swept_at = clock()
+        self._by_key: dict[str, TTLCache[str, Kept]] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of keys that have any."""
+        return list(self._by_key)
+
+    def find(self, key_name: str, response_id: str) -> Kept | None:
+        of_key = self._by_key.get(key_name)
+        return None if of_key is None else of_key.get(response_id)
+
+    def keep(self, key_name: str, response_id: str, kept: Kept) -> None:
+        """One that is over the bound by itself is not kept."""
+        if self._clock() - self._swept_at > _SWEEP_S:
+            self._sweep()
+        if _size(kept) > self._most_bytes:
+            return
+        if key_name not in self._by_key:
+            self._by_key[key_name] = TTLCache(self._most_bytes, _TTL_S, timer=self._clock, getsizeof=_size)
+        self._by_key[key_name][response_id] = kept
+        while sum(of_key.currsize for of_key in self._by_key.values()) > self._all_bytes:
+            max(self._by_key.values(), key=lambda of_key: of_key.currsize).popitem()
+
+    def forget(self, key_name: str, session_id: str) -> bool:
+        """Drops those of a session; whether there was any."""
+        of_key = self._by_key.get(key_name)
+        of_session = [id for id, kept in of_key.items() if kept.session_id == session_id] if of_key else []
+        for response_id in of_session:
+            self._by_key[key_name].pop(response_id, None)
+        return bool(of_session)
+
+    def _sweep(self) -> None:
+        self._swept_at = self._clock()
+        for name, of_key in list(self._by_key.items()):
+            of_key.expire()
+            if not of_key:
+                del self._by_key[name]
+
+
+def _size(kept: Kept) -> int:
+    return kept.bytes + _LEAST_BYTES

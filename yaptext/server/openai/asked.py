@@ -1,0 +1,99 @@
+"""What a body asks for, in whichever dialect it came."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from yaptext.dialogue.kept import KeptResponses
+from yaptext.dialogue.request import TurnRequest
+from yaptext.dialogue.runtime import Runtime
+from yaptext.dialogue.session import Session
+from yaptext.dialogue.transcript import Transcript
+from yaptext.errors import BadMessage
+from yaptext.server.access.accounts import Account
+from yaptext.server.openai.chunks import Chunks, arguments_of
+from yaptext.server.openai.events import Events
+from yaptext.server.openai.request import request_of, session_id_of
+from yaptext.server.openai.responses_request import chat_request, kept, messages_of, sent_text
+from yaptext.server.openai.responses_schema import ResponsesRequest
+from yaptext.server.openai.said import Dialect, Said
+from yaptext.server.openai.schema import ChatRequest, Function, Message, ToolCall
+
+
+def _forgets(said: Said) -> None:
+    return
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    chat: ChatRequest
+    dialect: Dialect
+    stream: bool
+    answered: Callable[[Said], None] = _forgets
+    """Called with what was said, if the turn did not fail."""
+    sent: str = ""
+    """The reply that the conversation continues, if it is known here."""
+
+    @asynccontextmanager
+    async def turn(self, runtime: Runtime, account: Account) -> AsyncIterator[tuple[Session, TurnRequest]]:
+        """The session of this turn alone, so that requests of one session may run beside each other, and the request.
+        What the turn leaves is the named session's. Raises as `request_of` does."""
+        session_id = session_id_of(self.chat)
+        named = None if session_id is None else runtime.sessions.open((account.name, session_id))
+        request = await request_of(runtime, self.chat, account, named, self.sent)
+        own = Session((account.name, session_id or ""))
+        own.forgotten = True  # nothing of it is kept
+        if named is not None:
+            own.seed, own.turns = named.seed, named.turns
+            own.transcript, named.transcript = named.transcript, Transcript()  # with its token ids
+            named.beside.add(own)
+        try:
+            yield own, request
+        finally:
+            if named is not None:
+                named.beside.discard(own)
+                named.turns = max(named.turns, own.turns)
+                if named.current is None and not named.forgotten:  # else a turn of `/ws` has it
+                    named.transcript = own.transcript
+                runtime.sessions.keep(named)
+                if named.forgotten:
+                    runtime.kept.forget(account.name, named.session_id)
+
+
+def asked_of_chat(body: ChatRequest) -> Asked:
+    with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    chunks = Chunks(
+        body.model or "chat",
+        with_usage=with_usage,
+        one_call=body.parallel_tool_calls is False,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    return Asked(body, chunks, bool(body.stream))
+
+
+def asked_of_responses(
+    runtime: Runtime, account: Account, body: ResponsesRequest, events: Events, of_socket: KeptResponses | None = None
+) -> Asked:
+    """`of_socket` has the responses that are to be stored nowhere (`store: false`). Raises `BadMessage`."""
+    before, known = None, [runtime.kept] if of_socket is None else [of_socket, runtime.kept]
+    if body.previous_response_id is not None:
+        found = (each.find(account.name, body.previous_response_id) for each in known)
+        before = next((each for each in found if each is not None), None)
+        if before is None:
+            name = body.previous_response_id[:100]
+            raise BadMessage(f"Previous response with id {name!r} not found. - at $.previous_response_id")
+    messages = messages_of(body, before)
+    chat = chat_request(body, messages)
+    keeper = of_socket if body.store is False else runtime.kept
+
+    def answered(said: Said) -> None:
+        if keeper is None:
+            return
+        calls = [ToolCall(call.id, Function(call.name, arguments_of(call))) for call in said.calls]
+        reply = [Message("assistant", said.text, tool_calls=calls or None)] if said.text or calls else []
+        conversation = kept([*messages, *reply], 2 * runtime.history_bytes, session_id_of(chat))
+        keeper.keep(account.name, events.id, conversation)
+
+    return Asked(chat, events, bool(body.stream), answered, sent_text(before))

@@ -1,0 +1,126 @@
+"""How a body of `/v1/responses` becomes one of `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from msgspec.structs import replace
+
+from yaptext.dialogue.kept import Kept
+from yaptext.dialogue.transcript import keep_recent
+from yaptext.errors import BadMessage
+from yaptext.server.openai.request import text_of
+from yaptext.server.openai.responses_schema import LOGPROBS, Item, ResponsesRequest
+from yaptext.server.openai.schema import (
+    ChatRequest,
+    Function,
+    JsonSchema,
+    Message,
+    NamedFunction,
+    NamedTool,
+    ResponseFormat,
+    ToolCall,
+)
+
+
+def messages_of(body: ResponsesRequest, before: Kept | None) -> list[Message]:
+    """The conversation up to the request, without `instructions`. Raises `BadMessage`."""
+    new = list(_messages([Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input or ()))
+    if before is None:
+        return new
+    known = list(before.messages)
+    if known and new and new[0].role == "assistant":
+        # LiveKit says again what it was sent, or what of it was heard.
+        last, first = known[-1], new[0]
+        if last.tool_calls and first.tool_calls:
+            new[0] = last if _ids(first) <= _ids(last) else first
+            known.pop()
+        elif "".join(text_of(last).split()).startswith("".join(text_of(first).split())) and not first.tool_calls:
+            known.pop()
+    return known + new
+
+
+def sent_text(before: Kept | None) -> str:
+    """The reply that a conversation ends with."""
+    return text_of(before.messages[-1]) if before is not None and before.messages else ""
+
+
+def chat_request(body: ResponsesRequest, messages: Sequence[Message]) -> ChatRequest:
+    """Raises `BadMessage`."""
+    for name in ("background", "conversation"):
+        if getattr(body, name):
+            raise BadMessage(f"{name} is not supported - at $.{name}")
+    for index, tool in enumerate(body.tools or ()):
+        if tool.get("type", "function") != "function":
+            given = str(tool["type"])[:40]
+            raise BadMessage(f"the type of a tool is {given!r}; allowed is 'function' - at $.tools[{index}].type")
+    head = [Message("system", body.instructions)] if body.instructions else []
+    if not messages and not head:
+        raise BadMessage("there is no input, and there are no instructions - at $.input")
+    choice, wanted = body.tool_choice, body.text.format if body.text is not None else None
+    return ChatRequest(
+        messages=[*head, *messages],
+        model=body.model,
+        tools=body.tools,
+        tool_choice=choice if choice is None or isinstance(choice, str) else NamedTool(NamedFunction(choice.name)),
+        response_format=None if wanted is None else _format(wanted.type, wanted.schema, wanted.name),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        max_completion_tokens=body.max_output_tokens,
+        logprobs=LOGPROBS in (body.include or ()),
+        top_logprobs=body.top_logprobs if LOGPROBS in (body.include or ()) else None,
+        user=body.user,
+        prompt_cache_key=body.prompt_cache_key,
+        metadata=body.metadata,
+    )
+
+
+def kept(messages: Sequence[Message], most_bytes: int, session_id: str | None) -> Kept:
+    """A conversation to continue: its end within `most_bytes`, with its system messages."""
+    sizes = [_size(message) for message in messages]
+    first = keep_recent(sizes, most_bytes)
+    head = [message for message in messages[:first] if message.role in ("system", "developer")]
+    return Kept(session_id, (*head, *messages[first:]), sum(sizes[first:]) + sum(map(_size, head)))
+
+
+def _format(kind: str, schema: dict[str, object] | None, name: str) -> ResponseFormat:
+    if kind == "json_schema" and schema is None:
+        raise BadMessage("Object missing required field `schema` - at $.text.format")
+    return ResponseFormat(kind, None if schema is None else JsonSchema(schema, name))  # type: ignore[arg-type]
+
+
+def _messages(items: Iterable[Item]) -> Iterable[Message]:
+    """Calls in a row are one message, as is a text with the calls after it."""
+    last: Message | None = None
+    for index, item in enumerate(items):
+        if item.type == "function_call":
+            call = ToolCall(item.call_id or "", Function(item.name or "", item.arguments))
+            open_one = last if last is not None and last.role == "assistant" else Message("assistant")
+            last_calls = [*(open_one.tool_calls or ()), call]
+            if last is not None and last is not open_one:
+                yield last
+            last = replace(open_one, tool_calls=last_calls)
+            continue
+        if last is not None:
+            yield last
+            last = None
+        if item.type == "function_call_output":
+            yield Message("tool", item.output, tool_call_id=item.call_id)
+        elif item.type == "message":
+            if item.role is None:
+                raise BadMessage(f"a message has no role - at $.input[{index}].role")
+            last = Message(item.role, item.content)
+        elif item.type != "reasoning":
+            allowed = "message, function_call, function_call_output, reasoning"
+            raise BadMessage(f"an item is {item.type[:40]!r}; allowed are {allowed} - at $.input[{index}].type")
+    if last is not None:
+        yield last
+
+
+def _ids(message: Message) -> set[str]:
+    return {call.id for call in message.tool_calls or ()}
+
+
+def _size(message: Message) -> int:
+    called = sum(len(call.function.arguments or "") + len(call.function.name) for call in message.tool_calls or ())
+    return len(text_of(message)) + called + 64
