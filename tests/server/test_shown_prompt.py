@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from yaptext.client import Yap, connect
 from yaptext.dialogue.runtime import Runtime
-from yaptext.engine.base import Engines
+from yaptext.engine.base import WARM, Engines
 
 ROUTE = "/playground/prompt"
 LAMP = {"name": "lamp", "description": "Switches a lamp."}
@@ -54,8 +54,9 @@ async def sent(yap: Yap, engine: ScriptedEngine, utterance: str | None = "hi", *
     async with yap.turn(utterance, **fields) as turn:
         await turn.result()
     found: dict[str, Any] = {"chat": None, "tool": None}
-    for ids, sampling, _ in engine.requests:
-        found["chat" if sampling.json_schema is None else "tool"] = list(ids)
+    for ids, sampling, priority in engine.requests:
+        if priority != WARM:  # those follow a turn, or come of the one before
+            found["chat" if sampling.json_schema is None else "tool"] = list(ids)
     return found
 
 
