@@ -19,7 +19,17 @@ from conftest import service, until
 from fakes import Gate, Script, ScriptedEngine
 from other_server import ACK, TURN, serving
 
-from yaptext.client import BadMessage, ConnectionLost, Done, Refused, TicketFailed, YapTextError, connect, sync
+from yaptext.client import (
+    BadMessage,
+    ConnectionLost,
+    Done,
+    GoingAway,
+    Refused,
+    TicketFailed,
+    YapTextError,
+    connect,
+    sync,
+)
 from yaptext.client import client as clients
 from yaptext.engine.base import Engines
 
@@ -111,6 +121,40 @@ async def test_a_service_that_says_come_at_once_is_not_stormed() -> None:
         async with connect(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws", "k"):
             await asyncio.sleep(1)
     assert 2 < came < 13
+
+
+async def test_a_turn_that_a_stopping_service_did_not_begin_waits_for_the_next() -> None:
+    """It is sent once more, after the time that the service asks for, if it is still wanted; as client.js does it.
+    Without a next socket the caller hears why."""
+    came: list[float] = []
+
+    async def talk(socket: websockets.ServerConnection) -> None:
+        await socket.recv()
+        came.append(time.monotonic())
+        if len(came) in (1, 3, 5):
+            frame = {"type": "error", "error_code": "going_away", "message": "restart", "retry_after_ms": 200}
+            await socket.send(json.dumps(frame))
+            await socket.close(1012)
+            return
+        for frame in TURN:
+            await socket.send(json.dumps(frame))
+        await socket.wait_closed()
+
+    async with serving(talk) as url:
+        async with asyncio.timeout(10), connect(url, "k") as yap, yap.turn("hi") as turn:
+            assert (await turn.result()).text == "a" and not turn.cancelled
+        assert len(came) == 2 and came[1] - came[0] >= 0.2
+        async with connect(url, "k") as yap:
+            turn = yap.turn("hi")
+            beginning = asyncio.create_task(turn.begin())
+            await until(lambda: len(came) == 3)
+            await turn.cancel()
+            assert (await beginning).cancelled
+            assert await yap.turn("newer").begin() and len(came) == 4
+        with pytest.raises(GoingAway) as raised:
+            async with connect(url, "k", reconnect=False) as yap:
+                await yap.turn("hi").begin()
+        assert raised.value.retry_after_ms == 200 and len(came) == 5
 
 
 # --- what a caller gives

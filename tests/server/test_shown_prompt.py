@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from conftest import Running, service
+from conftest import Running, service, until
 from fakes import ScriptedEngine
 from structlog.testing import capture_logs
 
 from yaptext.client import Yap, connect
 from yaptext.dialogue.runtime import Runtime
-from yaptext.engine.base import Engines
+from yaptext.engine.base import WARM, Engines
 
 ROUTE = "/playground/prompt"
 LAMP = {"name": "lamp", "description": "Switches a lamp."}
@@ -54,8 +54,9 @@ async def sent(yap: Yap, engine: ScriptedEngine, utterance: str | None = "hi", *
     async with yap.turn(utterance, **fields) as turn:
         await turn.result()
     found: dict[str, Any] = {"chat": None, "tool": None}
-    for ids, sampling, _ in engine.requests:
-        found["chat" if sampling.json_schema is None else "tool"] = list(ids)
+    for ids, sampling, priority in engine.requests:
+        if priority != WARM:  # those follow a turn, or come of the one before
+            found["chat" if sampling.json_schema is None else "tool"] = list(ids)
     return found
 
 
@@ -173,6 +174,21 @@ async def test_nothing_of_it_is_logged_or_kept_by_a_browser() -> None:
             answer = await client.post(ROUTE, json=frame)
             assert answer.status_code == 400 and answer.headers["Cache-Control"] == "no-store"
     assert not any(word in str(lines) for word in ("violet", "indigo", "lilac", "mauve"))
+
+
+async def test_a_client_that_leaves_in_its_body_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the service, whose log stays quiet."""
+    async with door() as (client, _, running):
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.server.bound_port)
+        head = f"POST {ROUTE} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: yap_token\r\nContent-Length: 100\r\n\r\n{{"
+        writer.write(head.encode())
+        await writer.drain()
+        await until(lambda: bool(running.server.server_state.tasks))
+        writer.close()
+        await writer.wait_closed()
+        await until(lambda: not running.server.server_state.tasks)
+        await shown(client)
+    assert reader.at_eof() and not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_without_the_page_there_is_none() -> None:

@@ -16,6 +16,7 @@ from yaptext.client.errors import (
     BadMessage,
     ConnectionLost,
     EngineFailed,
+    GoingAway,
     NotDeployed,
     ServiceError,
     TextTooLong,
@@ -229,6 +230,9 @@ class Yap:
             turn.stop()
             self._spawn(self.cancel(turn, heard_text=None, heard_chars=None))
             raise
+        except GoingAway as error:  # it did not begin it: the next socket takes it
+            self._link.give_up(error)
+            return await self.begin(turn, frame)
         return True
 
     async def cancel(self, turn: Turn, *, heard_text: str | None, heard_chars: int | None) -> None:
