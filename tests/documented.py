@@ -64,6 +64,11 @@ def _fault(schema: dict[str, Any], found: Any, *, ws: bool = False, closed: bool
     return None
 
 
+def body_fault(name: str, body: Any) -> str | None:
+    """What a body has that the schema of this name does not allow."""
+    return _fault({"$ref": f"{_ROOT}{name}"}, body)
+
+
 def _name(ref: str) -> str:
     return ref.rpartition("/")[2]
 
@@ -134,7 +139,7 @@ class _Socket:
         if self._path == "/ws":
             fault = fault_of(frame)
         elif refused:
-            fault = _fault({"$ref": f"{_ROOT}OpenAIError"}, frame)
+            fault = body_fault("OpenAIError", frame)
         else:
             fault = _fault(_HTTP["paths"][self._path]["post"]["x-websocket"]["send"]["schema"], frame)
         self._documented.note(f"frame {frame.get('type')}", fault)

@@ -18,7 +18,7 @@ from fuzz.target import target, watched
 from yaptext.server.reference.openapi import document
 
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
-OPERATIONS = 15
+OPERATIONS = 16
 """All but the document itself."""
 pytestmark = [pytest.mark.clients, pytest.mark.subprocess, pytest.mark.timeout(SECONDS + 300)]
 

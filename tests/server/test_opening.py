@@ -15,6 +15,7 @@ import httpx2
 import pytest
 import websockets
 from conftest import Running
+from documented import body_fault
 from fakes import ScriptedEngine
 
 from yaptext import __version__
@@ -50,7 +51,9 @@ def answer(client: socket.socket) -> tuple[int, dict[str, str], dict[str, Any]]:
     head, _, body = text.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     assert int(dict(line.split(": ") for line in lines)["Content-Length"]) == len(body)
-    return int(first.split()[1]), dict(line.split(": ") for line in lines), json.loads(body)
+    found = json.loads(body)
+    assert body_fault("Starting", found) is None
+    return int(first.split()[1]), dict(line.split(": ") for line in lines), found
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/healthz", "/ws?api_key=k", "/status", "/"])

@@ -81,6 +81,37 @@ class EngineState(Struct):
     prefill_tokens_per_s: Count
 
 
+class FrameRefused(Struct):
+    """As the frame `error` would have it."""
+
+    error_code: str
+    message: str
+    detail: str
+
+
+class ShownPrompt(Struct):
+    """A prompt as text with its control tokens, and as token ids. The first `prefix_tokens` stay the same in later
+    turns."""
+
+    model: str
+    format: str
+    exact: bool
+    prefix_stable: bool
+    text: str
+    ids: list[int]
+    prefix_tokens: Count
+    stop_ids: list[int]
+    stop: list[str]
+    thinking: str
+
+
+class ShownPrompts(Struct):
+    """Null: the model would not be asked."""
+
+    chat: ShownPrompt | None
+    tool: ShownPrompt | None
+
+
 class Status(Struct):
     """`silence` says which engine does not answer, `lacking` why the tool model is not there."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from yaptext.wire import meanings
+
 CHAT_REQUEST: dict[str, Any] = {
     "model": "chat",
     "messages": [{"role": "user", "content": "What is the weather in Oslo?"}],
@@ -27,6 +29,7 @@ RESPONSES_REQUEST: dict[str, Any] = {
     "stream": True,
     "max_output_tokens": 200,
 }
+START = {"type": "start", **meanings.EXAMPLES["start"]}
 _HEAD = {"id": "chatcmpl-4f1c9a", "created": 1796083560, "model": "chat"}
 _CALL = {
     "id": "call_5f0c1e2ab9d4",

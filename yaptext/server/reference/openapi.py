@@ -12,6 +12,7 @@ from yaptext import __version__
 from yaptext.server.reference import examples
 from yaptext.server.reference.fields import BOUNDS, MEANINGS, RULES
 from yaptext.server.reference.operations import EVENTS, JSON, OPERATIONS, SOCKET_CLOSES, Answer, Content, Operation
+from yaptext.wire import asyncapi
 
 Refs = dict[Any, dict[str, Any]]
 """What stands for a struct, by the struct."""
@@ -83,10 +84,13 @@ def _schemas() -> tuple[Refs, dict[str, Any]]:
     made = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     # Of two structs of one name each has the name of its module before its own.
     refs, schemas = json.loads(json.dumps(made).replace("yaptext.server.openai.", ""))
+    of_frames = asyncapi.document()["components"]["schemas"]
     for qualified, schema in schemas.items():
         name = qualified.rpartition(".")[2]
         for field, properties in schema.get("properties", {}).items():
             meaning = MEANINGS.get(f"{name}.{field}") or MEANINGS.get(field)
+            if name in of_frames and field in of_frames[name]["properties"]:
+                meaning = of_frames[name]["properties"][field]["description"]
             if meaning is not None:
                 properties["description"] = meaning
             bounds = BOUNDS.get(f"{name}.{field}", {})

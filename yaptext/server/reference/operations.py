@@ -12,6 +12,7 @@ from yaptext.server.openai.responses_bodies import ErrorEvent, Response
 from yaptext.server.openai.responses_schema import Cancel, Create, ResponsesRequest
 from yaptext.server.openai.schema import ChatRequest
 from yaptext.server.reference import bodies, examples
+from yaptext.wire.frames import Start
 
 JSON, EVENTS, TEXT, HTML = "application/json", "text/event-stream", "text/plain", "text/html"
 Content = tuple[Any, ...] | str
@@ -182,6 +183,20 @@ OPERATIONS = (
     _file("/client.d.ts", "getClientTypes", "Its types", TEXT, "Declarations of TypeScript."),
     _file(
         "/", "getPlayground", "The playground", HTML, "A page to talk to the service.",
-        {404: Answer("The request does not accept `text/html`; or PLAYGROUND=0.", {TEXT: "A word."})},
+        {
+            404: Answer("The request does not accept `text/html`; or PLAYGROUND=0.", {TEXT: "A word."}),
+            503: Answer("The service starts.", {HTML: "A page that waits for it.", JSON: (bodies.Starting,)}, _RETRY),
+        },
+    ),
+    Operation(
+        "post", "/playground/prompt", "showPrompt", "The exact prompts of a turn that does not run",
+        {
+            200: Answer("By model.", {JSON: (bodies.ShownPrompts,)}, ("Cache-Control",)),
+            400: Answer("The frame would be refused.", {JSON: (bodies.FrameRefused,)}, ("Cache-Control",)),
+            404: Answer("PLAYGROUND=0.", {TEXT: "A word."}),
+            **_KEYED,
+            503: _STARTING,
+        },
+        "Costs a message. Nothing of it is kept.", "header", Start, example=examples.START,
     ),
 )  # fmt: skip
