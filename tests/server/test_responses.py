@@ -289,6 +289,29 @@ async def test_a_cancel_before_the_first_event_counts() -> None:
         assert (await socket.until(*ENDS))[-1]["response"]["status"] == "cancelled"
 
 
+async def test_a_cancel_of_the_response_before_ends_one_whose_id_its_client_has_not_read() -> None:
+    gate = Gate()
+    async with door() as (_, engine, running), connected(running) as socket:
+        before = (await socket.ask())[-1]["response"]["id"]
+        engine.chat = Script(["a"] * 50, pace=gate)
+        await socket.create()
+        await socket.cancel(before)
+        assert (await socket.until(*ENDS))[-1]["response"]["status"] == "cancelled"
+
+
+async def test_a_cancel_that_comes_late_does_not_end_a_response_that_waited_meanwhile() -> None:
+    gate = Gate()
+    async with door(Script(pace=gate)) as (_, engine, running), connected(running) as socket:
+        await socket.create()
+        await socket.create()
+        gate.step(3)
+        first = (await socket.until(*ENDS))[-1]["response"]["id"]
+        await until(lambda: engine.running == 1)
+        await socket.cancel(first)
+        gate.step(3)
+        assert (await socket.until(*ENDS))[-1]["response"]["status"] == "completed"
+
+
 async def test_a_socket_that_closes_ends_its_response() -> None:
     gate = Gate()
     async with door(Script(["a"] * 50, pace=gate)) as (_, engine, running):
