@@ -345,6 +345,18 @@ async def test_over_the_limit_of_waiting_responses_one_is_refused() -> None:
         assert len([await socket.until("response.completed") for _ in range(9)]) == 9
 
 
+async def test_an_error_says_when_to_try_again_where_the_official_client_reads_it(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"a sha256:{hashlib.sha256(b'a').hexdigest()} turns_per_minute=1\n")
+    keys.chmod(0o600)
+    async with door(YAP_TEXT_KEY_FILE=str(keys)) as (_, _, running), connected(running, "a") as socket:
+        await socket.ask()
+        (event,) = await socket.ask()
+        assert event["status"] == 429
+        headers = event["error"]["headers"]
+        assert 50_000 < int(headers["retry-after-ms"]) <= 60_000 and headers["retry-after"] == "60"
+
+
 @pytest.mark.parametrize(
     ("frame", "words"),
     [

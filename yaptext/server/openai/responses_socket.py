@@ -224,5 +224,5 @@ class ResponsesSocket(Socket):
 def _error_event(error: Error) -> bytes:
     content: dict[str, Any] = {"status": errors.status_of(error)} | errors.body_of(error)
     if headers := errors.headers_of(error):
-        content["headers"] = headers
+        content["error"]["headers"] = headers
     return b'{"type":"error",%b,%b' % (HOLE, msgspec.json.encode(content)[1:])
