@@ -19,8 +19,13 @@ from conftest import until
 from fakes import Gate, Script
 
 pytestmark = [pytest.mark.clients, pytest.mark.subprocess]
-CLIENTS = ("openai", "openai_async", "litellm", "llm", "livekit", "pipecat")
+ON_SOCKETS = ("openai_socket", "openai_socket_async", "livekit_socket", "pipecat_socket")
+"""Those that hold one for a conversation. What they do when it is refused or closed is in `test_sockets.py`."""
+OVER_HTTP = ("openai", "openai_async", "litellm", "llm", "livekit", "pipecat")
+OVER_HTTP += ("openai_responses", "openai_responses_async", "livekit_responses", "pipecat_responses")
+CLIENTS = OVER_HTTP + ON_SOCKETS
 each_client = pytest.mark.parametrize("name", CLIENTS)
+each_over_http = pytest.mark.parametrize("name", OVER_HTTP)
 
 
 @pytest.mark.parametrize("name", ["openai", "openai_async", "litellm"])
@@ -45,12 +50,16 @@ async def test_a_conversation_of_two_turns(name: str, target: Target, tmp_path: 
     assert second["cached"] > 0
 
 
-async def test_an_answer_in_one_piece(target: Target, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("openai", ("prompt_tokens", "completion_tokens")), ("openai_responses", ("input_tokens", "output_tokens"))],
+)
+async def test_an_answer_in_one_piece(name: str, parts: tuple[str, str], target: Target, tmp_path: Path) -> None:
     """With its usage."""
-    async with client("openai", "whole", target, tmp_path) as running:
+    async with client(name, "whole", target, tmp_path) as running:
         turn, _ = await running.end()
     assert turn["text"].strip()
-    assert turn["usage"]["total_tokens"] == turn["usage"]["prompt_tokens"] + turn["usage"]["completion_tokens"]
+    assert turn["usage"]["total_tokens"] == sum(turn["usage"][part] for part in parts)
 
 
 @each_client
@@ -105,6 +114,8 @@ async def test_a_barge_in_ends_the_turn_within_a_second(name: str, target: Targe
 REFUSED = {
     "openai": "openai.AuthenticationError",
     "openai_async": "openai.AuthenticationError",
+    "openai_responses": "openai.AuthenticationError",
+    "openai_responses_async": "openai.AuthenticationError",
     "litellm": "litellm.exceptions.AuthenticationError",
     "llm": "openai.AuthenticationError",
     "livekit": "livekit.agents._exceptions.APIStatusError",
@@ -112,7 +123,7 @@ REFUSED = {
 }
 
 
-@each_client
+@each_over_http
 async def test_a_wrong_key_is_the_clients_own_error(name: str, tmp_path: Path) -> None:
     """At once: no client tries again."""
     async with scripted() as target:
@@ -147,6 +158,8 @@ async def full() -> AsyncIterator[tuple[Target, Gate]]:
 FULL = {
     "openai": "openai.InternalServerError",
     "openai_async": "openai.InternalServerError",
+    "openai_responses": "openai.InternalServerError",
+    "openai_responses_async": "openai.InternalServerError",
     "litellm": "litellm.exceptions.ServiceUnavailableError",
     "llm": "openai.InternalServerError",
     "livekit": "livekit.agents._exceptions.APIConnectionError",
@@ -154,7 +167,7 @@ FULL = {
 }
 
 
-@each_client
+@each_over_http
 async def test_overload_is_the_clients_own_error_after_its_retries(name: str, tmp_path: Path) -> None:
     """503, which asks for 1.5 to 2.5 s. Those who use OpenAI's client wait that long, instead of its own 0.5 s; LiveKit
     keeps to 0.1 s."""
