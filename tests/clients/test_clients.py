@@ -214,7 +214,8 @@ async def test_a_client_that_meets_a_full_service_is_answered_by_its_own_retry(t
     assert turn["text"] == "Hello there."
 
 
-async def test_a_reply_that_is_late_outlives_livekits_patience(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["livekit", "livekit_responses"])
+async def test_a_reply_that_is_late_outlives_livekits_patience(name: str, tmp_path: Path) -> None:
     """LiveKit gives up on a stream that is silent for 10 s, and asks again: keepalives prevent both."""
     late = asyncio.Event()
 
@@ -226,7 +227,7 @@ async def test_a_reply_that_is_late_outlives_livekits_patience(tmp_path: Path) -
     async with scripted() as target:
         assert target.engine is not None
         target.engine.chat = Script(pace=pace)
-        async with client("livekit", "conversation", target, tmp_path) as running:
+        async with client(name, "conversation", target, tmp_path) as running:
             await running.end()
         assert late.is_set() and target.engine.aborted == 0
     assert [turn["text"] for turn in running.of("turn")] == ["Hello there."] * 2

@@ -76,12 +76,18 @@ async def closed() -> None:
 
 
 async def failing() -> None:
-    async def one_turn(worker: PipelineWorker, watch: with_pipecat.Watch) -> None:
+    """A turn that brings nothing is tried once more by its user."""
+
+    async def turns(worker: PipelineWorker, watch: with_pipecat.Watch) -> None:
         tell("asking")
-        tell("turn", said=SAID[0], text=await say(worker, watch, SAID[0]))
+        for _ in range(2):
+            text = await say(worker, watch, SAID[0])
+            tell("turn", said=SAID[0], text=text)
+            if text:
+                return
 
     with_pipecat.Watch = Watch
-    await talk(one_turn, service(), LLMContext())
+    await talk(turns, service(), LLMContext())
 
 
 with_pipecat.service = service
