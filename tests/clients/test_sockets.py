@@ -18,7 +18,14 @@ from fakes import Script
 
 pytestmark = [pytest.mark.clients, pytest.mark.subprocess]
 each_client = pytest.mark.parametrize("name", ON_SOCKETS)
-LONG = Script((" word",) * 3000, pace=step)
+
+
+async def slowly() -> None:
+    await asyncio.sleep(0.05)
+
+
+LONG = Script((" word",) * 200, pace=slowly)
+"""Ten seconds."""
 
 
 def errors(target: Target, code: str) -> float:
@@ -199,7 +206,7 @@ async def test_after_a_barge_in_pipecats_next_turn_is_answered_at_once(tmp_path:
             began = time.monotonic()
             running.go_on()
             turn = await running.until("turn")
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 4
             await running.end()
     assert turn["text"] == "Hello there."
 
@@ -217,7 +224,7 @@ async def test_livekit_leaves_an_interrupted_reply_running_until_its_next_turn(t
             began = time.monotonic()
             running.go_on()
             turn = await running.until("turn")
-            assert time.monotonic() - began < 2 and target.engine.aborted == 1
+            assert time.monotonic() - began < 4 and target.engine.aborted == 1
             await running.end()
     assert turn["text"] == "Hello there."
 
@@ -258,6 +265,6 @@ async def test_a_barge_in_before_the_reply_has_begun_ends_it(tmp_path: Path) -> 
             began = time.monotonic()
             running.go_on()
             turn = await running.until("turn")
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 4
             await running.end()
     assert turn["text"] == "Hello there."
