@@ -32,7 +32,7 @@ def test_there_is_an_example_for_each_client() -> None:
 async def test_each_example_gets_an_answer(name: str, tmp_path: Path) -> None:
     """As it stands, but for address and key."""
     language, text = EXAMPLES[name]
-    assert text.count("//127.0.0.1:8000/v1") == text.count("yap_token") == 1
+    assert "//127.0.0.1:8000/v1" in text and text.count("yap_token") == 1
     shell = ("/bin/bash", "-euo", "pipefail", "-c") if language == "bash" else (str(VENV / "bin" / "python"), "-c")
     async with scripted() as target:
         text = text.replace("//127.0.0.1:8000", target.http.removeprefix("http:")).replace("yap_token", KEY)

@@ -194,6 +194,14 @@ async def test_a_warm_up_is_found_by_the_first_turn(tmp_path: Path) -> None:
     assert turn["cached"] > 100
 
 
+async def test_pipecats_inference_beside_the_conversation_is_of_the_same_service(tmp_path: Path) -> None:
+    """If it has a `base_url`; else it goes to OpenAI."""
+    async with scripted() as target, client("pipecat_socket", "inference", target, tmp_path) as running:
+        await running.end()
+    (turn,) = running.of("turn")
+    assert turn["text"] == "Hello there."
+
+
 async def test_after_a_barge_in_pipecats_next_turn_is_answered_at_once(tmp_path: Path) -> None:
     """On the same socket: it waits up to 5 s for the end of what it cancelled."""
     async with scripted() as target:

@@ -14,14 +14,14 @@ from pipecat.pipeline.worker import PipelineWorker
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.services.openai.responses.llm import OpenAIResponsesLLMService
 from responding import SOCKET_URL
-from told import INSTRUCTIONS, KEY, LONG, SAID, tell
+from told import BASE_URL, INSTRUCTIONS, KEY, LONG, SAID, tell
 from with_pipecat import say, talk
 
 
 def service(**settings: Any) -> OpenAIResponsesLLMService:
     settings.pop("max_completion_tokens", None)  # the service reports a reply that comes to this limit as an error
     found = OpenAIResponsesLLMService.Settings(model="chat", system_instruction=INSTRUCTIONS, **settings)
-    return OpenAIResponsesLLMService(ws_url=SOCKET_URL, api_key=KEY, settings=found)
+    return OpenAIResponsesLLMService(ws_url=SOCKET_URL, base_url=BASE_URL, api_key=KEY, settings=found)
 
 
 class Watch(with_pipecat.Watch):
@@ -90,6 +90,11 @@ async def failing() -> None:
     await talk(turns, service(), LLMContext())
 
 
+async def inference() -> None:
+    """Beside the conversation, as Pipecat asks for a summary of it: over HTTP."""
+    tell("turn", said=SAID[0], text=await service().run_inference(LLMContext([{"role": "user", "content": SAID[0]}])))
+
+
 with_pipecat.service = service
-OWN = {"tool": tool, "barge_in_early": barge_in_early, "closed": closed, "failing": failing}
+OWN = {"tool": tool, "barge_in_early": barge_in_early, "closed": closed, "failing": failing, "inference": inference}
 told.run(vars(with_pipecat) | OWN)
