@@ -219,22 +219,31 @@ async def test_after_a_barge_in_pipecats_next_turn_is_answered_at_once(tmp_path:
     assert turn["text"] == "Hello there."
 
 
-async def test_livekit_leaves_an_interrupted_reply_running_until_its_next_turn(tmp_path: Path) -> None:
+async def test_livekit_leaves_an_interrupted_reply_running_until_its_next_turn(target: Target, tmp_path: Path) -> None:
     """It closes the socket when it opens the next. Over HTTP it ends the reply at once."""
-    async with scripted() as target:
-        assert target.engine is not None
+    if target.engine is not None:
         target.engine.chat = LONG
-        async with client("livekit_socket", "barge_in", target, tmp_path) as running:
-            await running.until("closed")
+    before = len(target.finished())
+    async with client("livekit_socket", "barge_in", target, tmp_path) as running:
+        await running.until("closed")
+        if target.engine is not None:
             await asyncio.sleep(1)
             assert target.engine.running == 1
             target.engine.chat = Script(pace=step)
-            began = time.monotonic()
-            running.go_on()
-            turn = await running.until("turn")
-            assert time.monotonic() - began < 4 and target.engine.aborted == 1
-            await running.end()
-    assert turn["text"] == "Hello there."
+        began = time.monotonic()
+        running.go_on()
+        turn = await running.until("turn")
+        took_s = time.monotonic() - began
+        await running.end()
+        if target.engine is not None:
+            assert target.engine.aborted == 1 and took_s < 4
+        else:
+            await until(lambda: len(target.finished()) >= before + 2)
+            left = target.finished()[before]
+            assert left["outcome"] in ("disconnected", "finished")
+            ran_ms, tokens = left["total_ms"], left["completion_tokens"]
+            running.add(f"The reply ran until the next turn, {ran_ms:.0f} ms in all; it made {tokens} tokens.")
+    assert turn["text"].strip()
 
 
 @asynccontextmanager

@@ -8,7 +8,6 @@ from typing import Any
 from told import BASE_URL, WEATHER, tell
 from websockets.exceptions import InvalidStatus
 
-OSLO = "What is the weather in Oslo?"
 TOOL: Any = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
 SOCKET_URL = f"ws{BASE_URL[4:]}/responses"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import told
 from openai import OpenAI, OpenAIError
-from responding import OSLO, TOOL, calls, finish, used
-from told import INSTRUCTIONS, LONG, MOST, RESULT, SAID, tell
+from responding import TOOL, calls, finish, used
+from told import INSTRUCTIONS, LONG, MOST, OSLO, RESULT, SAID, ask, tell
 
 ASKED: dict[str, Any] = {"model": "chat", "instructions": INSTRUCTIONS}
 
@@ -43,6 +43,7 @@ def tool() -> None:
     client = OpenAI()
     given: list[Any] = [{"role": "user", "content": OSLO}]
     for choice in ("required", {"type": "function", "name": "get_weather"}):
+        ask(OSLO)
         asked: Any = {**ASKED, "input": given, "tools": [TOOL], "tool_choice": choice}
         with client.responses.stream(**asked) as stream:
             response = stream.get_final_response()
@@ -51,13 +52,13 @@ def tool() -> None:
     for call, _, _ in calls(response):
         given.append({"type": "function_call_output", "call_id": call, "output": RESULT})
     response = client.responses.create(**ASKED, input=given, tools=[TOOL], max_output_tokens=MOST)
-    tell("turn", said=RESULT, text=response.output_text, finish=finish(response))
+    tell("turn", result=RESULT, text=response.output_text, finish=finish(response))
 
 
 def barge_in() -> None:
     client = OpenAI()
     heard = ""
-    with client.responses.create(**ASKED, input=LONG, stream=True, user="user-2") as stream:
+    with client.responses.create(**ASKED, input=ask(LONG), stream=True, user="user-2") as stream:
         for event in stream:
             if event.type == "response.output_text.delta":
                 heard += event.delta

@@ -7,8 +7,8 @@ from typing import Any
 
 import told
 from openai import AsyncOpenAI, OpenAIError
-from responding import OSLO, TOOL, calls, finish, used
-from told import INSTRUCTIONS, LONG, MOST, RESULT, SAID, tell
+from responding import TOOL, calls, finish, used
+from told import INSTRUCTIONS, LONG, MOST, OSLO, RESULT, SAID, ask, tell
 
 ASKED: dict[str, Any] = {"model": "chat", "instructions": INSTRUCTIONS}
 
@@ -36,12 +36,14 @@ async def conversation() -> None:
 async def tool() -> None:
     async with AsyncOpenAI() as client:
         asked: Any = {**ASKED, "tools": [TOOL], "max_output_tokens": MOST}
-        first = await client.responses.create(**asked, input=OSLO, tool_choice="required", parallel_tool_calls=False)
+        first = await client.responses.create(
+            **asked, input=ask(OSLO), tool_choice="required", parallel_tool_calls=False
+        )
         tell("calls", calls=calls(first), finish=finish(first), text=first.output_text)
         ((call, _, _),) = calls(first)
         given: Any = [{"type": "function_call_output", "call_id": call, "output": RESULT}]
         response = await client.responses.create(**asked, input=given, previous_response_id=first.id)
-        tell("turn", said=RESULT, text=response.output_text, finish=finish(response))
+        tell("turn", result=RESULT, text=response.output_text, finish=finish(response))
 
 
 async def barge_in() -> None:
@@ -50,7 +52,7 @@ async def barge_in() -> None:
     enough = asyncio.Event()
 
     async def read(client: AsyncOpenAI) -> None:
-        async with client.responses.stream(**ASKED, input=LONG) as stream:
+        async with client.responses.stream(**ASKED, input=ask(LONG)) as stream:
             async for event in stream:
                 if event.type == "response.output_text.delta":
                     heard.append(event.delta)

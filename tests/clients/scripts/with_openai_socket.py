@@ -6,8 +6,8 @@ from typing import Any
 
 import told
 from openai import OpenAI
-from responding import OSLO, TOOL, Refused, calls, finish, tell_handshake, used
-from told import INSTRUCTIONS, LONG, MOST, RESULT, SAID, tell
+from responding import TOOL, Refused, calls, finish, tell_handshake, used
+from told import INSTRUCTIONS, LONG, MOST, OSLO, RESULT, SAID, ask, tell
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 ASKED: dict[str, Any] = {"model": "chat", "instructions": INSTRUCTIONS}
@@ -53,20 +53,20 @@ def warm() -> None:
 
 def tool() -> None:
     with OpenAI().responses.connect() as connection:
-        connection.response.create(**ASKED, input=OSLO, tools=[TOOL], tool_choice="required")
+        connection.response.create(**ASKED, input=ask(OSLO), tools=[TOOL], tool_choice="required")
         first, _ = read(connection)
         tell("calls", calls=calls(first), finish=finish(first), text=first.output_text)
         given: Any = [{"type": "function_call_output", "call_id": call[0], "output": RESULT} for call in calls(first)]
         connection.response.create(**ASKED, input=given, tools=[TOOL], previous_response_id=first.id)
         response, _ = read(connection)
-        tell("turn", said=RESULT, text=response.output_text, finish=finish(response))
+        tell("turn", result=RESULT, text=response.output_text, finish=finish(response))
 
 
 def barge_in() -> None:
     """The client knows no cancel: its users close the socket."""
     heard = ""
     with OpenAI().responses.connect() as connection:
-        connection.response.create(**ASKED, input=LONG)
+        connection.response.create(**ASKED, input=ask(LONG))
         for event in connection:
             if event.type == "response.output_text.delta":
                 heard += event.delta

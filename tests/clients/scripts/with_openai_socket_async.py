@@ -8,8 +8,8 @@ from typing import Any
 
 import told
 from openai import AsyncOpenAI
-from responding import OSLO, TOOL, Refused, calls, finish, tell_handshake, used
-from told import INSTRUCTIONS, LONG, MOST, RESULT, SAID, tell
+from responding import TOOL, Refused, calls, finish, tell_handshake, used
+from told import INSTRUCTIONS, LONG, MOST, OSLO, RESULT, SAID, ask, tell
 from websockets.exceptions import InvalidStatus
 
 ASKED: dict[str, Any] = {"model": "chat", "instructions": INSTRUCTIONS}
@@ -47,7 +47,7 @@ async def conversation() -> None:
 async def tool() -> None:
     async with AsyncOpenAI() as client, client.responses.connect() as connection:
         asked: Any = {**ASKED, "tools": [TOOL]}
-        await connection.response.create(**asked, input=OSLO, tool_choice="required")
+        await connection.response.create(**asked, input=ask(OSLO), tool_choice="required")
         first, _ = await read(connection)
         tell("calls", calls=calls(first), finish=finish(first), text=first.output_text)
         given: list[Any] = [{"role": "user", "content": OSLO}, *first.output]
@@ -55,7 +55,7 @@ async def tool() -> None:
             given.append({"type": "function_call_output", "call_id": call, "output": RESULT})
         await connection.response.create(**asked, input=[_plain(item) for item in given])
         response, _ = await read(connection)
-        tell("turn", said=RESULT, text=response.output_text, finish=finish(response))
+        tell("turn", result=RESULT, text=response.output_text, finish=finish(response))
 
 
 def _plain(item: Any) -> Any:
@@ -69,7 +69,7 @@ async def barge_in() -> None:
 
     async def listen(client: AsyncOpenAI) -> None:
         async with client.responses.connect() as connection:
-            await connection.response.create(**ASKED, input=LONG)
+            await connection.response.create(**ASKED, input=ask(LONG))
             async for event in connection:
                 if event.type == "response.output_text.delta":
                     heard.append(event.delta)
