@@ -198,10 +198,11 @@ async def test_overload_is_the_clients_own_error_after_its_retries(name: str, tm
     assert (between_s >= 1.5) == (not name.startswith("livekit"))
 
 
-async def test_a_client_that_meets_a_full_service_is_answered_by_its_own_retry(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["openai", "openai_responses"])
+async def test_a_client_that_meets_a_full_service_is_answered_by_its_own_retry(name: str, tmp_path: Path) -> None:
     """As soon as the time is over that it was asked to wait, if there is a slot by then."""
     async with full() as (target, gate):
-        async with client("openai", "waiting", target, tmp_path) as running:
+        async with client(name, "waiting", target, tmp_path) as running:
             await running.until("asking")
             await asyncio.sleep(0.3)
             assert target.engine is not None

@@ -79,4 +79,12 @@ def failing() -> None:
         told.tell_error(error)
 
 
+def waiting() -> None:
+    """For a service that is full at first."""
+    client = OpenAI(max_retries=5)
+    tell("asking")
+    response = client.responses.create(model="chat", input="hi")
+    tell("turn", said="hi", text=response.output_text, finish=finish(response))
+
+
 told.run(globals())
