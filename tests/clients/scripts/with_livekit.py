@@ -97,4 +97,5 @@ async def failing() -> None:
         told.tell_error(error)
 
 
-told.run(globals())
+if __name__ == "__main__":
+    told.run(globals())

@@ -159,4 +159,5 @@ async def failing() -> None:
     told.tell_error(frame.exception)
 
 
-told.run(globals())
+if __name__ == "__main__":
+    told.run(globals())

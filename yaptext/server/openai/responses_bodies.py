@@ -157,12 +157,15 @@ class ArgumentsDone(Event, tag="response.function_call_arguments.done"):
     arguments: str
 
 
+class SocketErrorDetail(ErrorDetail):
+    headers: dict[str, str] | UnsetType = UNSET
+
+
 class ErrorEvent(Event, tag="error"):
-    """On a socket alone: a request was refused. `headers` has the times of the next try."""
+    """On a socket alone: a request was refused. `error.headers` has the times of the next try."""
 
     status: int
-    error: ErrorDetail
-    headers: dict[str, str] | UnsetType = UNSET
+    error: SocketErrorDetail
 
 
 EVENTS = (

@@ -79,6 +79,8 @@ class ResponsesSocket(Socket):
         self._turn: Turn | None = None
         self._response_id: str | None = None
         """Of the response that runs; its turn may not have begun."""
+        self._before_id: str | None = None
+        """Of the last one that had ended when the one that runs was asked for."""
         self._cancelled: set[str] = set()
         """Of the responses that run or wait."""
 
@@ -136,9 +138,11 @@ class ResponsesSocket(Socket):
             raise BadMessage(str(error).replace("`", "")) from None
 
     def _cancel(self, response_id: str | None) -> None:
-        """Of a response that is over it changes nothing: the client cannot know yet."""
+        """Of a response that is over it changes nothing: the client cannot know yet. If the client knew when it asked
+        for the next one, it means that one, whose id it has not read: Pipecat does so."""
         known = [*filter(None, [self._response_id]), *(events.id for _, events in self._waiting)]
-        wanted = next(iter(known), None) if response_id is None else response_id
+        unnamed = response_id is None or response_id == self._before_id
+        wanted = next(iter(known), None) if unnamed else response_id
         if wanted is not None and wanted in known:
             self._cancelled.add(wanted)
             if self._turn is not None and wanted == self._response_id:
@@ -193,6 +197,7 @@ class ResponsesSocket(Socket):
                         self._send_queue.put_frame(event)
             if said.done is not None:
                 asked.answered(said)
+        self._before_id = None if self._waiting else events.id
 
     async def _send_frame(self, frame: bytes) -> None:
         await super()._send_frame(self._numbering.of(frame))
@@ -219,5 +224,5 @@ class ResponsesSocket(Socket):
 def _error_event(error: Error) -> bytes:
     content: dict[str, Any] = {"status": errors.status_of(error)} | errors.body_of(error)
     if headers := errors.headers_of(error):
-        content["headers"] = headers
+        content["error"]["headers"] = headers
     return b'{"type":"error",%b,%b' % (HOLE, msgspec.json.encode(content)[1:])
