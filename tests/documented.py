@@ -83,7 +83,7 @@ class Documented:
         """Frames by type, responses by route and status."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "websocket" and scope["path"] in ("/ws", _RESPONSES):
+        if scope["type"] == "websocket" and scope["path"] in ("/ws", "/v1", _RESPONSES):
             await _Socket(self, scope, send).run(self._app, receive)
         elif scope["type"] == "http" and (route := _route(scope["path"])) is not None:
             await _Exchange(self, scope, route, receive, send).run(self._app)
@@ -98,7 +98,8 @@ class Documented:
 
 class _Socket:
     def __init__(self, documented: Documented, scope: Any, send: Any) -> None:
-        self._documented, self._send, self._path = documented, send, scope["path"]
+        self._documented, self._send = documented, send
+        self._path = "/ws" if scope["path"] == "/ws" else _RESPONSES
         self._write = scope.get("extensions", {}).get(WRITE_NOW)
         more = {} if self._write is None else {WRITE_NOW: self._write_now}
         self._scope = scope | {"extensions": scope.get("extensions", {}) | more}

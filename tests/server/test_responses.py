@@ -378,8 +378,10 @@ async def test_a_wrong_frame_is_an_error_and_the_socket_goes_on(frame: str, word
         assert said(await socket.ask()) == "Hello there."
 
 
-async def test_the_model_may_stand_in_the_address() -> None:
-    async with door() as (_, engine, running), connected(running, path="/v1/responses?model=persona/coach") as socket:
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1"])
+async def test_the_model_may_stand_in_the_address(path: str) -> None:
+    """As LiveKit has it, whose socket opens the base URL itself."""
+    async with door() as (_, engine, running), connected(running, path=f"{path}?model=persona/coach") as socket:
         await socket.socket.send(json.dumps({"type": "response.create", "input": "hi"}))
         last = (await socket.until(*ENDS))[-1]["response"]
         assert last["model"] == "persona/coach" and "You are Yap" in prompts(engine)[-1]

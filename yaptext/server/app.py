@@ -107,6 +107,7 @@ def create_app(
             Route("/v1/models/{name:path}", openai.models),
             WebSocketRoute("/ws", door.converse),
             WebSocketRoute("/v1/responses", respond),
+            WebSocketRoute("/v1", respond),  # LiveKit opens the base URL itself
             *pages.routes(settings),
         ],
         exception_handlers={

@@ -12,14 +12,13 @@ import with_livekit
 from livekit.agents import AgentSession, APIError
 from livekit.agents.utils import http_context
 from livekit.plugins import openai
-from responding import SOCKET_URL
-from told import KEY, SAID, tell
+from told import BASE_URL, KEY, SAID, tell
 from with_livekit import Companion
 
 
 def model(**options: Any) -> openai.responses.LLM:
     options.pop("max_completion_tokens", None)  # a reply that comes to a limit of its user is a failure to the plugin
-    return openai.responses.LLM(model="chat", base_url=SOCKET_URL, api_key=KEY, **options)
+    return openai.responses.LLM(model="chat", base_url=BASE_URL, api_key=KEY, **options)
 
 
 async def closed(**options: Any) -> None:
