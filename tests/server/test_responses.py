@@ -281,6 +281,24 @@ async def test_a_cancel_ends_the_response_with_what_was_sent() -> None:
         assert (await socket.ask())[-1]["type"] == "response.completed"
 
 
+async def test_after_a_cancel_come_those_that_wait_and_it_is_continued() -> None:
+    """The turn's end ended the task of the whole socket: the others waited for ever, and its id was not known."""
+    gate = Gate()
+    async with door(Script(["a"] * 50, pace=gate)) as (_, engine, running), connected(running) as socket:
+        await socket.create("one")
+        gate.step()
+        first = (await socket.until("response.output_text.delta"))[0]["response"]["id"]
+        for text in ("two", "three"):
+            await socket.create(text)
+        await socket.cancel(first)
+        ends = [(await socket.until(*ENDS))[-1]["response"]["status"]]
+        gate.step(200)
+        ends += [(await socket.until(*ENDS))[-1]["response"]["status"] for _ in range(2)]
+        assert ends == ["cancelled", "completed", "completed"]
+        await socket.ask("four", previous_response_id=first)
+        assert "<|im_start|>assistant\na<|im_end|>" in prompts(engine)[-1]
+
+
 async def test_a_cancel_before_the_first_event_counts() -> None:
     gate = Gate()
     async with door(Script(["a"] * 50, pace=gate)) as (_, _, running), connected(running) as socket:

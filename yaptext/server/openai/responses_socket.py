@@ -183,7 +183,7 @@ class ResponsesSocket(Socket):
                 if events.id in self._cancelled:
                     turn.cancel()
                 try:
-                    await turn.run()
+                    await self._run(turn)
                 finally:
                     turn.abandon()
                     self._turn = None
@@ -192,6 +192,17 @@ class ResponsesSocket(Socket):
                         self._send_queue.put_frame(event)
             if said.done is not None:
                 asked.answered(said)
+
+    async def _run(self, turn: Turn) -> None:
+        """In a task of its own: a turn that ends early cancels its task, and the next response waits for this one."""
+        running = asyncio.create_task(turn.run())
+        try:
+            await asyncio.wait([running])
+        finally:
+            running.cancel()
+            await asyncio.wait([running])  # the engine has let go
+        if not running.cancelled() and (error := running.exception()) is not None:
+            raise error
 
     async def _send_frame(self, frame: bytes) -> None:
         await super()._send_frame(self._numbering.of(frame))
