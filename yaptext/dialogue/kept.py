@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from cachetools import TTLCache
 
 _TTL_S = 3600.0
-_BYTES = 32 * 2**20
-"""Of one key."""
+_BYTES, _BYTES_IN_ALL = 32 * 2**20, 256 * 2**20
+"""Of one key, and of all."""
 _LEAST_BYTES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A conversation up to the end of a response. `messages` are of the door's own kind, `bytes` their size."""
+    """A conversation up to the end of a response. `messages` are of the door's own kind, `bytes` what they take in
+    memory. `session_ids` are the sessions that they come from."""
 
-    session_id: str | None
+    session_ids: frozenset[str]
     messages: tuple[Any, ...]
     bytes: int
 
 
 class KeptResponses:
-    """By key and id, each for an hour after it was made. Over the bound of a key its least used go. Responses of one
-    key make no room for those of another, and are not found by it."""
+    """By key and id, each for an hour after it was made. Over the bound of a key its least used go; over the bound of
+    all, those of the key that has most. Responses of one key are not found by another."""
 
-    def __init__(self, most_bytes: int = _BYTES, ttl_s: float = _TTL_S) -> None:
-        self._most_bytes, self._ttl_s = most_bytes, ttl_s
+    def __init__(
+        self,
+        most_bytes: int = _BYTES,
+        ttl_s: float = _TTL_S,
+        *,
+        in_all: int = _BYTES_IN_ALL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._most_bytes, self._ttl_s, self._in_all, self._clock = most_bytes, ttl_s, in_all, clock
         self._by_key: dict[str, TTLCache[str, Kept]] = {}
+        self._beside: WeakSet[KeptResponses] = WeakSet()
+
+    def beside(self, most_bytes: int) -> KeptResponses:
+        """Others, known to one socket alone, that forget what these have to."""
+        others = KeptResponses(most_bytes, self._ttl_s, clock=self._clock)
+        self._beside.add(others)
+        return others
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(of_key.currsize) for of_key in self._by_key.values())
 
     def find(self, key_name: str, response_id: str) -> Kept | None:
         of_key = self._by_key.get(key_name)
@@ -40,19 +62,24 @@ class KeptResponses:
             others.expire()
             if not others:
                 del self._by_key[name]
+        if _size(kept) > self._most_bytes:
+            return
         if key_name not in self._by_key:
-            self._by_key[key_name] = TTLCache(self._most_bytes, self._ttl_s, getsizeof=_size)
-        if _size(kept) <= self._most_bytes:
-            self._by_key[key_name][response_id] = kept
+            self._by_key[key_name] = TTLCache(self._most_bytes, self._ttl_s, timer=self._clock, getsizeof=_size)
+        self._by_key[key_name][response_id] = kept
+        while self.bytes > self._in_all:
+            richest = max(self._by_key, key=lambda name: self._by_key[name].currsize)
+            self._by_key[richest].popitem()
 
     def forget(self, key_name: str, session_id: str) -> bool:
         """Drops those of a session; whether there was any."""
+        known = [others.forget(key_name, session_id) for others in list(self._beside)]
         of_key = self._by_key.get(key_name)
-        of_session = [id for id, kept in of_key.items() if kept.session_id == session_id] if of_key else []
+        of_session = [id for id, kept in of_key.items() if session_id in kept.session_ids] if of_key else []
         for response_id in of_session:
             self._by_key[key_name].pop(response_id, None)
-        return bool(of_session)
+        return bool(of_session) or any(known)
 
 
 def _size(kept: Kept) -> int:
-    return kept.bytes + _LEAST_BYTES
+    return kept.bytes + sum(map(len, kept.session_ids)) + _LEAST_BYTES
