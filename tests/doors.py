@@ -42,6 +42,8 @@ class Outcome:
     error: str | None = None
     """As `/ws` calls it."""
     message: str = ""
+    status: int | None = None
+    """Of HTTP, if the error was given with one."""
     retry_ms: int | None = None
     cached: int = 0
     prompt_tokens: int = 0
@@ -139,6 +141,7 @@ class _Http(Visitor):
                     if answer.status_code != 200:
                         error = json.loads(await answer.aread())["error"]
                         outcome.fail(error["code"], error["message"], answer.headers.get("retry-after-ms"))
+                        outcome.status = answer.status_code
                     elif self.streams:
                         async for line in answer.aiter_lines():
                             if line.startswith("data: {"):
@@ -265,6 +268,7 @@ class _Socket(Visitor):
         except websockets.InvalidStatus as refused:
             error = json.loads(refused.response.body or b"")["error"]
             self.last.fail(error["code"], error["message"], refused.response.headers.get("retry-after-ms"))
+            self.last.status = refused.response.status_code
             self.closed.set()
         else:
             self._task(self._read())
@@ -305,6 +309,7 @@ class _Socket(Visitor):
             outcome = self.exchange.outcome
             outcome.error = outcome.error or self.last.error
             outcome.message = outcome.message or self.last.message
+            outcome.status = outcome.status or self.last.status
             outcome.retry_ms, outcome.closed = outcome.retry_ms or self.last.retry_ms, self.last.closed
             self.exchange.over.set()
 
@@ -353,6 +358,7 @@ class ResponsesSocket(_Socket):
             outcome = self.last if exchange is None or exchange.over.is_set() else exchange.outcome
             error = event["error"]
             outcome.fail(error["code"], error["message"], event.get("headers", {}).get("retry-after-ms"))
+            outcome.status = event["status"]
         if exchange is None:
             return
         take_event(exchange, event)
