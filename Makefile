@@ -6,7 +6,7 @@
 # make test-systemd, make test-nix   test the units on real systemd (root), the flake on real Nix
 # make lint      runs ruff, mypy, import-linter and the check of the locks
 # make test-browser  runs the browser client and the playground in headless Chromium (needs Debian's chromium)
-# make test-clients  installs other people's clients, and runs them against the service (tests/clients/README.md)
+# make test-clients  installs other people's clients, a load generator too, and runs them against the service (tests/clients/README.md)
 # make audit     looks for known vulnerabilities of the locked packages (network; ARGS: of pip-audit)
 # make sbom      writes a bill of materials of this machine's environment, dist/ENV.cdx.json (CycloneDX)
 # make image     packs ENV into an OCI archive of three layers, dist/yap-text-ENV.oci.tar (root; IMAGE_USER, MIRROR)
@@ -39,6 +39,7 @@ SIZE_test := 100 MB, half a minute
 SIZE_browser := 50 MB to download, 165 MB installed
 SIZE_audit := 60 MB, half a minute
 SIZE_clients := 220 MB to download, 750 MB installed, half a minute
+SIZE_load := 140 MB to download, 630 MB installed, half a minute
 
 .PHONY: serve quantize install rollback test test-systemd test-nix test-clients test-browser lint lock audit sbom image tables units clean venv venv-test venv-clients
 
@@ -173,13 +174,13 @@ clean:
 
 venv: $(VENV)/project
 venv-test: $(CPU)/project $(CPU)/test.txt $(CPU)/llmcompressor/lock.txt .venv/audit/lock.txt
-venv-clients: .venv/clients/lock.txt
+venv-clients: .venv/clients/lock.txt .venv/load/lock.txt
 
 # A stamp is a copy of the lock that the venv holds. It is written last, so that an interrupted install leaves none, and
 # compared, so that a checkout that only touches the lock installs nothing. Static patterns: make would delete the
 # intermediate files of an implicit chain.
 
-$(VENVS:%=%/lock.txt) .venv/audit/lock.txt .venv/clients/lock.txt: .venv/%/lock.txt: nix/lock/%.txt
+$(VENVS:%=%/lock.txt) .venv/audit/lock.txt .venv/clients/lock.txt .venv/load/lock.txt: .venv/%/lock.txt: nix/lock/%.txt
 	@if cmp -s $< $@; then touch $@; exit; fi
 	$(SETUP)
 	needs $*

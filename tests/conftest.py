@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import websockets
+from documented import Documented, fault_of
 from fakes import ScriptedEngine
 
 from yaptext.dialogue.runtime import Runtime
@@ -145,6 +146,7 @@ async def talking(
         for socket, _ in talk.open:
             socket.reading.set()
             socket.leave()
+    assert [fault for socket, _ in talk.open for fault in map(fault_of, socket.frames) if fault is not None] == []
 
 
 def check_frames(frames: list[Frame], *, decides: bool = True) -> None:
@@ -200,11 +202,13 @@ class Running:
 
 @asynccontextmanager
 async def service(engines: Engines, **variables: Any) -> AsyncIterator[Running]:
-    """The whole service in this process, over the given engines; on a free port unless `PORT` is given."""
+    """The whole service in this process, over the given engines; on a free port unless `PORT` is given. What it sends
+    has to be what it publishes."""
     variables.setdefault("YAP_TEXT_STATE_DIR", "/nonexistent")  # tests must not touch the user's own state
     settings = Settings.load(**{"PORT": 0} | variables)
     lifecycle = Lifecycle()
-    server = Server(create_app(settings, open_engines=lambda _: engines, lifecycle=lifecycle), settings, lifecycle)
+    app = Documented(create_app(settings, open_engines=lambda _: engines, lifecycle=lifecycle))
+    server = Server(app, settings, lifecycle)
     task = asyncio.create_task(server._serve())
     try:
         while not server.started:
@@ -214,6 +218,7 @@ async def service(engines: Engines, **variables: Any) -> AsyncIterator[Running]:
     finally:
         lifecycle.exit_requested.set()
         await task
+    assert app.faults == []
 
 
 @pytest.fixture(autouse=True)

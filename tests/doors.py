@@ -357,7 +357,7 @@ class ResponsesSocket(_Socket):
         if event["type"] == "error":
             outcome = self.last if exchange is None or exchange.over.is_set() else exchange.outcome
             error = event["error"]
-            outcome.fail(error["code"], error["message"], event.get("headers", {}).get("retry-after-ms"))
+            outcome.fail(error["code"], error["message"], error.get("headers", {}).get("retry-after-ms"))
             outcome.status = event["status"]
         if exchange is None:
             return

@@ -425,7 +425,10 @@ def test_writing_under_another_python_is_refused(
 
 @pytest.mark.parametrize(
     ("python", "written"),
-    [("3.11", ["serve-cpu", "audit", "clients", "uv", "test", "llmcompressor", "browser"]), ("3.12", ["serve-cuda"])],
+    [
+        ("3.11", ["serve-cpu", "audit", "clients", "load", "uv", "test", "llmcompressor", "browser"]),
+        ("3.12", ["serve-cuda"]),
+    ],
 )
 def test_each_python_writes_the_locks_that_are_for_it(
     monkeypatch: pytest.MonkeyPatch, copy: Path, python: str, written: list[str]

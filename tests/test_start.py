@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -138,6 +140,48 @@ def test_a_person_at_a_terminal_reads_plain_lines(tmp_path: Path) -> None:
     os.close(master)
     assert ended.returncode == 2 and screen.startswith("yap-text: TOOLS_FILE='/nowhere.json'"), screen
     assert screen.count("\n") == 2 and screen.rstrip().endswith("yap-text doctor")
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, r"Yap Text serves on (http://127\.0\.0\.1:\d+) - open it in a browser\. Ctrl-C stops it\."),
+        (
+            {"HOST": "0.0.0.0", "YAP_TEXT_API_KEY": "a-key"},
+            r"serves on (http://127\.0\.0\.1:\d+) - open it in a browser",
+        ),
+        ({"HOST": "::1"}, r"serves on (http://\[::1\]:\d+) - open"),
+        ({"PLAYGROUND": "0"}, r"Yap Text serves on (http://127\.0\.0\.1:\d+)\. Ctrl-C"),
+    ],
+)
+def test_a_person_at_a_terminal_reads_where_to_go(tmp_path: Path, variables: dict[str, str], told: str) -> None:
+    """In the last line, when the service is ready; it is the address of the page."""
+    master, slave = pty.openpty()
+    environment = os.environ | {"PORT": "0", "YAP_TEXT_STATE_DIR": str(tmp_path)} | variables
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    with subprocess.Popen([sys.executable, *FRONT_END], env=environment, stdout=slave, stderr=slave) as process:
+        os.close(slave)
+        screen = ""
+        while "Ctrl-C stops it." not in screen:
+            screen += os.read(master, 65_536).decode()
+        (url,) = re.findall(told, screen)
+        answer = httpx2.get(url, headers={"Accept": "text/html"}, trust_env=False)
+        assert answer.status_code == (404 if "PLAYGROUND" in variables else 200)
+        assert screen.rstrip().splitlines()[-1].startswith("Yap Text serves on"), screen
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    os.close(master)
+
+
+@pytest.mark.subprocess
+def test_a_log_that_is_no_terminal_has_only_events(tmp_path: Path) -> None:
+    """Programs read it, journald's among them."""
+    with serving(tmp_path / "log", FRONT_END, "k", YAP_TEXT_STATE_DIR=str(tmp_path)) as process:
+        process.wait_ready()
+        assert httpx2.get(f"{process.http}/readyz", trust_env=False).status_code == 200
+        for line in process.output.splitlines():
+            json.loads(line)
 
 
 # Whether systemd tries again

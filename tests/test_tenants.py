@@ -25,7 +25,7 @@ from yaptext.server.access import keyfile
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 STATIC = {"/client.js", "/client.d.ts", "/playground/app.js", "/playground/style.css", "/playground/icon.svg"}
 OPEN = STATIC | {"/healthz", "/livez", "/readyz", "/asyncapi.json"}
-ROUTES = [*sorted(OPEN), "/status", "/metrics", "/ticket", "/ws", "/nowhere"]
+ROUTES = [*sorted(OPEN), "/status", "/metrics", "/ticket", "/playground/prompt", "/ws", "/nowhere"]
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"]
 
 
@@ -126,7 +126,7 @@ async def test_no_route_and_no_method_is_open_to_an_unfit_key(
                 status, body = await ask(running, method, path.encode() + query, header, b"X-Forwarded-For: 192.0.2.1")
                 if path in ("/ws", "/nowhere"):
                     wanted = 404
-                elif method not in (["POST"] if path == "/ticket" else ["GET", "HEAD"]):
+                elif method not in (["POST"] if path in ("/ticket", "/playground/prompt") else ["GET", "HEAD"]):
                     wanted = 405
                 else:
                     wanted = 200 if path in OPEN else 401

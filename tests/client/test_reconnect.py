@@ -60,7 +60,7 @@ async def test_a_restart_of_the_service_resumes_the_session(tmp_path: Path, monk
         with pytest.raises(GoingAway) as raised:  # a turn that the drain cut ends first
             await turn.result()
             await yap.ping()
-            await yap.turn("more").begin()
+            await yap.get_session()
         lost_at = time.monotonic()
         assert raised.value.retryable and raised.value.retry_after_ms
         assert running.server.drained is not None

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from clients.transcript import Pages
 from conftest import Running, service
 from fakes import Script, ScriptedEngine
 from faults.process import Process, serving
@@ -23,6 +24,8 @@ from yaptext.engine.base import Engines
 KEY = "a-key-for-clients"
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv" / "clients"
+LOAD = ROOT / ".venv" / "load"
+TRANSCRIPTS = os.environ.pop("YAP_TEXT_TRANSCRIPTS", "")  # the service takes it for a misspelt setting
 CALL = '[{"name":"get_weather","arguments":{"place":"Oslo"}}]'
 
 
@@ -34,17 +37,18 @@ async def step() -> None:
 @dataclass
 class Target:
     """A service, by what its users know of it. `engine` and `inside` are the scripted engine and its service,
-    `process` is real vLLM."""
+    `process` is real vLLM, whose conversations are written to `pages`."""
 
     http: str
     engine: ScriptedEngine | None = None
     process: Process | None = None
     inside: Running | None = None
+    pages: Pages | None = None
 
-    def environment(self, home: Path, key: str = KEY) -> dict[str, str]:
+    def environment(self, home: Path, key: str = KEY, venv: Path = VENV) -> dict[str, str]:
         """What a client finds: an address, a key, and nothing of this machine's own."""
         return {
-            "PATH": f"{VENV / 'bin'}:/usr/bin:/bin",
+            "PATH": f"{venv / 'bin'}:/usr/bin:/bin",
             "HOME": str(home),
             "OPENAI_BASE_URL": f"{self.http}/v1",
             "OPENAI_API_KEY": key,
@@ -58,6 +62,10 @@ class Target:
         async with httpx.AsyncClient(headers={"X-API-Key": KEY}, trust_env=False) as client:
             status = (await client.get(f"{self.http}/status")).json()
         return sum(engine["running"] for engine in status["engines"].values())
+
+    def finished(self) -> list[dict[str, Any]]:
+        """What real vLLM's service logged of its turns."""
+        return self.process.events("turn.finished") if self.process else []
 
     def refused(self) -> float:
         """Requests so far that found no slot."""
@@ -86,11 +94,16 @@ def demo(state_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield process
 
 
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
+    return Pages(Path(TRANSCRIPTS).resolve() if TRANSCRIPTS else tmp_path_factory.mktemp("transcripts"))
+
+
 @pytest_asyncio.fixture(params=["scripted", pytest.param("vllm", marks=[pytest.mark.engine, pytest.mark.timeout(600)])])
 async def target(request: pytest.FixtureRequest) -> AsyncIterator[Target]:
     if request.param == "vllm":
         process: Process = request.getfixturevalue("demo")
-        yield Target(process.http, process=process)
+        yield Target(process.http, process=process, pages=request.getfixturevalue("pages"))
         return
     async with scripted() as found:
         yield found
@@ -125,6 +138,10 @@ class Client:
         await self.until("end")
         return self.told
 
+    def add(self, text: str) -> None:
+        """What the test saw, for the transcript."""
+        self.told.append({"what": "seen", "text": text})
+
     def of(self, what: str) -> list[dict[str, Any]]:
         return [line for line in self.told if line["what"] == what]
 
@@ -153,12 +170,14 @@ async def client(name: str, scenario: str, target: Target, folder: Path, *, key:
         rest, _ = await process.communicate()
         found.transcript += rest.decode(errors="replace")
         (folder / f"{name}-{scenario}.jsonl").write_text(found.transcript, encoding="utf-8")
+        if target.pages is not None:
+            target.pages.add(name, scenario, found.told)
         print(f"--- {name}, {scenario}\n{found.transcript}")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _installed() -> None:
-    if not (VENV / "lock.txt").exists():
+    if not all((venv / "lock.txt").exists() for venv in (VENV, LOAD)):
         if os.environ.get("CI"):
             pytest.fail("make venv-clients installs what this runs")
         pytest.skip("make venv-clients installs what this runs")

@@ -12,7 +12,7 @@ from clients.conftest import KEY, ROOT, VENV, scripted
 pytestmark = [pytest.mark.clients, pytest.mark.subprocess]
 PAGE = ROOT / "yaptext" / "server" / "openai" / "README.md"
 _CONNECT = re.compile(r"^## Connect\n(.*?)(?=^## |\Z)", re.M | re.S)
-_EXAMPLE = re.compile(r"^### (\w+).*?^```(\w+)\n(.*?)^```", re.M | re.S)
+_EXAMPLE = re.compile(r"^### ([^\n]+)$.*?^```(\w+)\n(.*?)^```", re.M | re.S)
 EXAMPLES = {
     name: (language, text)
     for section in _CONNECT.findall(PAGE.read_text(encoding="utf-8"))
@@ -22,17 +22,20 @@ EXAMPLES = {
 
 def test_there_is_an_example_for_each_client() -> None:
     """Those that the other tests run, and curl."""
-    assert set(EXAMPLES) == {"curl", "openai", "LiteLLM", "llm", "LiveKit", "Pipecat"}
+    chat = {"curl", "openai", "LiteLLM", "llm", "LiveKit Agents", "Pipecat"}
+    responses = {"openai, responses", "openai, a socket of responses"}
+    responses |= {"LiveKit Agents, responses", "Pipecat, responses"}
+    assert set(EXAMPLES) == chat | responses
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 async def test_each_example_gets_an_answer(name: str, tmp_path: Path) -> None:
     """As it stands, but for address and key."""
     language, text = EXAMPLES[name]
-    assert text.count("http://127.0.0.1:8000") == text.count("yap_token") == 1
+    assert "//127.0.0.1:8000/v1" in text and text.count("yap_token") == 1
     shell = ("/bin/bash", "-euo", "pipefail", "-c") if language == "bash" else (str(VENV / "bin" / "python"), "-c")
     async with scripted() as target:
-        text = text.replace("http://127.0.0.1:8000", target.http).replace("yap_token", KEY)
+        text = text.replace("//127.0.0.1:8000", target.http.removeprefix("http:")).replace("yap_token", KEY)
         environment = target.environment(tmp_path)
         del environment["OPENAI_BASE_URL"], environment["OPENAI_API_KEY"]
         process = await asyncio.create_subprocess_exec(

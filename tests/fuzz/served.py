@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+from documented import Documented
 from fakes import Script, ScriptedCodec, ScriptedEngine
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -25,6 +27,8 @@ from yaptext.server.app import create_app
 from yaptext.server.lifecycle import Lifecycle
 from yaptext.server.process import Server
 from yaptext.settings import Settings
+
+_log = structlog.get_logger(__name__)
 
 
 async def _step() -> None:
@@ -80,6 +84,14 @@ def _memory_mb(name: str) -> float:
     return int(Path("/proc/self/status").read_text().partition(name)[2].split()[0]) / 1024
 
 
+class Logged(Documented):
+    """What the service sends that its documents do not allow is a fault in its log."""
+
+    def note(self, what: str, fault: str | None) -> None:
+        if fault is not None:
+            _log.error("answer.undocumented", what=what, fault=fault[:500])
+
+
 class Told(Server):
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets=sockets)
@@ -94,7 +106,7 @@ def main() -> None:
     engine = Forgetful(codec=Characters(max_model_len=32_768))
     app = create_app(settings, open_engines=lambda _: Engines(chat=engine, tool=engine), lifecycle=lifecycle)
     app.routes.append(Route("/inside", inside))
-    Told(app, settings, lifecycle).run()
+    Told(Logged(app), settings, lifecycle).run()
 
 
 if __name__ == "__main__":

@@ -227,9 +227,9 @@ def target(folder: Path, command: list[str] | None = None, **variables: Any) -> 
 
 
 @contextmanager
-def watched(aim: Target) -> Iterator[Sentinel]:
+def watched(aim: Target, key: str = "yap_token") -> Iterator[Sentinel]:
     """A sentinel is served while the block runs. It is connected before: no attack is in the way of its handshake."""
-    sentinel, stop = Sentinel(Client(aim.port)), threading.Event()
+    sentinel, stop = Sentinel(Client(aim.port, key=key)), threading.Event()
     thread = threading.Thread(target=sentinel.run, args=(stop,))
     thread.start()
     try:

@@ -38,7 +38,8 @@ METHODS = [b"GET"] * 30 + [
 ]
 TARGETS = [
     b"/ws", b"/ws", b"/ws?api_key=yap_token", b"/healthz", b"/livez", b"/readyz", b"/status", b"/metrics",
-    b"/asyncapi.json",
+    b"/asyncapi.json", b"/openapi.json", b"/docs", b"/v1/models", b"/v1/models/a%0ab", b"/v1/chat/completions",
+    b"/playground/prompt",
     b"/", b"", b"*", b"/ws/", b"//ws", b"/%00", b"/%", b"/%ff%fe", b"/\xc3\xa9", b"/\xff", b"/ws\xe9",
     b"/../../etc/passwd",
     b"http://x/ws", b"http://[::1", b"x:99999/", b"/" + b"a" * 9000, b"/?" + b"a=b&" * 5000,

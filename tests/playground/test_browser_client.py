@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import websockets
 from conftest import Running, service, until
 from fakes import Gate, Script, ScriptedEngine, at_once
+from other_server import ACK, TURN, serving
 
 from yaptext.engine.base import Engine, Engines
 from yaptext.server import lifecycle
@@ -407,6 +409,121 @@ async def test_a_page_of_another_site_imports_it(tab: Any) -> None:
             script = "async (ticket) => (await (await c.connect({ ticket: () => ticket })).turn('hi').done).text"
             assert await tab.page.evaluate(script, ticket) == "Hello there."
             await tab.page.goto("about:blank")
+
+
+# --- a service, or a page, that does what it should not
+
+
+async def test_a_frame_that_cannot_be_read_ends_the_turn(tab: Any) -> None:
+    """It does not hang, nothing is thrown into the page, and the next turn finds another socket. What is known of no
+    type, or answers nothing, is ignored."""
+    for wrong in ("{", "null", "[1]", '"text"', '{"turn":1}'):
+        came = 0
+
+        async def talk(socket: websockets.ServerConnection, wrong: str = wrong) -> None:
+            nonlocal came
+            came += 1
+            await socket.recv()
+            for frame in ({"type": "turn"}, {"type": "mood", "turn": 1}, {"type": "set_persona"}):
+                await socket.send(json.dumps(frame))
+            if came == 1:
+                await socket.send(json.dumps(ACK))
+                await socket.send(wrong)
+                await socket.wait_closed()
+            for frame in TURN:
+                await socket.send(json.dumps(frame))
+            await socket.wait_closed()
+
+        async with site(tab, ScriptedEngine()), serving(talk) as url:
+            found = await run(
+                tab,
+                """
+                const yap = await connect({ url: "URL", ticket: () => "t" });
+                const lost = await yap.turn("hi").done.catch(failure);
+                const { text } = await yap.turn("again").done;
+                yap.close();
+                return { lost, text };
+                """.replace("URL", url),
+            )
+        assert found["lost"]["code"] == "connection_lost" and "cannot be read" in found["lost"]["message"], wrong
+        assert found["text"] == "a"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_network_that_is_silent_is_noticed(tab: Any, begun: bool) -> None:
+    """A browser keeps a socket whose network is gone. The service answers what it is asked at once: without that the
+    client takes another socket. In a turn it asks after a silence; a service that is only slow is not left."""
+    came = 0
+
+    async def talk(socket: websockets.ServerConnection) -> None:
+        nonlocal came
+        came += 1
+        async for frame in socket:
+            starts = json.loads(frame)["type"] == "start"
+            if came > 1 and starts:
+                await socket.send(json.dumps(ACK))
+                answering.append(asyncio.create_task(answer(socket)))
+            elif came > 1 or (begun and len(asked) < 2):
+                asked.append(frame)
+                for each in TURN[:2] if starts else [{"type": "pong"}]:
+                    await socket.send(json.dumps(each))
+
+    async def answer(socket: websockets.ServerConnection) -> None:
+        await asyncio.sleep(1.2)  # four times as long as the client waits for a network
+        for each in TURN[1:]:
+            await socket.send(json.dumps(each))
+
+    asked: list[Any] = []
+    answering: list[Any] = []
+    async with site(tab, ScriptedEngine()), serving(talk) as url:
+        found = await run(
+            tab,
+            """
+            const states = [];
+            const onstate = ({ state }) => states.push(state);
+            const yap = await connect({ url: "URL", ticket: () => "t", timeoutMs: 300, onstate });
+            const begun = performance.now();
+            const turn = yap.turn("hi");
+            if (!BEGUN) turn.cancel();
+            const lost = await turn.done.catch(failure);
+            const ms = performance.now() - begun;
+            const { text } = await yap.turn("again").done;
+            await new Promise((resolve) => setTimeout(resolve, 600));
+            yap.close();
+            return { lost, ms, text, states };
+            """.replace("URL", url).replace("BEGUN", json.dumps(begun)),
+        )
+    assert (found["lost"]["code"], found["lost"]["retryable"]) == ("connection_lost", True)
+    assert 250 < found["ms"] < 10_000 and found["text"] == "a" and came == 2
+    assert found["states"] == ["connecting", "connected", "disconnected", "connecting", "connected", "closed"]
+
+
+async def test_a_callback_that_throws_stops_nothing(tab: Any) -> None:
+    """The page hears of it as of any error."""
+    tab.allowed = ("mine",)
+    async with site(tab, ScriptedEngine()) as running:
+        script = """
+            let gone;
+            const left = new Promise((resolve) => { gone = resolve; });
+            const yap = await connect({ key, onstate: ({ state }) => {
+                if (state === "disconnected") gone();
+                throw new Error("mine");
+            } });
+            const first = await yap.turn("hi").done;
+            window.ready();
+            await left;
+            const second = await yap.turn("hi").done;
+            return [first.text, second.text];
+        """
+        ready = asyncio.Event()
+        await tab.page.expose_function("ready", ready.set)
+        finding = asyncio.ensure_future(run(tab, script))
+        await asyncio.wait_for(ready.wait(), 20)
+        for connection in list(running.server.server_state.connections):
+            if "WebSocket" in type(connection).__name__:
+                connection.transport.abort()
+        assert await finding == ["Hello there.", "Hello there."]
+    assert any("mine" in text for text in tab.complaints)
 
 
 @pytest.mark.skipif(not shutil.which("npm"), reason="there is no npm, which has TypeScript")

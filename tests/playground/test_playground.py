@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socket
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -14,8 +16,9 @@ import pytest
 from conftest import Running, service, until
 from fakes import Gate, Script, ScriptedEngine
 
-from yaptext.engine.base import Engine, Engines
+from yaptext.engine.base import WARM, Engine, Engines
 from yaptext.server import lifecycle
+from yaptext.server.opening import Opening
 
 WEATHER = [{"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
 CALL = '[{"name":"get_weather","arguments":{"city":"Oslo"}}]'
@@ -168,6 +171,30 @@ async def test_the_page_survives_a_restart(
         await person.page.goto("about:blank")
 
 
+async def test_a_page_that_is_opened_during_a_start_becomes_the_playground(tab: Any, person: Person) -> None:
+    """It says how far the start is, also to a screen reader, and that the service is away if it is; then a person
+    writes to it without having done anything."""
+    from axe_playwright_python.async_playwright import Axe
+
+    tab.allowed = ("503", "ERR_CONNECTION_REFUSED")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with Opening([listener], expected_s=None):
+            await person.page.goto(f"http://127.0.0.1:{port}/")
+            await person.sees("[role=status]", "The service is starting.")
+            for scheme in ("light", "dark"):
+                await person.page.emulate_media(color_scheme=scheme)
+                found = (await Axe().run(person.page)).response["violations"]
+                assert [fault["id"] for fault in found] == []
+    await person.sees("[role=status]", "The service does not answer.")
+    engine = ScriptedEngine()
+    async with service(Engines(chat=engine, tool=engine), PORT=port):
+        await person.sees("#state", "Connected")
+        await person.says("hi")
+        await person.sees(".assistant:not(.running)", "Hello there.")
+        await person.page.goto("about:blank")
+
+
 async def test_a_tool_call_with_its_result(person: Person) -> None:
     """The page shows the call, asks for its result, and the reply follows. Wrong JSON is named at its field."""
     engine = ScriptedEngine(decision=Script([CALL]))
@@ -210,6 +237,51 @@ async def test_persona_and_history_reach_the_model(person: Person) -> None:
         assert "and now?" in again, "the history was not sent again"
 
 
+async def test_the_prompt_is_shown_on_demand(tab: Any, person: Person) -> None:
+    """For the message that is being written, with the fields as they are, and for no other: it is what the models then
+    get, as text or as token ids. A refusal is named; a ticket shows none."""
+    engine = ScriptedEngine()
+    async with visiting(person, engine):
+        await person.sees("#state", "Connected")
+        await person.page.click("summary:has-text('Persona')")
+        await person.page.fill("#persona-text", "You are a lighthouse.")
+        await person.page.click("summary:has-text('History')")
+        await person.page.fill("#history", "User: is it dark?\nAssistant: It is.")
+        await person.page.click("summary:has-text('Prompt of')")
+        await person.page.fill("#utterance", "and <b>now</b>?")
+        before = len(engine.requests)
+        await person.page.click("#show-prompt")
+        await person.sees("#prompt-chat", "and <b>now</b>?")
+        assert len(engine.requests) == before and not await person.messages()
+        shown = {role: await person.page.text_content(f"#prompt-{role}") for role in ("chat", "tool")}
+        await person.page.check("#as-ids")
+        ids = {role: (await person.text(f"#prompt-{role}")).split() for role in ("chat", "tool")}
+        assert "tokens; the first" in await person.text("#prompt-chat-facts")
+        await person.page.press("#utterance", "Enter")
+        await person.sees(".assistant:not(.running)", "Hello there.")
+        for sent, sampling, priority in engine.requests[before:]:
+            role = "chat" if sampling.json_schema is None else "tool"
+            if priority != WARM:
+                clock = r"\w+, \d\d:\d\d"  # a minute may have passed
+                assert re.sub(clock, "", shown.pop(role)) == re.sub(clock, "", engine.decode(sent))
+                assert len(ids[role]) == len(sent)
+        assert not shown
+        await person.page.uncheck("#as-ids")
+        await person.page.click("#show-prompt")
+        await person.sees("#prompt-chat", "(The user is silent. Go on.)")
+        assert await person.text("#prompt-tool-facts") == "It is not asked."
+        tab.allowed = ("400",)
+        await person.page.fill("#style", "nonsense")
+        await person.page.fill("#persona-text", "")
+        await person.page.click("#show-prompt")
+        await person.sees("#prompt-error", "known are")
+        assert await person.page.locator("#prompts").is_hidden()
+        await person.page.click("summary:has-text('Connection')")
+        await person.page.check("input[value=ticket]")
+        await person.page.click("#show-prompt")
+        await person.sees("#prompt-error", "This takes a key")
+
+
 async def test_axe_finds_nothing(tab: Any, person: Person) -> None:
     """In light and dark, wide and on a phone, with every part open, a conversation, an error and a call to answer. A
     phone's page is no wider than the phone."""
@@ -226,6 +298,11 @@ async def test_axe_finds_nothing(tab: Any, person: Person) -> None:
         await person.page.fill("#style", "nonsense")
         await person.says("hi")
         await person.sees(".failed", "unknown_persona")
+        await person.page.fill("#style", "")
+        await person.page.fill("#utterance", "hi")
+        await person.page.click("#show-prompt")
+        await person.sees("#prompt-chat", "is it cold in Oslo?")
+        await person.sees("#prompt-tool", "get_weather")
         for scheme in ("light", "dark"):
             for width in (1280, 360):
                 await person.page.emulate_media(color_scheme=scheme)

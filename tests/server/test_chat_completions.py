@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -143,6 +144,23 @@ async def test_a_reply_is_of_the_schema_that_was_asked_for() -> None:
         assert json.loads(engine.requests[-1][1].json_schema or "") == schema
 
 
+async def test_log_probabilities_come_with_the_end_of_a_reply() -> None:
+    told = [{"Hello": 0.75, "Hi": 0.25}, {" there": 1.0}, {".": 0.5, "!": 0.5}]
+    async with door(Script(alternatives=told)) as (client, engine, _):
+        whole = (await ask(client, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"]
+        *_, chunk, _ = await events(client, logprobs=True, top_logprobs=2)
+        assert chunk["choices"][0]["logprobs"]["content"] == whole
+        assert [entry["token"] for entry in whole] == ["Hello", " there", "."]
+        assert whole[0]["logprob"] == pytest.approx(math.log(0.75)) and whole[0]["bytes"] == list(b"Hello")
+        assert [entry["token"] for entry in whole[0]["top_logprobs"]] == ["Hello", "Hi"]
+        response = await client.post(
+            "/v1/responses", json={"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+        )
+        assert response.json()["output"][0]["content"][0]["logprobs"] == whole
+        assert {sampling.alternatives for _, sampling, _ in engine.requests if not sampling.json_schema} == {2}
+        assert (await ask(client))["choices"][0]["logprobs"] is None
+
+
 # --- the conversation
 
 
@@ -222,6 +240,8 @@ async def test_a_yes_is_a_call_and_a_no_is_a_reply() -> None:
         assert found["finish_reason"] == "tool_calls" and found["message"]["content"] is None
         (call,) = found["message"]["tool_calls"]
         assert call["type"] == "function" and json.loads(call["function"]["arguments"]) == {"place": "Oslo"}
+        usage = (await ask(client, tools=[WEATHER]))["usage"]
+        assert usage["completion_tokens"] == 1 and usage["total_tokens"] == usage["prompt_tokens"] + 1 > 20
     async with door() as (client, _, _):
         assert (await ask(client, tools=[WEATHER]))["choices"][0]["message"]["content"] == "Hello there."
 
@@ -252,6 +272,16 @@ async def test_after_a_result_comes_the_answer_without_a_decision() -> None:
         assert (answer["finish_reason"], answer["message"]["content"]) == ("stop", "Hello there.")
         assert [sampling.json_schema for _, sampling, _ in engine.requests] == [None]
         assert "4 degrees" in prompts(engine)[-1]
+
+
+async def test_a_result_that_names_no_call_is_that_of_the_only_one() -> None:
+    async with door() as (client, engine, _):
+        result = {"role": "tool", "content": "4 degrees"}
+        await ask(client, ("user", "a"), called("f", "1"), result)
+        assert "4 degrees" in prompts(engine)[-1]
+        two = called("f", "1") | {"tool_calls": called("f", "1")["tool_calls"] + called("g", "2")["tool_calls"]}
+        await ask(client, ("user", "a"), two, result)
+        assert "4 degrees" not in prompts(engine)[-1] and prompts(engine)[-1].count("(no result)") == 2
 
 
 async def test_a_call_without_its_result_is_repaired() -> None:
@@ -319,7 +349,7 @@ OTHER = {"type": "function", "function": {"name": "x"}}
         ({"model": "gpt-9"}, 404, "model_not_found", "model", "'gpt-9' does not exist; there are chat, scripted"),
         ({"messages": LONG}, 400, "context_length_exceeded", "messages", "USER_UTT_MAX_TOKENS"),
         ({"tools": [{"type": "function", "function": {}}]}, 400, "invalid_value", None, "name"),
-        ({"logprobs": True}, 400, "invalid_value", "logprobs", "logprobs"),
+        ({"top_logprobs": 2}, 400, "invalid_value", "top_logprobs", "top_logprobs needs logprobs"),
         ({"tools": [WEATHER], "tool_choice": OTHER}, 400, "invalid_value", "tool_choice", "'x'"),
         ({"messages": IMAGE}, 400, "invalid_value", "messages", "image_url"),
     ],

@@ -15,11 +15,14 @@ import httpx2
 import pytest
 import websockets
 from conftest import Running
+from documented import body_fault
 from fakes import ScriptedEngine
 
 from yaptext import __version__
 from yaptext.engine.base import Engines
+from yaptext.engine.underway import Underway
 from yaptext.errors import StartError
+from yaptext.server import opening as opening_module
 from yaptext.server.app import create_app
 from yaptext.server.lifecycle import Lifecycle
 from yaptext.server.opening import Opening
@@ -48,7 +51,9 @@ def answer(client: socket.socket) -> tuple[int, dict[str, str], dict[str, Any]]:
     head, _, body = text.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     assert int(dict(line.split(": ") for line in lines)["Content-Length"]) == len(body)
-    return int(first.split()[1]), dict(line.split(": ") for line in lines), json.loads(body)
+    found = json.loads(body)
+    assert body_fault("Starting", found) is None
+    return int(first.split()[1]), dict(line.split(": ") for line in lines), found
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/healthz", "/ws?api_key=k", "/status", "/"])
@@ -159,3 +164,40 @@ async def test_a_port_that_is_taken_is_told_before_the_engines_open(listener: so
     server = Server(create_app(settings, open_engines=open_engines, lifecycle=lifecycle), settings, lifecycle)
     with pytest.raises(StartError, match=f"PORT={settings.port}.*in use"):
         await server._serve()
+
+
+BROWSER = "Accept: text/html,application/xhtml+xml,*/*;q=0.8"
+
+
+def page(listener: socket.socket, head: str) -> tuple[str, str]:
+    """Head and body."""
+    with socket.create_connection(listener.getsockname(), timeout=10) as client:
+        client.sendall(head.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+        text = b""
+        while came := client.recv(10_000):
+            text += came
+    found, _, body = text.decode().partition("\r\n\r\n")
+    return found, body
+
+
+def test_a_browser_gets_a_page_that_says_how_far_the_start_is(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At `/`, for HTML alone, with the status and the header that others get, and a policy as strict as the page's."""
+    with Opening([listener], expected_s=28.4):
+        head, body = page(listener, f"GET /?a=b HTTP/1.1\nHost: a\n{BROWSER}")
+        assert head.startswith("HTTP/1.1 503 ") and "\r\nRetry-After: 2" in head and "\r\nVary: Accept" in head
+        assert f"\r\nContent-Length: {len(body.encode())}\r\n" in head and "text/html; charset=utf-8" in head
+        policy = head.partition("Content-Security-Policy: ")[2].partition("\r\n")[0]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert "The service is starting.<" in body and "MESSAGE" not in body
+        monkeypatch.setattr(opening_module, "underway", lambda: Underway(1_500_000_000, 3_000_000_000, None))
+        assert "It downloads its models: 1.5 GB of 3.0 GB." in page(listener, f"GET / HTTP/1.1\n{BROWSER}")[1]
+        for head in (
+            f"GET /status HTTP/1.1\n{BROWSER}",
+            "GET / HTTP/1.1\nAccept: */*",
+            "GET /readyz HTTP/1.1\nX: text/html",
+        ):
+            assert json.loads(page(listener, head)[1])["status"] == "starting"
+    with Opening([listener], expected_s=None, page=False):
+        assert json.loads(page(listener, f"GET / HTTP/1.1\n{BROWSER}")[1])["status"] == "starting"

@@ -307,6 +307,29 @@ async def test_a_cancel_before_the_first_event_counts() -> None:
         assert (await socket.until(*ENDS))[-1]["response"]["status"] == "cancelled"
 
 
+async def test_a_cancel_of_the_response_before_ends_one_whose_id_its_client_has_not_read() -> None:
+    gate = Gate()
+    async with door() as (_, engine, running), connected(running) as socket:
+        before = (await socket.ask())[-1]["response"]["id"]
+        engine.chat = Script(["a"] * 50, pace=gate)
+        await socket.create()
+        await socket.cancel(before)
+        assert (await socket.until(*ENDS))[-1]["response"]["status"] == "cancelled"
+
+
+async def test_a_cancel_that_comes_late_does_not_end_a_response_that_waited_meanwhile() -> None:
+    gate = Gate()
+    async with door(Script(pace=gate)) as (_, engine, running), connected(running) as socket:
+        await socket.create()
+        await socket.create()
+        gate.step(3)
+        first = (await socket.until(*ENDS))[-1]["response"]["id"]
+        await until(lambda: engine.running == 1)
+        await socket.cancel(first)
+        gate.step(3)
+        assert (await socket.until(*ENDS))[-1]["response"]["status"] == "completed"
+
+
 async def test_a_socket_that_closes_ends_its_response() -> None:
     gate = Gate()
     async with door(Script(["a"] * 50, pace=gate)) as (_, engine, running):
@@ -338,6 +361,18 @@ async def test_over_the_limit_of_waiting_responses_one_is_refused() -> None:
         assert (event["status"], event["error"]["code"]) == (429, "rate_limit_exceeded")
         gate.step(100)
         assert len([await socket.until("response.completed") for _ in range(9)]) == 9
+
+
+async def test_an_error_says_when_to_try_again_where_the_official_client_reads_it(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"a sha256:{hashlib.sha256(b'a').hexdigest()} turns_per_minute=1\n")
+    keys.chmod(0o600)
+    async with door(YAP_TEXT_KEY_FILE=str(keys)) as (_, _, running), connected(running, "a") as socket:
+        await socket.ask()
+        (event,) = await socket.ask()
+        assert event["status"] == 429
+        headers = event["error"]["headers"]
+        assert 50_000 < int(headers["retry-after-ms"]) <= 60_000 and headers["retry-after"] == "60"
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from fuzz.frames import BASES, EDITS, NAMES, VALUES, dumps, edit
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jsonschema_rs import Draft202012Validator
 
 from yaptext import __version__
+from yaptext.errors import BadMessage
+from yaptext.wire import meanings
 from yaptext.wire.asyncapi import document
 from yaptext.wire.frames import (
     SERVER_MESSAGES,
@@ -25,6 +33,7 @@ from yaptext.wire.frames import (
     Warmed,
     encode,
 )
+from yaptext.wire.reading import decode
 
 SENT = {
     "start", "tool_result", "cancel", "warm_persona", "warm_history", "set_persona", "get_session", "forget", "ping",
@@ -65,6 +74,12 @@ FIELDS: dict[str, set[str]] = {
 }  # fmt: skip
 
 
+SENT_VALIDATOR = Draft202012Validator(
+    {"anyOf": [message["payload"] for tag, message in document()["components"]["messages"].items() if tag in SENT]}
+    | {"components": document()["components"]}
+)
+
+
 def resolve(ref: str) -> Any:
     """What a local `$ref` points at."""
     assert ref.startswith("#/")
@@ -97,16 +112,72 @@ def check(frame: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator({"$ref": ref, "components": document()["components"]}).validate(frame)
 
 
-def tags(operation: str) -> set[str]:
-    return {ref["$ref"].rsplit("/", 1)[1] for ref in document()["operations"][operation]["messages"]}
+def tags(operation: dict[str, Any]) -> set[str]:
+    return {ref["$ref"].rsplit("/", 1)[1] for ref in operation["messages"]}
 
 
 def test_every_message_of_the_protocol_is_in_the_document() -> None:
     """Each type stands in the components, in the channel and in the operation of its direction."""
     assert set(document()["components"]["messages"]) == SENT | RECEIVED
     assert set(document()["channels"]["ws"]["messages"]) == SENT | RECEIVED
-    assert tags("receive") == SENT
-    assert tags("send") == RECEIVED
+    operations = document()["operations"]
+    assert set(operations) == SENT | {"send"}
+    for tag in SENT:
+        assert (operations[tag]["action"], tags(operations[tag])) == ("receive", {tag})
+        assert tags(operations[tag].get("reply", {"messages": []})) <= RECEIVED
+    assert (operations["send"]["action"], tags(operations["send"])) == ("send", {"error", "done"})
+    assert set().union(*(tags(each.get("reply", each)) for each in operations.values())) - SENT == RECEIVED
+
+
+def test_the_document_has_the_form_of_asyncapi() -> None:
+    """Every object has the fields that AsyncAPI 3.0 gives it, and no others but extensions."""
+    shown = document()
+    operations, messages = list(shown["operations"].values()), list(shown["components"]["messages"].values())
+    replies = [each["reply"] for each in operations if "reply" in each]
+    for found, needed, allowed in (
+        ([shown], "asyncapi info", "defaultContentType servers channels operations components"),
+        ([shown["info"]], "title version", "description license"),
+        (list(shown["servers"].values()), "host protocol", "description variables security"),
+        (list(shown["channels"].values()), "", "address title description servers messages bindings"),
+        (operations, "action channel", "summary messages reply"),
+        (replies, "", "channel messages"),
+        (messages, "", "name summary payload examples"),
+    ):
+        assert found
+        for each in found:
+            fields = {field for field in each if not field.startswith("x-")}
+            assert set(needed.split()) <= fields <= set(f"{needed} {allowed}".split())
+    assert {each["action"] for each in shown["operations"].values()} == {"send", "receive"}
+
+
+@pytest.mark.parametrize("tag", sorted(SENT | RECEIVED))
+def test_every_frame_is_explained(tag: str) -> None:
+    """What it is for, what each field means, and an example that fits its schema."""
+    message = document()["components"]["messages"][tag]
+    assert message["summary"]
+    for example in message["examples"]:
+        check(example["payload"])
+    for schema in document()["components"]["schemas"].values():
+        assert all(field["description"] for field in schema.get("properties", {}).values())
+
+
+def test_every_meaning_is_of_something() -> None:
+    """None is left of a field that has gone."""
+    schemas = document()["components"]["schemas"]
+    fields = {(name, field) for name, schema in schemas.items() for field in schema.get("properties", {})}
+    used = {f"{name}.{field}" if f"{name}.{field}" in meanings.FIELDS else field for name, field in fields}
+    assert set(meanings.FIELDS) == used
+    assert set(meanings.MESSAGES) == set(meanings.EXAMPLES) == SENT | RECEIVED
+
+
+def test_every_close_of_the_protocol_is_in_the_document() -> None:
+    """Those of the room's page, with the error codes that close."""
+    shown = document()["channels"]["ws"]
+    page = Path(__file__).resolve().parents[2] / "yaptext" / "wire" / "README.md"
+    assert set(shown["x-close-codes"]) == set(re.findall(r"^\| (\d{4}) \|", page.read_text(encoding="utf-8"), re.M))
+    assert set(shown["x-error-codes"]) == CODES
+    closing = {str(code["closeCode"]) for code in shown["x-error-codes"].values() if "closeCode" in code}
+    assert closing < set(shown["x-close-codes"])
 
 
 @pytest.mark.parametrize("tag", FIELDS)
@@ -210,6 +281,40 @@ def test_the_schemas_refuse_what_the_service_refuses(frame: dict[str, Any]) -> N
     """Bounds, required fields and codes are part of the published schemas."""
     with pytest.raises(jsonschema.ValidationError):
         check(frame)
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is JSON that every reader takes alike: no number that is cut, no half of a character."""
+    try:
+        return not isinstance(value, float) and bool(json.loads(dumps(value)) == value)
+    except (ValueError, RecursionError):
+        return False
+
+
+_numbers = st.integers(0, 2**16)
+_edits = st.tuples(
+    st.sampled_from([what for what in EDITS if what != "double"]),
+    _numbers,
+    st.sampled_from(list(filter(_plain, VALUES))),
+    st.sampled_from(NAMES),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(BASES), st.lists(_edits, max_size=2))
+def test_a_frame_fits_the_schemas_if_the_service_reads_it(base: dict[str, Any], edits: list[Any]) -> None:
+    """And the other way round, of frames that are near to right ones. Older names and bounds in bytes are no part of a
+    schema."""
+    frame: Any = base
+    for each in edits:
+        frame = edit(frame, *each) if isinstance(frame, dict) else frame
+    try:
+        decode(dumps(frame))
+        read = True
+    except BadMessage as error:
+        assume("bytes of JSON" not in error.message)
+        read = False
+    assert SENT_VALIDATOR.is_valid(frame) is read
 
 
 def test_the_tables_of_this_file_are_complete() -> None:

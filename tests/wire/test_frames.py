@@ -595,7 +595,7 @@ def test_done_shows_every_figure_of_a_finished_turn() -> None:
     shown = json.loads(encode(Done(turn=1, usage=Usage(), timings=Timings(), finish_reason="stop")))
     assert list(shown["usage"]) == [
         "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "tool_prompt_tokens",
-        "tool_cached_tokens",
+        "tool_cached_tokens", "tool_completion_tokens",
     ]  # fmt: skip
     assert shown["timings"] == {"queue_ms": None, "tool_ms": None, "ttft_ms": None, "total_ms": None}
     assert "cancelled" not in shown

@@ -14,7 +14,9 @@ import websockets
 from yaptext.client import fields as said
 from yaptext.client.errors import (
     BadMessage,
+    ConnectionLost,
     EngineFailed,
+    GoingAway,
     NotDeployed,
     ServiceError,
     TextTooLong,
@@ -23,7 +25,7 @@ from yaptext.client.errors import (
     error_of,
 )
 from yaptext.client.fields import Persona, TurnFields, Warming
-from yaptext.client.link import Link
+from yaptext.client.link import Link, Ticket
 from yaptext.client.tools import Callables, split
 from yaptext.client.turn import Turn, heard
 from yaptext.wire.frames import (
@@ -48,20 +50,25 @@ _OF_WARM_UPS = (EngineFailed, NotDeployed)
 _OF_BOTH = (BadMessage, TextTooLong, UnknownPersona)
 """Errors of a warm-up that the service has taken. A start can be refused with those of `_OF_BOTH`, too."""
 _PING = '{"type":"ping"}'
+_ANSWER_WITHIN_S, _CANCELLED_WITHIN_S = 30.0, 5.0
+"""The service answers a cancel at once. An ack may have to wait for an engine to let go of a turn (10 s), or for
+the grammar of new tools (10 s). What takes longer is lost, although its socket is open."""
 
 
 @asynccontextmanager
 async def connect(
     url: str,
-    key: str,
+    key: str | None = None,
     *,
+    ticket: Ticket | None = None,
     session_id: str | None = None,
     reconnect: bool = True,
     give_up_s: float = 300.0,
     **options: Any,
 ) -> AsyncIterator[Yap]:
-    """A conversation at `url` (`ws://` or `wss://`). The key travels in a header. `session_id` resumes a session;
-    without it the client makes one, and keeps it over reconnects.
+    """A conversation at `url` (`ws://` or `wss://`). The key travels in a header. A client that may not know a key has
+    `ticket` instead, a function that is called for each connection. `session_id` resumes a session; without it the
+    client makes one, and keeps it over reconnects.
 
     If the socket breaks, the client opens another: after `retry_after_ms` if the service says it, else after 0.25 s,
     doubled up to 8 s. Calls wait for it, and fail after `give_up_s`. The turn that was running fails with a retryable
@@ -69,7 +76,7 @@ async def connect(
     `proxy`.
 
     Raises `Refused` if nothing answers, or the `ServiceError` that the service refuses with."""
-    yap = Yap(url, key, session_id=session_id, reconnect=reconnect, give_up_s=give_up_s, options=options)
+    yap = Yap(url, key, ticket, session_id=session_id, reconnect=reconnect, give_up_s=give_up_s, options=options)
     await yap.open()
     try:
         yield yap
@@ -103,12 +110,21 @@ class Yap:
     """A conversation with one session of the service. Its calls may come from several tasks."""
 
     def __init__(
-        self, url: str, key: str, *, session_id: str | None, reconnect: bool, give_up_s: float, options: dict[str, Any]
+        self,
+        url: str,
+        key: str | None,
+        ticket: Ticket | None,
+        *,
+        session_id: str | None,
+        reconnect: bool,
+        give_up_s: float,
+        options: dict[str, Any],
     ) -> None:
         self.session_id = session_id or uuid.uuid4().hex
         self._link = Link(
             url,
             key,
+            ticket,
             reconnect=reconnect,
             give_up_s=give_up_s,
             options=options,
@@ -214,6 +230,9 @@ class Yap:
             turn.stop()
             self._spawn(self.cancel(turn, heard_text=None, heard_chars=None))
             raise
+        except GoingAway as error:  # it did not begin it: the next socket takes it
+            self._link.give_up(error)
+            return await self.begin(turn, frame)
         return True
 
     async def cancel(self, turn: Turn, *, heard_text: str | None, heard_chars: int | None) -> None:
@@ -253,16 +272,24 @@ class Yap:
         return self._spawn(self._answered(exchange, frames))
 
     async def _answered(self, exchange: _Exchange, frames: Sequence[str]) -> ServerMessage:
+        within_s = _CANCELLED_WITHIN_S if exchange.expects is Done else _ANSWER_WITHIN_S
         try:
-            socket = self._link.socket
-            with suppress(websockets.ConnectionClosed):  # `_lost` is called then
-                for frame in frames:
-                    if socket is not None and exchange.waits:
-                        await socket.send(frame)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    return await self._say(exchange, frames)
+            self._link.give_up(ConnectionLost(1006, f"no answer in {within_s:g} s"))
             return await exchange.answer
         finally:
             self._asking = None
             self._door.release()
+
+    async def _say(self, exchange: _Exchange, frames: Sequence[str]) -> ServerMessage:
+        socket = self._link.socket
+        with suppress(websockets.ConnectionClosed):  # `_lost` is called then
+            for frame in frames:
+                if socket is not None and exchange.waits:
+                    await socket.send(frame)
+        return await asyncio.shield(exchange.answer)
 
     def _spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.get_running_loop().create_task(work)

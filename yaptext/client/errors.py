@@ -2,7 +2,8 @@
 
 YapTextError
 ├── Refused                   the service cannot be reached
-│   └── ConnectionLost        the socket broke or was closed; `close_code` says how
+│   ├── ConnectionLost        the socket broke or was closed; `close_code` says how
+│   └── TicketFailed          retryable: the caller's `ticket` brought none
 ├── Unreadable                the service sent a frame that this version of the client cannot read
 └── ServiceError              an `error` frame of the service
     ├── AuthenticationFailed  the key is wrong, or was removed
@@ -52,6 +53,10 @@ class YapTextError(YapError):
 
 class Refused(YapTextError):
     code = "unreachable"
+
+
+class TicketFailed(Refused):
+    code, retryable = "ticket_failed", True
 
 
 class ConnectionLost(Refused):

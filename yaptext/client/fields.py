@@ -56,7 +56,10 @@ def frame(type: str, **fields: Any) -> str:
     """A frame as text. Raises `BadMessage` for what the service would refuse to read."""
     if isinstance(fields.get("history"), str):
         fields["history_text"] = fields.pop("history")
-    data = msgspec.json.encode({"type": type, **fields})
+    try:
+        data = msgspec.json.encode({"type": type, **fields})
+    except UnicodeEncodeError:
+        raise BadMessage("A text holds half a character (a lone surrogate), which UTF-8 cannot say.") from None
     try:
         decode(data)
     except WireError as error:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import websockets
@@ -17,22 +19,30 @@ from yaptext.client.errors import (
     RECONNECTS_WHEN_NEEDED,
     ConnectionLost,
     Refused,
+    TicketFailed,
     Unreadable,
     YapTextError,
     error_of,
 )
 from yaptext.client.events import event_of
+from yaptext.client.tools import result_of
 from yaptext.wire.frames import Error, Pong, ServerMessage
 
 _OPEN_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 8.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S, _LEAST_WAIT_S = 0.25, 8.0, 0.1
 _BUSY = frozenset({429, 502, 503, 504})
 _PING, _END = '{"type":"ping"}', '{"type":"end"}'
+_NO_HEADER = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+Ticket = Callable[[], str | Awaitable[str]]
+"""Brings a new ticket of the service (`POST /ticket`) for each connection."""
 
 
 def _in_utf8(key: str) -> str:
     """A header value that arrives in UTF-8. websockets writes headers in Latin-1 from 17 on, in UTF-8 before."""
+    if _NO_HEADER.search(key):
+        raise Refused("the key holds a line break or another character that no header may have")
     latin = key.encode().decode("latin-1")
     return latin if key.encode() in websockets.Headers(key=latin).serialize() else key
 
@@ -44,7 +54,8 @@ class Link:
     def __init__(
         self,
         url: str,
-        key: str,
+        key: str | None,
+        ticket: Ticket | None,
         *,
         reconnect: bool,
         give_up_s: float,
@@ -52,9 +63,13 @@ class Link:
         on_event: Callable[[ServerMessage], None],
         on_lost: Callable[[YapTextError], None],
     ) -> None:
-        self._url, self._reconnect, self._give_up_s = url, reconnect, give_up_s
+        if (key is None) == (ticket is None):
+            raise TypeError("connect() needs either key or ticket")
+        self._url, self._ticket, self._reconnect, self._give_up_s = url, ticket, reconnect, give_up_s
         self._shown = url.partition("?")[0]
-        headers = {**(options.get("additional_headers") or {}), "X-API-Key": _in_utf8(key)}
+        headers = dict(options.get("additional_headers") or {})
+        if key is not None:
+            headers["X-API-Key"] = _in_utf8(key)
         self._options: dict[str, Any] = {"open_timeout": _OPEN_TIMEOUT_S, "max_size": None}
         if "proxy" in inspect.signature(websockets.connect).parameters:  # from 15 on
             self._options["proxy"] = None
@@ -63,6 +78,8 @@ class Link:
         self.socket: websockets.ClientConnection | None = None
         self._failure: YapTextError | None = None
         """Why there will be no further socket."""
+        self._given_up: YapTextError | None = None
+        """Why the client itself ended the socket."""
         self._wanted = asyncio.Event()
         self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the next socket is open, or when the client gives up for now."""
@@ -81,26 +98,49 @@ class Link:
             await asyncio.shield(self._next)
         return self.socket
 
+    def give_up(self, reason: YapTextError) -> None:
+        """Ends a socket that is of no use any more: what waits for it fails, and another one is opened."""
+        if self.socket is not None:
+            self._given_up = reason
+            self.socket.transport.abort()
+
     async def close(self) -> None:
+        self._failure = closed = Refused("the client is closed")
         self._reconnect = False
         socket = self.socket
         if socket is not None:
-            with suppress(websockets.ConnectionClosed):
-                await socket.send(_END)
+            with suppress(websockets.ConnectionClosed, TimeoutError):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await socket.send(_END)
             await socket.close()
         self._task.cancel()
         await asyncio.wait([self._task])
-        self._lose(Refused("the client is closed"))
+        self._lose(closed)
 
     # --- one socket
 
+    async def _address(self) -> str:
+        if self._ticket is None:
+            return self._url
+        try:
+            async with asyncio.timeout(self._options["open_timeout"]):
+                ticket = quote(await result_of(self._ticket), safe="")
+        except YapTextError:
+            raise
+        except Exception as error:
+            raise TicketFailed(f"no ticket: {str(error) or type(error).__name__}") from error
+        return f"{self._url}{'&' if '?' in self._url else '?'}ticket={ticket}"
+
     async def _connect(self) -> websockets.ClientConnection:
         """A socket that has been accepted: the service refuses one after the handshake, with a frame."""
+        address = await self._address()
         try:
-            socket = await websockets.connect(self._url, **self._options)
+            socket = await websockets.connect(address, **self._options)
         except websockets.InvalidStatus as error:
             raise self._refusal(error) from None
-        except (OSError, websockets.InvalidHandshake, websockets.InvalidURI) as error:
+        except websockets.InvalidURI as error:  # its text has the query, which may hold a secret
+            raise Refused(f"cannot connect to {self._shown}: {error.msg}") from None
+        except (OSError, ValueError, websockets.InvalidHandshake) as error:  # ValueError: of a name or a port
             passes = isinstance(error, OSError | websockets.InvalidMessage)
             raise Refused(f"cannot connect to {self._shown}: {error}", retryable=passes) from None
         try:
@@ -149,6 +189,9 @@ class Link:
             await socket.close()
             return error, 0
         code = socket.protocol.close_code or 1006
+        if (given_up := self._given_up) is not None:
+            self._given_up = None
+            return given_up, 1006
         if isinstance(last, Error) and not last.turn:
             return error_of(last), code
         return ConnectionLost(code, socket.protocol.close_reason or ""), code
@@ -166,7 +209,9 @@ class Link:
     async def _keep_open(self) -> None:
         while self.socket is not None:
             reason, code = await self._read(self.socket)
-            if not self._reconnect or code not in RECONNECTS | RECONNECTS_WHEN_NEEDED:
+            if self._failure is not None:  # it was closed
+                reason = self._failure
+            elif not self._reconnect or code not in RECONNECTS | RECONNECTS_WHEN_NEEDED:
                 self._failure = reason
             self._lose(reason)
             if self._failure is not None:
@@ -184,7 +229,7 @@ class Link:
             if not at_once:
                 wait_s = min(_FIRST_WAIT_S * 2**tries, _LONGEST_WAIT_S) * random.uniform(0.5, 1)
                 if reason.retry_after_ms is not None:
-                    wait_s = reason.retry_after_ms / 1000
+                    wait_s = max(reason.retry_after_ms / 1000, _LEAST_WAIT_S)
                 if loop.time() + wait_s > gives_up_at:
                     self._wanted.clear()
                     self._fail_waiting(reason)

@@ -5,6 +5,7 @@ Its calls may come from several threads; a turn is iterated by one. A callable o
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from typing import Any, TypeVar, Unpack
 
 from yaptext.client import client
 from yaptext.client import turn as turns
+from yaptext.client.errors import Refused
 from yaptext.client.events import Event
 from yaptext.client.fields import Persona, TurnFields, Warming
+from yaptext.client.link import Ticket
 from yaptext.wire.frames import (
     Ack,
     Done,
@@ -35,8 +38,9 @@ _T = TypeVar("_T")
 @contextmanager
 def connect(
     url: str,
-    key: str,
+    key: str | None = None,
     *,
+    ticket: Ticket | None = None,
     session_id: str | None = None,
     reconnect: bool = True,
     give_up_s: float = 300.0,
@@ -44,7 +48,8 @@ def connect(
 ) -> Iterator[Yap]:
     """As `yaptext.client.connect`."""
     with _Loop() as loop:
-        opening = client.connect(url, key, session_id=session_id, reconnect=reconnect, give_up_s=give_up_s, **options)
+        more = {"session_id": session_id, "reconnect": reconnect, "give_up_s": give_up_s, **options}
+        opening = client.connect(url, key, ticket=ticket, **more)
         yap = loop.run(opening.__aenter__())
         try:
             yield Yap(yap, loop)
@@ -56,23 +61,39 @@ class _Loop:
     """An event loop in a thread."""
 
     def __enter__(self) -> _Loop:
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._open, self._lock = asyncio.new_event_loop(), True, threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="yaptext.client", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._open = False  # nothing is added to the loop from here on
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.run_until_complete(self._end())
         self._loop.close()
 
+    async def _end(self) -> None:
+        """What other threads still wait for comes back, cancelled."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
+
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Waits for it. Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Waits for it. Ctrl-C cancels it. Raises `Refused` after the end."""
+        with self._lock:
+            if not self._open:
+                work.close()
+                raise Refused("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise Refused("the client is closed") from None
         except BaseException:
             future.cancel()
             raise

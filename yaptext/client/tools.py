@@ -37,19 +37,24 @@ async def results_of(calls: Sequence[IdentifiedCall], callables: Callables) -> l
     return list(await asyncio.gather(*(_result_of(call, callables) for call in calls)))
 
 
+async def result_of(function: Callable[..., Any], **arguments: Any) -> Any:
+    """What a function of the caller's returns. One that is no coroutine function runs in a thread."""
+    if inspect.iscoroutinefunction(function):
+        return await function(**arguments)
+    found = await asyncio.to_thread(function, **arguments)
+    return await found if inspect.isawaitable(found) else found
+
+
 async def _result_of(call: IdentifiedCall, callables: Callables) -> ToolResultItem:
     """What the callable returned; if it fails, the reason as a text for the model, without a traceback."""
     try:
         if call.name not in callables:
             raise LookupError(f"{call.name} is not available")
-        function = callables[call.name]
-        if inspect.iscoroutinefunction(function):
-            content = await function(**call.arguments)
-        else:
-            content = await asyncio.to_thread(function, **call.arguments)
-            if inspect.isawaitable(content):
-                content = await content
+        content = await result_of(callables[call.name], **call.arguments)
         msgspec.json.encode(content)
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # it is not the tool that was cancelled
         content = f"error: {str(error) or type(error).__name__}"
     return ToolResultItem(id=call.id, content=content)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yaptext.dialogue import transcript
+from yaptext.dialogue import shown_prompt, transcript
 from yaptext.dialogue.chat_prompt import ChatPrompts, Format, Limits
-from yaptext.dialogue.layout import Layout
 from yaptext.dialogue.persona import Persona, style
 from yaptext.dialogue.reply import reasoning_of
-from yaptext.dialogue.talk import Talk
 from yaptext.dialogue.tool_prompt import ToolPrompts, shows
 from yaptext.dialogue.tools import ToolSet
 from yaptext.engine.base import Role
@@ -77,41 +75,18 @@ async def _chat(
     format = options.format or settings.chat_prompt_format
     prompts = await ChatPrompts.open(codec, format, Limits.of(settings), thinking=settings.chat_thinking)
     persona = Persona(style=options.persona_style).compose(settings.default_persona_style)
-    ids = await prompts.turn(persona, messages, options.utterance, NOW)
-    talk = prompts.talk(persona, messages, options.utterance, NOW)
-    prefix = await prompts.prefix(persona, list(messages))
+    shown = await shown_prompt.of_chat(prompts, codec, persona, messages, options.utterance, NOW)
     reasoning = reasoning_of(settings.reasoning_parser, prompts.layout.thinking)
-    shown = await _facts(codec, prompts.layout, talk, ids, len(prefix))
     more = {"reasoning_parser": reasoning and (reasoning.parser or f"{reasoning.start} {reasoning.end}")}
-    return {"format": prompts.format, **shown, "tools_told": None, **more, "fallback": prompts.lacking}
+    return {**shown, "tools_told": None, **more, "fallback": prompts.lacking}
 
 
 async def _tool(
     settings: Settings, codec: HubCodec, options: Options, tools: ToolSet, messages: list[transcript.Message]
 ) -> dict[str, Any]:
     prompts = ToolPrompts(codec, settings.tool_history_tokens)
-    head = await prompts.head(tools)
-    recent = await prompts.recent(messages, head)
-    talk = head.talk(recent, options.utterance)
-    ids = await prompts.turn(tools, messages, options.utterance)
-    prefix = await head.layout.prefix([talk, head.talk(recent, "X")])
-    shown = await _facts(codec, head.layout, talk, ids, len(prefix))
-    told = all(shows(shown["text"], tool) for tool in tools.tools)
-    return {"format": head.format, **shown, "tools_told": told}
-
-
-async def _facts(codec: HubCodec, layout: Layout, talk: Talk, ids: list[int], prefix_tokens: int) -> dict[str, Any]:
-    rendered = layout.render(talk) or ""
-    return {
-        "exact": layout.exact and ids == await layout.encode(rendered),
-        "prefix_stable": layout.stable,
-        "text": "".join(codec.show([part]) if isinstance(part, int) else part for part in codec.split(rendered)),
-        "ids": ids,
-        "prefix_tokens": prefix_tokens,
-        "stop_ids": sorted({*layout.stop_ids, *codec.end_ids}),
-        "stop": list(layout.stop),
-        "thinking": layout.thinking.word,
-    }
+    shown = await shown_prompt.of_tool(prompts, codec, tools, messages, options.utterance)
+    return {**shown, "tools_told": all(shows(shown["text"], tool) for tool in tools.tools)}
 
 
 def _show(shown: dict[str, Any]) -> None:

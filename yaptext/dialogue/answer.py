@@ -54,6 +54,8 @@ class Answer:
         self.sent: str | None = None
         """The utterance as it stood in the prompt."""
         self.finish_reason: str | None = None
+        self.alternatives: list[dict[str, float]] = []
+        """Of each token of the reply, itself first, if the request wants them."""
         self.decision: Decision | None = None
         self.calls: list[IdentifiedCall] = []
         self.ends_with_calls = False
@@ -130,6 +132,7 @@ class Answer:
         self._runtime.metrics.decisions.labels(decision.reason or ("yes" if decision.calls else "no")).inc()
         self.usage.tool_prompt_tokens = decision.prompt_tokens
         self.usage.tool_cached_tokens = decision.cached_tokens
+        self.usage.tool_completion_tokens = decision.completion_tokens
         self.timings.tool_ms = round(decision.tool_ms, 2)
         self.calls = [IdentifiedCall(f"call_{secrets.token_hex(6)}", c.name, c.arguments) for c in decision.calls]
         self._sink.send(
@@ -166,6 +169,8 @@ class Answer:
         sampling = samplings.sampling(runtime, self._request.sampling, self.seed, room, self._session.key_name)
         if self._request.json_schema is not None:
             sampling = replace(sampling, json_schema=self._request.json_schema)
+        if self._request.alternatives:
+            sampling = replace(sampling, alternatives=self._request.alternatives)
         self._mark_queue()
         try:
             async with (
@@ -191,6 +196,8 @@ class Answer:
             if thinks:
                 usage.reasoning_tokens += delta.reasoning
             self.finish_reason = delta.finish_reason
+            if sampling.alternatives:
+                self._keep(delta)
             told = delta
             if lines is not None and (lines.waiting or "\n" in delta.text):  # seldom: this is done for every token
                 told = within(lines, delta)
@@ -204,6 +211,13 @@ class Answer:
             if thinks and usage.completion_tokens - usage.reasoning_tokens >= most:
                 self.finish_reason = self.finish_reason or "length"
                 return
+
+    def _keep(self, delta: Delta) -> None:
+        self.alternatives += delta.alternatives
+        if delta.finish_reason == "stop" and self.alternatives:
+            last = next(iter(self.alternatives[-1]), "")
+            if not (last and delta.text.endswith(last)):  # the token that ends a reply is none of its text
+                del self.alternatives[-1]
 
     def _mark_queue(self) -> None:
         if self.timings.queue_ms is None:

@@ -33,6 +33,7 @@ class Decision:
     tool_ms: float
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    completion_tokens: int = 0
     p: float | None = None
     reason: str | None = None
 
@@ -114,7 +115,8 @@ class Decider:
             reason = "invalid"
         calls = answer.calls if answer.calls and reason is None else []
         tool_ms = (time.perf_counter() - begun) * 1000
-        return Decision(calls, tool_ms, answer.prompt_tokens, answer.cached_tokens, answer.p, reason)
+        counts = answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens
+        return Decision(calls, tool_ms, *counts, answer.p, reason)
 
     async def _ask(self, answer: _Answer, tools: ToolSet, prompt: Sequence[int], schema: str) -> None:
         """Streams until the answer is whole. Raises `ValueError` where what came is none."""
@@ -168,10 +170,11 @@ class _Answer:
         self._path, self._yes, self._no = 1.0, 0.0, 0.0
         self.calls: list[Call] | None = None
         self.overruled = False
-        self.prompt_tokens = self.cached_tokens = 0
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
     def take(self, delta: Delta) -> None:
         self.prompt_tokens, self.cached_tokens = delta.prompt_tokens, delta.cached_tokens
+        self.completion_tokens += delta.tokens
         if self.p is None and delta.alternatives:
             self._weigh(delta)
         self._text += delta.text

@@ -11,8 +11,9 @@ from weakref import WeakSet
 from cachetools import TTLCache
 
 _TTL_S = 3600.0
-_BYTES, _BYTES_IN_ALL = 32 * 2**20, 256 * 2**20
+_BYTES, _ALL_BYTES = 32 * 2**20, 256 * 2**20
 """Of one key, and of all."""
+_SWEEP_S = 60.0
 _LEAST_BYTES = 1_000
 
 
@@ -31,22 +32,23 @@ class KeptResponses:
     all, those of the key that has most. Responses of one key are not found by another."""
 
     def __init__(
-        self,
-        most_bytes: int = _BYTES,
-        ttl_s: float = _TTL_S,
-        *,
-        in_all: int = _BYTES_IN_ALL,
-        clock: Callable[[], float] = time.monotonic,
+        self, most_bytes: int = _BYTES, all_bytes: int = _ALL_BYTES, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._most_bytes, self._ttl_s, self._in_all, self._clock = most_bytes, ttl_s, in_all, clock
+        self._most_bytes, self._all_bytes, self._clock = most_bytes, all_bytes, clock
+        self._swept_at = clock()
         self._by_key: dict[str, TTLCache[str, Kept]] = {}
         self._beside: WeakSet[KeptResponses] = WeakSet()
 
     def beside(self, most_bytes: int) -> KeptResponses:
         """Others, known to one socket alone, that forget what these have to."""
-        others = KeptResponses(most_bytes, self._ttl_s, clock=self._clock)
+        others = KeptResponses(most_bytes, clock=self._clock)
         self._beside.add(others)
         return others
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of keys that have any."""
+        return list(self._by_key)
 
     @property
     def bytes(self) -> int:
@@ -58,18 +60,15 @@ class KeptResponses:
 
     def keep(self, key_name: str, response_id: str, kept: Kept) -> None:
         """One that is over the bound by itself is not kept."""
-        for name, others in list(self._by_key.items()):
-            others.expire()
-            if not others:
-                del self._by_key[name]
+        if self._clock() - self._swept_at > _SWEEP_S:
+            self._sweep()
         if _size(kept) > self._most_bytes:
             return
         if key_name not in self._by_key:
-            self._by_key[key_name] = TTLCache(self._most_bytes, self._ttl_s, timer=self._clock, getsizeof=_size)
+            self._by_key[key_name] = TTLCache(self._most_bytes, _TTL_S, timer=self._clock, getsizeof=_size)
         self._by_key[key_name][response_id] = kept
-        while self.bytes > self._in_all:
-            richest = max(self._by_key, key=lambda name: self._by_key[name].currsize)
-            self._by_key[richest].popitem()
+        while self.bytes > self._all_bytes:
+            max(self._by_key.values(), key=lambda of_key: of_key.currsize).popitem()
 
     def forget(self, key_name: str, session_id: str) -> bool:
         """Drops those of a session; whether there was any."""
@@ -79,6 +78,13 @@ class KeptResponses:
         for response_id in of_session:
             self._by_key[key_name].pop(response_id, None)
         return bool(of_session) or any(known)
+
+    def _sweep(self) -> None:
+        self._swept_at = self._clock()
+        for name, of_key in list(self._by_key.items()):
+            of_key.expire()
+            if not of_key:
+                del self._by_key[name]
 
 
 def _size(kept: Kept) -> int:

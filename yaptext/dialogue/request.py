@@ -69,6 +69,8 @@ class TurnRequest:
     json_schema: str | None = None
     """What the reply has to be, as compact JSON."""
     sampling: SamplingFields | None = None
+    alternatives: int = 0
+    """Of each token of the reply, to be kept with their probability."""
     ignored: Sequence[str] = ()
     """Fields that the client sent in vain, for the ack."""
 

@@ -32,12 +32,12 @@ from yaptext.server.openai import door as openai
 from yaptext.server.openai.responses_socket import respond
 from yaptext.server.pending import PendingConnections, fitting
 from yaptext.server.playground import pages
+from yaptext.server.reference import pages as reference
 from yaptext.server.reload import on_hangup, reload
 from yaptext.server.service import Service
 from yaptext.server.watch import watching
 from yaptext.server.ws import door
 from yaptext.settings import Settings
-from yaptext.wire import asyncapi
 
 _log = structlog.get_logger(__name__)
 OpenEngines = Callable[[Settings], Engines]
@@ -99,7 +99,7 @@ def create_app(
             Route("/readyz", http.readyz),
             Route("/status", http.status),
             Route("/metrics", http.metrics),
-            Route("/asyncapi.json", http.document(asyncapi.document())),
+            *reference.routes(),
             Route("/ticket", http.ticket, methods=["POST"]),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/responses", openai.responses, methods=["POST"]),

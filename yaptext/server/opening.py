@@ -1,19 +1,24 @@
 """What clients are answered while the engines open: 503 with a time to come back, from the first second of a start.
 
 Opening the engines holds the event loop for seconds at a time, so a thread answers, without ASGI and without a key. It
-says that the service starts, and how far its downloads are; not of what: that takes a key.
+says that the service starts, and how far its downloads are; not of what: that takes a key. A browser that opens the
+playground gets a page that says the same, and opens the playground when it is there.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
+import re
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from yaptext.engine.underway import size, underway
@@ -29,6 +34,21 @@ _LEAST_WAIT_S = 2.0
 _UNKNOWN_WAIT_S = 15.0
 _LONGEST_DOWNLOAD_WAIT_S = 60.0
 """A client looks again meanwhile: a download may become faster."""
+_PAGE = (Path(__file__).parent / "playground" / "opening.html").read_text(encoding="utf-8")
+_ASKS_FOR_HTML = re.compile(rb"\r\naccept:[^\r\n]*text/html", re.IGNORECASE)
+_MESSAGE = "The service is starting."
+
+
+def _hash_of(part: str) -> str:
+    """The hash by which a policy allows the one inline `part` of the page: nothing else can be served meanwhile."""
+    (inline,) = re.findall(f"<{part}>(.*?)</{part}>", _PAGE, re.DOTALL)
+    return base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+
+
+_POLICY = (
+    f"default-src 'none'; script-src 'sha256-{_hash_of('script')}'; style-src 'sha256-{_hash_of('style')}'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @dataclass(slots=True)
@@ -39,10 +59,11 @@ class _Client:
 
 
 class Opening:
-    """Answers on listening sockets while its block runs. `expected_s` is what the last start took."""
+    """Answers on listening sockets while its block runs. `expected_s` is what the last start took; `page`: the service
+    will have one at `/`."""
 
-    def __init__(self, listeners: Sequence[socket.socket], expected_s: float | None) -> None:
-        self._listeners, self._expected_s = listeners, expected_s
+    def __init__(self, listeners: Sequence[socket.socket], expected_s: float | None, *, page: bool = True) -> None:
+        self._listeners, self._expected_s, self._page = listeners, expected_s, page
         self.begun = time.monotonic()
         self.thread = threading.Thread(target=self._run, name="opening", daemon=True)
 
@@ -126,25 +147,28 @@ class Opening:
     def _answer(self, client: socket.socket, state: _Client) -> bool:
         state.answered, state.until = True, time.monotonic() + _LEAVE_WITHIN_S
         path = state.head.partition(b" ")[2].partition(b" ")[0].partition(b"?")[0]
-        wait_s = self.retry_after_s
-        message = "The service is starting."
+        wait_s, message = self.retry_after_s, _MESSAGE
         if (download := underway()) is not None:
             message = f"{message} It downloads its models: {size(download.done_bytes)} of {size(download.total_bytes)}."
-        content = {
-            "status": "starting",
-            "error_code": "going_away",
-            "message": message,
-            "detail": message,
-            "retry_after_ms": wait_s * 1000,
-        }
-        body = json.dumps(content).encode()
         status = b"200 OK" if path == b"/livez" else b"503 Service Unavailable"
+        if self._page and path == b"/" and _ASKS_FOR_HTML.search(state.head):
+            body = _PAGE.replace("MESSAGE", message).encode()
+            kind = f"text/html; charset=utf-8\r\nContent-Security-Policy: {_POLICY}\r\nVary: Accept"
+        else:
+            content = {
+                "status": "starting",
+                "error_code": "going_away",
+                "message": message,
+                "detail": message,
+                "retry_after_ms": wait_s * 1000,
+            }
+            body, kind = json.dumps(content).encode(), "application/json"
         head = (
-            b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\nRetry-After: %d\r\n"
-            b"Cache-Control: no-store\r\nConnection: close\r\n\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\nRetry-After: {wait_s}\r\n"
+            "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
         )
         try:
-            client.sendall(head % (status, len(body), wait_s) + body)  # fits any send buffer
+            client.sendall(b"HTTP/1.1 %b\r\n" % status + head.encode() + body)  # fits any send buffer
             client.shutdown(socket.SHUT_WR)
         except OSError:
             return False

@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
         elif sockets is None:
             sockets = _listen(self._settings.host, self._settings.port)
         try:
-            with Opening(sockets, expected_s):
+            with Opening(sockets, expected_s, page=self._settings.playground):
                 await super().startup(sockets=sockets)
         except SystemExit:
             if self._stop_signal is not None:
@@ -138,6 +138,18 @@ class Server(uvicorn.Server):
             after=self._record.after,
             warnings=warnings,
         )
+        self._invite()
+
+    def _invite(self) -> None:
+        """The last line of a start at a terminal: what a person does next."""
+        host, colon, port = self.lifecycle.address.rpartition(":")
+        everywhere = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # addresses that no browser opens
+        where = f"http://{everywhere.get(host, host)}{colon}{port}"
+        what = f"{where} - open it in a browser" if self._settings.playground else where
+        for stream in (sys.stderr, sys.stdout):
+            if stream.isatty():
+                print(f"\nYap Text serves on {what}. Ctrl-C stops it.", file=stream, flush=True)
+                return
 
     async def shutdown(self, sockets: Any = None) -> None:
         await super().shutdown(sockets=sockets)

@@ -48,7 +48,7 @@ class Table(BaseSettings):
     max_pending_handshakes: int = setting("MAX_PENDING_HANDSHAKES", 512, "TCP connections without a slot: before authentication, plain HTTP, or refused. Over it one is closed: the oldest that has had a response, else the oldest of the address that has most.", ge=1)  # fmt: skip
     handshake_timeout_s: float = setting("HANDSHAKE_TIMEOUT_S", 10.0, "Time that a connection may stay open before it becomes a WebSocket, in seconds. Every HTTP response restarts it.", gt=0)  # fmt: skip
     ping_interval_s: float = setting("PING_INTERVAL_S", 20.0, "Interval between WebSocket pings, in seconds. A client that does not answer within the same time is disconnected, and its slot becomes free.", gt=0)  # fmt: skip
-    idle_timeout_s: float = setting("IDLE_TIMEOUT_S", 600.0, "Time without a frame from the client after which its socket is closed with 4000, in seconds; 0 = never.", ge=0)  # fmt: skip
+    idle_timeout_s: float = setting("IDLE_TIMEOUT_S", 600.0, "Time without a frame from the client after which its socket is closed with 4000 (1001 on /v1/responses), in seconds; 0 = never.", ge=0)  # fmt: skip
     max_frame_bytes: int = setting("MAX_FRAME_BYTES", 1_048_576, "Largest frame of a client, in bytes. A larger one closes the socket with 1009.", ge=1024)  # fmt: skip
     send_queue_bytes: int = setting("SEND_QUEUE_BYTES", 262_144, "Bytes that may wait for a slow client. Over it the socket is closed with 4001.", ge=65_536)  # fmt: skip
     drain_timeout_s: float = setting("DRAIN_TIMEOUT_S", 20.0, "Time that running turns have to finish after SIGTERM, in seconds.", ge=0)  # fmt: skip

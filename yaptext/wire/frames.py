@@ -193,9 +193,8 @@ class Final(ServerMessage, frozen=True, tag="final"):
 
 
 class Usage(Struct):
-    """Model tokens of one turn. `cached_tokens` and `tool_cached_tokens` are prompt tokens that the engine did
-    not compute again; `completion_tokens` counts the chat model's tokens only, `reasoning_tokens` those of them that
-    were thinking, which is never sent."""
+    """Model tokens of one turn: of the reply, and of the decision. Cached ones are prompt tokens that the engine did
+    not compute again; `reasoning_tokens` are those of `completion_tokens` that were thinking, which is never sent."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -203,6 +202,7 @@ class Usage(Struct):
     reasoning_tokens: int = 0
     tool_prompt_tokens: int = 0
     tool_cached_tokens: int = 0
+    tool_completion_tokens: int = 0
 
 
 class Timings(Struct):

@@ -27,6 +27,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
     },
 }
+OSLO = "What is the weather in Oslo?"
 RESULT = "Sunny, 21 degrees."
 LONG = "Tell me a very long story about the sea."
 MOST = 24
@@ -35,6 +36,12 @@ MOST = 24
 
 def tell(what: str, **fields: Any) -> None:
     print(json.dumps({"what": what, "at_s": round(time.monotonic(), 3), **fields}, default=str), flush=True)
+
+
+def ask(text: str) -> str:
+    """Gives the text back."""
+    tell("asked", said=text)
+    return text
 
 
 def tell_error(error: BaseException) -> None:

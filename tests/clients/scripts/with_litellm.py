@@ -6,7 +6,7 @@ from typing import Any
 
 import litellm
 import told
-from told import BASE_URL, INSTRUCTIONS, KEY, LONG, MOST, RESULT, SAID, WEATHER, tell
+from told import BASE_URL, INSTRUCTIONS, KEY, LONG, MOST, OSLO, RESULT, SAID, WEATHER, ask, tell
 
 litellm.suppress_debug_info = True
 AT: dict[str, Any] = {"model": "openai/chat", "api_base": BASE_URL, "api_key": KEY}
@@ -44,7 +44,7 @@ def conversation() -> None:
 
 
 def tool() -> None:
-    MESSAGES.append({"role": "user", "content": "What is the weather in Oslo?"})
+    MESSAGES.append({"role": "user", "content": ask(OSLO)})
     first = litellm.completion(**AT, messages=MESSAGES, tools=[WEATHER], tool_choice="required")
     message = first.choices[0].message
     calls = [(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or []]
@@ -52,12 +52,12 @@ def tool() -> None:
     MESSAGES.append(message)
     MESSAGES.extend({"role": "tool", "tool_call_id": call[0], "content": RESULT} for call in calls)
     said = litellm.completion(**AT, messages=MESSAGES, tools=[WEATHER], max_tokens=MOST)
-    tell("turn", said=RESULT, text=said.choices[0].message.content, finish=said.choices[0].finish_reason)
+    tell("turn", result=RESULT, text=said.choices[0].message.content, finish=said.choices[0].finish_reason)
 
 
 def barge_in() -> None:
     """LiteLLM's stream has no `close` of its own: its users close the one inside."""
-    MESSAGES.append({"role": "user", "content": LONG})
+    MESSAGES.append({"role": "user", "content": ask(LONG)})
     heard = ""
     stream = litellm.completion(**AT, messages=MESSAGES, stream=True)
     for chunk in stream:

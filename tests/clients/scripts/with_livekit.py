@@ -9,7 +9,7 @@ from typing import Any
 import told
 from livekit.agents import Agent, AgentSession, APIConnectOptions, APIError, function_tool, llm
 from livekit.plugins import openai
-from told import BASE_URL, INSTRUCTIONS, KEY, LONG, MOST, RESULT, SAID, tell
+from told import BASE_URL, INSTRUCTIONS, KEY, LONG, MOST, OSLO, RESULT, SAID, ask, tell
 
 
 def model(**options: Any) -> openai.LLM:
@@ -64,19 +64,19 @@ async def tool() -> None:
 
     async with AgentSession(llm=model(tool_choice="required", max_completion_tokens=MOST)) as session:
         await session.start(Companion([get_weather]))
-        result = await session.run(user_input="What is the weather in Oslo?")
+        result = await session.run(user_input=ask(OSLO))
         call = result.expect.next_event().is_function_call(name="get_weather").event().item
         tell("calls", calls=[(call.call_id, call.name, call.arguments)], finish="tool_calls", text="")
         result.expect.next_event().is_function_call_output(output=RESULT)
         message = result.expect.next_event().is_message(role="assistant").event().item
-        tell("turn", said=RESULT, text=message.text_content, finish="stop")
+        tell("turn", result=RESULT, text=message.text_content, finish="stop")
 
 
 async def barge_in() -> None:
     agent = Companion()
     async with AgentSession(llm=model()) as session:
         await session.start(agent)
-        speech = session.generate_reply(user_input=LONG)
+        speech = session.generate_reply(user_input=ask(LONG))
         await agent.enough.wait()
         await session.interrupt()
         await speech
@@ -97,4 +97,5 @@ async def failing() -> None:
         told.tell_error(error)
 
 
-told.run(globals())
+if __name__ == "__main__":
+    told.run(globals())

@@ -12,7 +12,7 @@ from typing import Any
 os.environ["LLM_USER_PATH"] = os.environ["HOME"]  # of this test alone
 
 import told
-from told import BASE_URL, INSTRUCTIONS, KEY, LONG, MOST, RESULT, SAID, tell
+from told import BASE_URL, INSTRUCTIONS, KEY, LONG, MOST, OSLO, RESULT, SAID, ask, tell
 
 FILE = f"""
 - model_id: yap
@@ -56,11 +56,9 @@ def tool() -> None:
         tell("calls", calls=[("call", "get_weather", f'{{"place": "{place}"}}')], finish="tool_calls", text="")
         return RESULT
 
-    chain = (
-        model().conversation().chain("What is the weather in Oslo?", tools=[get_weather], options={"max_tokens": MOST})
-    )
+    chain = model().conversation().chain(ask(OSLO), tools=[get_weather], options={"max_tokens": MOST})
     text = chain.text()
-    tell("turn", said=RESULT, text=text, finish="stop")
+    tell("turn", result=RESULT, text=text, finish="stop")
 
 
 def barge_in() -> None:
@@ -69,7 +67,7 @@ def barge_in() -> None:
     command = [sys.executable, "-m", "llm", "-m", "yap", "--key", KEY, "--system", INSTRUCTIONS]
     # `llm` adds to the prompt what it reads from a pipe.
     options: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([*command, LONG], text=True, **options) as running:
+    with subprocess.Popen([*command, ask(LONG)], text=True, **options) as running:
         assert running.stdout is not None
         heard = running.stdout.read(8)
         running.send_signal(signal.SIGINT)

@@ -6,7 +6,7 @@ from typing import Any
 
 import told
 from openai import OpenAI, OpenAIError
-from told import INSTRUCTIONS, LONG, MOST, RESULT, SAID, WEATHER, tell
+from told import INSTRUCTIONS, LONG, MOST, OSLO, RESULT, SAID, WEATHER, ask, tell
 
 MESSAGES: list[Any] = [{"role": "system", "content": INSTRUCTIONS}]
 
@@ -52,9 +52,10 @@ def whole() -> None:
 
 def tool() -> None:
     client = OpenAI()
-    MESSAGES.append({"role": "user", "content": "What is the weather in Oslo?"})
+    MESSAGES.append({"role": "user", "content": OSLO})
     choices = ["required", {"type": "function", "function": {"name": "get_weather"}}]
     for choice in choices:
+        ask(OSLO)
         asked: Any = {"model": "chat", "messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice}
         with client.chat.completions.stream(**asked) as stream:
             final = stream.get_final_completion()
@@ -65,12 +66,12 @@ def tool() -> None:
     for call in message.tool_calls or []:
         MESSAGES.append({"role": "tool", "tool_call_id": call.id, "content": RESULT})
     said = client.chat.completions.create(model="chat", messages=MESSAGES, tools=[WEATHER], max_tokens=MOST)
-    tell("turn", said=RESULT, text=said.choices[0].message.content, finish=said.choices[0].finish_reason)
+    tell("turn", result=RESULT, text=said.choices[0].message.content, finish=said.choices[0].finish_reason)
 
 
 def barge_in() -> None:
     client = OpenAI()
-    MESSAGES.append({"role": "user", "content": LONG})
+    MESSAGES.append({"role": "user", "content": ask(LONG)})
     heard = ""
     with client.chat.completions.create(model="chat", messages=MESSAGES, stream=True, user="user-2") as stream:
         for chunk in stream:

@@ -8,7 +8,7 @@ from typing import Any
 
 import told
 from openai import AsyncOpenAI, OpenAIError
-from told import INSTRUCTIONS, LONG, MOST, RESULT, SAID, WEATHER, tell
+from told import INSTRUCTIONS, LONG, MOST, OSLO, RESULT, SAID, WEATHER, ask, tell
 
 MESSAGES: list[Any] = [{"role": "system", "content": INSTRUCTIONS}]
 
@@ -44,7 +44,7 @@ async def conversation() -> None:
 
 async def tool() -> None:
     async with AsyncOpenAI() as client:
-        MESSAGES.append({"role": "user", "content": "What is the weather in Oslo?"})
+        MESSAGES.append({"role": "user", "content": ask(OSLO)})
         asked: Any = {"model": "chat", "messages": MESSAGES, "tools": [WEATHER], "max_tokens": MOST}
         first = await client.chat.completions.create(**asked, tool_choice="required", parallel_tool_calls=False)
         message = first.choices[0].message
@@ -53,7 +53,7 @@ async def tool() -> None:
         MESSAGES.append(message)  # as the client's own guide does
         MESSAGES.extend({"role": "tool", "tool_call_id": call[0], "content": RESULT} for call in calls)
         said = await client.chat.completions.create(**asked)
-        tell("turn", said=RESULT, text=said.choices[0].message.content, finish=said.choices[0].finish_reason)
+        tell("turn", result=RESULT, text=said.choices[0].message.content, finish=said.choices[0].finish_reason)
 
 
 async def barge_in() -> None:
@@ -61,7 +61,7 @@ async def barge_in() -> None:
     enough = asyncio.Event()
 
     async def read(client: AsyncOpenAI) -> None:
-        MESSAGES.append({"role": "user", "content": LONG})
+        MESSAGES.append({"role": "user", "content": ask(LONG)})
         async with await client.chat.completions.create(model="chat", messages=MESSAGES, stream=True) as stream:
             async for chunk in stream:
                 heard.append(chunk.choices[0].delta.content or "")

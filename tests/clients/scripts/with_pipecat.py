@@ -31,7 +31,7 @@ from pipecat.services.openai.llm import OpenAILLMService
 from pipecat.tests.utils import run_test
 from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies
 from pipecat.workers.runner import WorkerRunner
-from told import BASE_URL, INSTRUCTIONS, KEY, LONG, MOST, RESULT, SAID, tell
+from told import BASE_URL, INSTRUCTIONS, KEY, LONG, MOST, OSLO, RESULT, SAID, ask, tell
 
 logger.remove()
 
@@ -129,8 +129,8 @@ async def tool() -> None:
         await asked.result_callback(RESULT)
 
     async def one_turn(worker: PipelineWorker, watch: Watch) -> None:
-        text = await say(worker, watch, "What is the weather in Oslo?")
-        tell("turn", said=RESULT, text=text, finish="stop")
+        text = await say(worker, watch, ask(OSLO))
+        tell("turn", result=RESULT, text=text, finish="stop")
 
     llm = service(max_completion_tokens=MOST)
     llm.register_function("get_weather", get_weather)
@@ -140,7 +140,7 @@ async def tool() -> None:
 
 async def barge_in() -> None:
     async def interrupted(worker: PipelineWorker, watch: Watch) -> None:
-        await worker.queue_frame(LLMMessagesAppendFrame([{"role": "user", "content": LONG}], run_llm=True))
+        await worker.queue_frame(LLMMessagesAppendFrame([{"role": "user", "content": ask(LONG)}], run_llm=True))
         await watch.enough.wait()
         await worker.queue_frame(InterruptionFrame())
         tell("closed", heard="".join(watch.pieces))
@@ -159,4 +159,5 @@ async def failing() -> None:
     told.tell_error(frame.exception)
 
 
-told.run(globals())
+if __name__ == "__main__":
+    told.run(globals())

@@ -53,7 +53,7 @@ export interface Call { id: string; name: string; arguments: Record<string, unkn
 
 export interface Usage {
   prompt_tokens: number; cached_tokens: number; completion_tokens: number; reasoning_tokens: number;
-  tool_prompt_tokens: number; tool_cached_tokens: number;
+  tool_prompt_tokens: number; tool_cached_tokens: number; tool_completion_tokens: number;
 }
 
 /** Milliseconds from the arrival of the turn at the service. */
@@ -130,6 +130,8 @@ export interface Options {
   tools?: Tool[];
   /** Attempts to connect before an error is reported. Default: 8. */
   attempts?: number;
+  /** Time for the service to answer before the connection counts as lost, in milliseconds. Default: 15000. */
+  timeoutMs?: number;
   onstate?: (state: State) => void;
 }
 

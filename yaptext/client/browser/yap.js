@@ -6,7 +6,8 @@ const RETRYABLE = new Set([
 ]);
 const CLOSING = new Set(["authentication_failed", "server_at_capacity", "going_away", "slow_client"]);
 const PING = '{"type":"ping"}';
-const CONNECT_TIMEOUT_MS = 15_000;
+const ANSWERS = new Set(["warmed", "session", "forgotten"]);
+const TIMEOUT_MS = 15_000;
 const FIRST_WAIT_MS = 250;
 const LONGEST_WAIT_MS = 10_000;
 
@@ -127,7 +128,10 @@ export class Yap {
   #tools;
   #attempts;
   #onstate;
+  #timeoutMs;
   #socket = null;
+  #end = () => {}; // of the socket: says why, and whether to open another at once
+  #timer = null; // runs while the service owes an answer, or a reply its next token
   #opening = null;
   #closed = false;
   #stopWaiting = () => {};
@@ -138,7 +142,7 @@ export class Yap {
   #fenced = []; // what was sent, up to the pong behind it: errors that arrive before that are of the oldest of these
   #last = null;
 
-  constructor({ url = new URL(".", import.meta.url).href, key, ticket, sessionId, tools, attempts = 8, onstate } = {}) {
+  constructor({ url = new URL(".", import.meta.url).href, key, ticket, sessionId, tools, attempts = 8, timeoutMs = TIMEOUT_MS, onstate } = {}) {
     if ((key === undefined) === (ticket === undefined)) throw new TypeError("connect() needs either key or ticket");
     this.#url = new URL(url);
     if (!this.#url.pathname.endsWith("/ws")) this.#url.pathname = this.#url.pathname.replace(/\/?$/, "/ws");
@@ -146,6 +150,7 @@ export class Yap {
     this.#ticket = ticket ?? (() => ticketFor(this.#url, key));
     this.#tools = tools;
     this.#attempts = attempts;
+    this.#timeoutMs = timeoutMs;
     this.#onstate = onstate ?? (() => {});
     this.sessionId = sessionId ?? randomId();
   }
@@ -263,6 +268,29 @@ export class Yap {
     this.#fenced.push(asked);
     this.#socket.send(JSON.stringify(frame));
     this.#socket.send(PING);
+    this.#watch();
+  }
+
+  /** A browser keeps a socket whose network is gone. The service answers a ping at once, unless the frames before it are
+   *  still being sent: without that the socket is lost. A turn that is silent for so long is asked for by a ping. */
+  #watch(unsent = Infinity) {
+    this.#timer ??= setTimeout(() => {
+      this.#timer = null;
+      if (!this.#fenced.length) {
+        this.#fenced.push({ answered: true });
+        this.#socket.send(PING);
+        this.#watch();
+        return;
+      }
+      const left = this.#socket.bufferedAmount;
+      if (left > 0 && left < unsent) this.#watch(left);
+      else this.#end(new YapError("connection_lost", `The service did not answer in ${this.#timeoutMs} ms.`), true);
+    }, this.#timeoutMs);
+  }
+
+  #unwatch() {
+    clearTimeout(this.#timer);
+    this.#timer = null;
   }
 
   #ask(frame, asked) {
@@ -305,7 +333,7 @@ export class Yap {
       this.#fail(frame);
     } else if (frame.turn !== undefined) {
       this.#turns.get(frame.turn)?.take(frame);
-    } else {
+    } else if (ANSWERS.has(frame.type)) {
       this.#answered(frame.type)?.resolve(frame);
     }
   }
@@ -373,12 +401,13 @@ export class Yap {
     try {
       await new Promise((resolve, reject) => {
         const late = () => reject(new YapError("connection_lost", "The service does not answer."));
-        const timer = setTimeout(late, CONNECT_TIMEOUT_MS);
+        const timer = setTimeout(late, this.#timeoutMs);
         socket.onopen = () => socket.send(PING);
         socket.onclose = (event) => reject(lostBy(event));
         socket.onmessage = ({ data }) => {
-          const frame = JSON.parse(data);
-          if (frame.type === "error") reject(errorOf(frame));
+          const frame = parsed(data);
+          if (!frame) reject(unreadable());
+          else if (frame.type === "error") reject(errorOf(frame));
           else resolve();
         };
         socket.addEventListener("close", () => clearTimeout(timer));
@@ -400,18 +429,27 @@ export class Yap {
     }
     let refusal = null;
     this.#socket = socket;
-    socket.onmessage = ({ data }) => {
-      const frame = JSON.parse(data);
-      if (frame.type === "error" && frame.turn === undefined && CLOSING.has(frame.error_code)) refusal = errorOf(frame);
-      this.#receive(frame);
-    };
-    socket.onclose = (event) => {
-      if (this.#closed) return;
-      const error = refusal ?? lostBy(event);
+    const end = (error, again) => {
+      if (this.#closed || this.#socket !== socket) return;
+      socket.onclose = socket.onmessage = null;
+      socket.close();
       this.#lost(error);
       this.#tell("disconnected", { error });
       // Otherwise the next turn connects: nobody waits for an idle session.
-      if (RETRIED_CLOSES.has(event.code) || this.#unsent) this.#reopen(error);
+      if (again || this.#unsent) this.#reopen(error);
+    };
+    this.#end = end;
+    socket.onclose = (event) => end(refusal ?? lostBy(event), RETRIED_CLOSES.has(event.code));
+    socket.onmessage = ({ data }) => {
+      const frame = parsed(data);
+      if (!frame) {
+        end(unreadable(), false);
+        return;
+      }
+      this.#unwatch();
+      if (frame.type === "error" && frame.turn === undefined && CLOSING.has(frame.error_code)) refusal = errorOf(frame);
+      this.#receive(frame);
+      if (this.#fenced.length || this.#turns.size) this.#watch();
     };
     this.#tell("connected");
     if (this.#unsent) {
@@ -440,6 +478,7 @@ export class Yap {
 
   /** What waits for an answer fails. A turn that a restarting service did not begin waits for the next connection. */
   #lost(error) {
+    this.#unwatch();
     this.#socket = null;
     const [asked, running] = [this.#asked, [...this.#turns.values()]];
     this.#asked = [];
@@ -457,7 +496,11 @@ export class Yap {
   }
 
   #tell(state, { error = null, waitMs = 0 } = {}) {
-    this.#onstate({ state, error, waitMs });
+    try {
+      this.#onstate({ state, error, waitMs });
+    } catch (failure) {
+      queueMicrotask(() => { throw failure; }); // the page's, as of an event handler
+    }
   }
 }
 
@@ -465,6 +508,20 @@ function superseded(turn) {
   if (!turn || turn.over) return;
   turn.take({ type: "done", turn: turn.number, cancelled: true, finish_reason: "cancelled" });
   turn.end();
+}
+
+/** A frame; null for what is none. */
+function parsed(data) {
+  try {
+    const frame = JSON.parse(data);
+    return typeof frame?.type === "string" ? frame : null;
+  } catch {
+    return null;
+  }
+}
+
+function unreadable() {
+  return new YapError("connection_lost", "The service sent a frame that cannot be read.");
 }
 
 function errorOf({ error_code: code, message, retry_after_ms: retryAfterMs }) {

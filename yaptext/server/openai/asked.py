@@ -69,7 +69,12 @@ def session_of(body: ChatRequest) -> SessionName | None:
 
 def asked_of_chat(body: ChatRequest) -> Asked:
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    chunks = Chunks(body.model or "chat", with_usage=with_usage, one_call=body.parallel_tool_calls is False)
+    chunks = Chunks(
+        body.model or "chat",
+        with_usage=with_usage,
+        one_call=body.parallel_tool_calls is False,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
     return Asked(body, chunks, bool(body.stream))
 
 

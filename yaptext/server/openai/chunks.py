@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from yaptext.server.openai import errors
-from yaptext.wire.frames import Done, Error, IdentifiedCall, Token, Usage
+from yaptext.server.openai.logprobs import Logprobs
+from yaptext.server.openai.usage import tokens_of
+from yaptext.wire.frames import Done, Error, IdentifiedCall, Token
 
 _REASONS = {"length": "length", "tool_calls": "tool_calls"}
 """Others (an end of the model's own, a soft limit, a timeout, a cancel) are `stop`."""
@@ -21,7 +23,8 @@ class Chunks:
 
     numbered = False
 
-    def __init__(self, model: str, *, with_usage: bool, one_call: bool) -> None:
+    def __init__(self, model: str, *, with_usage: bool, one_call: bool, top_logprobs: int | None) -> None:
+        self.top_logprobs = top_logprobs
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._with_usage, self._one_call = with_usage, one_call
         self._begun = False
@@ -43,35 +46,41 @@ class Chunks:
         for index, call in enumerate(self._calls(calls)):
             yield self._chunk({"tool_calls": [{"index": index} | _call_of(call)]}, None)
 
-    def done(self, done: Done, text: str) -> Iterable[bytes]:
+    def done(self, done: Done, text: str, logprobs: Logprobs | None) -> Iterable[bytes]:
         if not self._begun:
             yield from self.text_begins()
-        yield self._chunk({}, _reason(done))
+        yield self._chunk({}, _reason(done), logprobs)
         if self._with_usage:
-            yield _event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": _usage(done.usage)})
+            yield _event(self._head | {"object": "chat.completion.chunk", "choices": [], "usage": _usage(done)})
         yield b"data: [DONE]\n\n"
 
     def failed(self, error: Error, text: str) -> Iterable[bytes]:
         yield _event(errors.body_of(error))
 
-    def whole(self, text: str, calls: Sequence[IdentifiedCall], done: Done) -> dict[str, Any]:
+    def whole(
+        self, text: str, calls: Sequence[IdentifiedCall], done: Done, logprobs: Logprobs | None
+    ) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
         if calls:
             message["tool_calls"] = [_call_of(call) for call in self._calls(calls)]
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _reason(done)}
-        return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(done.usage)}
+        choice = {"index": 0, "message": message, "logprobs": _content(logprobs), "finish_reason": _reason(done)}
+        return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(done)}
 
     def _calls(self, calls: Sequence[IdentifiedCall]) -> Sequence[IdentifiedCall]:
         return calls[:1] if self._one_call else calls
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None, logprobs: Logprobs | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": _content(logprobs), "finish_reason": finish_reason}
         usage = {"usage": None} if self._with_usage else {}
         return _event(self._head | {"object": "chat.completion.chunk", "choices": [choice]} | usage)
 
 
 def _event(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def _content(logprobs: Logprobs | None) -> dict[str, Any] | None:
+    return None if logprobs is None else {"content": logprobs, "refusal": None}
 
 
 def _reason(done: Done) -> str:
@@ -86,16 +95,12 @@ def _call_of(call: IdentifiedCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments_of(call)}}
 
 
-def _usage(usage: Usage | Any) -> dict[str, Any]:
-    """The decision's tokens count if no reply was made."""
-    if not isinstance(usage, Usage):
-        usage = Usage()
-    prompt = usage.prompt_tokens or usage.tool_prompt_tokens
-    cached = usage.cached_tokens if usage.prompt_tokens else usage.tool_cached_tokens
+def _usage(done: Done) -> dict[str, Any]:
+    tokens = tokens_of(done)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": prompt + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "prompt_tokens": tokens.prompt,
+        "completion_tokens": tokens.completion,
+        "total_tokens": tokens.total,
+        "prompt_tokens_details": {"cached_tokens": tokens.cached},
+        "completion_tokens_details": {"reasoning_tokens": tokens.reasoning},
     }

@@ -78,6 +78,7 @@ class Completion:
         stream = asked.stream
         self._said = said = Said(asked.dialect, self._queue if stream else None, self._erred, asked.answered)
         self.turn = Turn(self._runtime, session, request, said)
+        said.alternatives = self.turn.answer.alternatives
         self._turning = asyncio.create_task(self.turn.run())
         helpers = [asyncio.create_task(self._watch())]
         if stream:
@@ -130,8 +131,7 @@ class Completion:
         if error is not None:
             content, status, headers = errors.body_of(error), errors.status_of(error), errors.headers_of(error)
         else:
-            assert said.done is not None
-            content, status, headers = dialect.whole(said.text, said.calls, said.done), 200, {}
+            content, status, headers = said.whole(), 200, {}
         response = Response(msgspec.json.encode(content), status, headers, media_type="application/json")
         await response(self._scope, self._receive, self._send)
 

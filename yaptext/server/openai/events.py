@@ -9,9 +9,11 @@ from typing import Any
 
 import msgspec
 
-from yaptext.server.openai.responses_schema import ResponsesRequest
+from yaptext.server.openai.logprobs import Logprobs
+from yaptext.server.openai.responses_schema import LOGPROBS, ResponsesRequest
 from yaptext.server.openai.said import HOLE
-from yaptext.wire.frames import Done, Error, IdentifiedCall, Token, Usage
+from yaptext.server.openai.usage import tokens_of
+from yaptext.wire.frames import Done, Error, IdentifiedCall, Token
 
 _TEXT = "response.output_text"
 _CODES = {"rate_limited": "rate_limit_exceeded", "bad_message": "invalid_prompt", "text_too_long": "invalid_prompt"}
@@ -34,6 +36,7 @@ class Events:
     def __init__(self, body: ResponsesRequest, form: Callable[[str, bytes], bytes]) -> None:
         self.id = f"resp_{secrets.token_hex(12)}"
         self._form = form
+        self.top_logprobs = (body.top_logprobs or 0) if LOGPROBS in (body.include or ()) else None
         self._message_id = f"msg_{secrets.token_hex(12)}"
         self._one_call = body.parallel_tool_calls is False
         self._has_limit = body.max_output_tokens is not None
@@ -87,9 +90,9 @@ class Events:
             yield self._event(f"{kind}.done", place | {"name": item["name"], "arguments": arguments})
             yield self._event("response.output_item.done", {"output_index": index, "item": item})
 
-    def done(self, done: Done, text: str) -> Iterable[bytes]:
-        response = self._ended(done, text)
-        yield from self._text_ends(text, response["output"][0]["status"] if response["output"] else "")
+    def done(self, done: Done, text: str, logprobs: Logprobs | None) -> Iterable[bytes]:
+        response = self._ended(done, text, logprobs)
+        yield from self._text_ends(text, response["output"][0]["status"] if response["output"] else "", logprobs)
         kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
         yield self._event(kind, {"response": response})
 
@@ -100,40 +103,41 @@ class Events:
         response = self._response("failed", None, output) | {"error": {"code": code, "message": message}}
         yield self._event("response.failed", {"response": response})
 
-    def whole(self, text: str, calls: Sequence[IdentifiedCall], done: Done) -> dict[str, Any]:
+    def whole(
+        self, text: str, calls: Sequence[IdentifiedCall], done: Done, logprobs: Logprobs | None
+    ) -> dict[str, Any]:
         self._calls(calls)
         self._texts = not calls
-        return self._ended(done, text)
+        return self._ended(done, text, logprobs)
 
     # --- parts
 
     def _event(self, kind: str, content: dict[str, Any]) -> bytes:
         return self._form(kind, b'{"type":"%b",%b,%b' % (kind.encode(), HOLE, msgspec.json.encode(content)[1:]))
 
-    def _text_ends(self, text: str, status: str) -> Iterable[bytes]:
+    def _text_ends(self, text: str, status: str, logprobs: Logprobs | None = None) -> Iterable[bytes]:
         if not self._texts:
             return
-        yield self._event(f"{_TEXT}.done", self._place | {"text": text, "logprobs": []})
-        yield self._event("response.content_part.done", self._place | {"part": _part(text)})
-        item = self._message(text, status)
+        yield self._event(f"{_TEXT}.done", self._place | {"text": text, "logprobs": logprobs or []})
+        yield self._event("response.content_part.done", self._place | {"part": _part(text, logprobs)})
+        item = self._message(text, status, logprobs)
         yield self._event("response.output_item.done", {"output_index": 0, "item": item})
 
-    def _ended(self, done: Done, text: str) -> dict[str, Any]:
+    def _ended(self, done: Done, text: str, logprobs: Logprobs | None) -> dict[str, Any]:
         """The response as its turn ended. That a reply came to the service's own limit does not make it incomplete."""
         cut = done.finish_reason == "length" and self._has_limit
         status = "cancelled" if done.cancelled is True else "incomplete" if cut else "completed"
-        output = [self._message(text, "completed" if status == "completed" else "incomplete")]
-        usage = done.usage if isinstance(done.usage, Usage) else Usage()
-        response = self._response(status, usage, output if self._texts else self._items)
+        output = [self._message(text, "completed" if status == "completed" else "incomplete", logprobs)]
+        response = self._response(status, done, output if self._texts else self._items)
         return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
 
-    def _response(self, status: str, usage: Usage | None, output: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def _response(self, status: str, done: Done | None, output: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         ends = {"status": status, "error": None, "incomplete_details": None, "output": output}
-        return self._head | ends | {"usage": None if usage is None else _usage(usage)}
+        return self._head | ends | {"usage": None if done is None else _usage(done)}
 
-    def _message(self, text: str, status: str) -> dict[str, Any]:
+    def _message(self, text: str, status: str, logprobs: Logprobs | None = None) -> dict[str, Any]:
         message = {"id": self._message_id, "type": "message", "role": "assistant", "status": status}
-        return message | {"content": [_part(text)]}
+        return message | {"content": [_part(text, logprobs)]}
 
     def _calls(self, calls: Sequence[IdentifiedCall]) -> list[dict[str, Any]]:
         self._items = [
@@ -150,18 +154,16 @@ class Events:
         return self._items
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(text: str, logprobs: Logprobs | None = None) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
-    """The decision's tokens count if no reply was made."""
-    prompt = usage.prompt_tokens or usage.tool_prompt_tokens
-    cached = usage.cached_tokens if usage.prompt_tokens else usage.tool_cached_tokens
+def _usage(done: Done) -> dict[str, Any]:
+    tokens = tokens_of(done)
     return {
-        "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "total_tokens": prompt + usage.completion_tokens,
+        "input_tokens": tokens.prompt,
+        "input_tokens_details": {"cached_tokens": tokens.cached, "cache_write_tokens": 0},
+        "output_tokens": tokens.completion,
+        "output_tokens_details": {"reasoning_tokens": tokens.reasoning},
+        "total_tokens": tokens.total,
     }

@@ -103,6 +103,7 @@ async def request_of(
         plain=True,
         json_schema=schema,
         sampling=_sampling(body),
+        alternatives=max(1, body.top_logprobs or 0) if body.logprobs else 0,
     )
 
 
@@ -113,8 +114,8 @@ def _chat_name(runtime: Runtime) -> str | None:
 def _check(body: ChatRequest) -> None:
     if body.n not in (None, 1):
         raise BadMessage(f"n is {body.n}; allowed is 1 - at $.n")
-    if body.logprobs or body.top_logprobs:
-        raise BadMessage("logprobs are not given - at $.logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise BadMessage("top_logprobs needs logprobs - at $.top_logprobs")
 
 
 async def _parts(messages: Sequence[Message]) -> tuple[str | None, list[Said], str | None, list[list[Called]]]:
@@ -164,6 +165,9 @@ def _called(messages: Sequence[Message], index: int) -> list[Called]:
         if each.role in ("tool", "function"):
             results.setdefault(each.tool_call_id, text_of(each))
     calls = (messages[index].tool_calls or [])[:_MOST_CALLS]
+    lacking = [call.id for call in calls if call.id not in results]
+    if None in results and len(lacking) == 1:
+        results[lacking[0]] = results[None]  # of a client that names no call
     return [Called(call.function.name, _arguments(call), results.get(call.id, _NO_RESULT)) for call in calls]
 
 

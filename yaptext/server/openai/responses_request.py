@@ -13,7 +13,7 @@ from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.transcript import keep_recent
 from yaptext.errors import BadMessage
 from yaptext.server.openai.request import HEARD_CHARS, latest, text_of
-from yaptext.server.openai.responses_schema import Item, ResponsesRequest
+from yaptext.server.openai.responses_schema import LOGPROBS, Item, ResponsesRequest
 from yaptext.server.openai.schema import (
     ChatRequest,
     Function,
@@ -78,6 +78,8 @@ def chat_request(body: ResponsesRequest, messages: Sequence[Message]) -> ChatReq
         temperature=body.temperature,
         top_p=body.top_p,
         max_completion_tokens=body.max_output_tokens,
+        logprobs=LOGPROBS in (body.include or ()),
+        top_logprobs=body.top_logprobs if LOGPROBS in (body.include or ()) else None,
         user=body.user,
         prompt_cache_key=body.prompt_cache_key,
         metadata=body.metadata,

@@ -11,6 +11,9 @@ from msgspec import Meta, Struct
 
 from yaptext.server.openai.schema import Parts
 
+LOGPROBS = "message.output_text.logprobs"
+"""Of `include`; others are ignored."""
+
 
 class Item(Struct, frozen=True):
     """A message, a call or its output; which fields it needs depends on `type`."""
@@ -55,6 +58,8 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     background: bool | None = None
     conversation: Any = None
     user: str | None = None

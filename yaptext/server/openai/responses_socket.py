@@ -81,6 +81,8 @@ class ResponsesSocket(Socket):
         self._turn: Turn | None = None
         self._response_id: str | None = None
         """Of the response that runs; its turn may not have begun."""
+        self._before_id: str | None = None
+        """Of the last one that had ended when the one that runs was asked for."""
         self._cancelled: set[str] = set()
         """Of the responses that run or wait."""
 
@@ -142,9 +144,11 @@ class ResponsesSocket(Socket):
             return _decode(frame)
 
     def _cancel(self, response_id: str | None) -> None:
-        """Of a response that is over it changes nothing: the client cannot know yet."""
+        """Of a response that is over it changes nothing: the client cannot know yet. If the client knew when it asked
+        for the next one, it means that one, whose id it has not read: Pipecat does so."""
         known = [*filter(None, [self._response_id]), *(events.id for _, events, _ in self._waiting)]
-        wanted = next(iter(known), None) if response_id is None else response_id
+        unnamed = response_id is None or response_id == self._before_id
+        wanted = next(iter(known), None) if unnamed else response_id
         if wanted is not None and wanted in known:
             self._cancelled.add(wanted)
             if self._turn is not None and wanted == self._response_id:
@@ -180,7 +184,7 @@ class ResponsesSocket(Socket):
         async with asked.turn(self._runtime, self._account) as (session, request):
 
             def answered(said: Said) -> None:
-                self._response_id = None  # a cancel from here on means the next
+                self._over(events.id)
                 asked.answered(said)
 
             said = Said(events, self._send_queue, self._erred, answered)
@@ -190,6 +194,7 @@ class ResponsesSocket(Socket):
                 said.send(Done(turn=0, usage=usage, finish_reason="stop"))
             else:
                 self._turn = turn = Turn(self._runtime, session, request, said)
+                said.alternatives = turn.answer.alternatives
                 said.begin()
                 if events.id in self._cancelled:
                     turn.cancel()
@@ -201,6 +206,12 @@ class ResponsesSocket(Socket):
                 if said.error is not None:
                     for event in events.failed(said.error, said.text):
                         self._send_queue.put_frame(event)
+                    self._over(events.id)
+
+    def _over(self, response_id: str) -> None:
+        """The client may know from here on that the response is over."""
+        self._response_id = None
+        self._before_id = None if self._waiting else response_id
 
     async def _run(self, turn: Turn) -> None:
         """In a task of its own: a turn that ends early cancels its task, and the next response waits for this one."""
@@ -238,5 +249,5 @@ class ResponsesSocket(Socket):
 def _error_event(error: Error) -> bytes:
     content: dict[str, Any] = {"status": errors.status_of(error)} | errors.body_of(error)
     if headers := errors.headers_of(error):
-        content["headers"] = headers
+        content["error"]["headers"] = headers
     return b'{"type":"error",%b,%b' % (HOLE, msgspec.json.encode(content)[1:])

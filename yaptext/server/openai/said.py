@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from yaptext.server.openai.logprobs import Logprobs, logprobs_of
 from yaptext.server.send_queue import SendQueue, TokenStream
 from yaptext.wire.frames import Done, Error, IdentifiedCall, ServerMessage, Token, ToolCall
 
@@ -15,6 +16,8 @@ class Dialect(Protocol):
 
     numbered: bool
     """Whether events have a hole for their number."""
+    top_logprobs: int | None
+    """How many a token, besides its own; None for no log probabilities."""
 
     def begin(self) -> Iterable[bytes]: ...
 
@@ -28,13 +31,15 @@ class Dialect(Protocol):
 
     def calls(self, calls: Sequence[IdentifiedCall]) -> Iterable[bytes]: ...
 
-    def done(self, done: Done, text: str) -> Iterable[bytes]:
+    def done(self, done: Done, text: str, logprobs: Logprobs | None) -> Iterable[bytes]:
         """`text` is all that was sent."""
         ...
 
     def failed(self, error: Error, text: str) -> Iterable[bytes]: ...
 
-    def whole(self, text: str, calls: Sequence[IdentifiedCall], done: Done) -> dict[str, Any]:
+    def whole(
+        self, text: str, calls: Sequence[IdentifiedCall], done: Done, logprobs: Logprobs | None
+    ) -> dict[str, Any]:
         """The response as one object."""
         ...
 
@@ -76,12 +81,24 @@ class Said:
         self.calls: list[IdentifiedCall] = []
         self.done: Done | None = None
         self.error: Error | None = None
+        self.alternatives: Sequence[dict[str, float]] = ()
+        """Those of the turn's answer, if they are wanted."""
         self._text = Text(None, lambda: None)
 
     @property
     def text(self) -> str:
         """All that was sent of the reply, and what waits to be."""
         return "".join(self._text.parts)
+
+    @property
+    def _logprobs(self) -> Logprobs | None:
+        most = self.dialect.top_logprobs
+        return None if most is None else logprobs_of(self.alternatives, most)
+
+    def whole(self) -> dict[str, Any]:
+        """The response as one object, after its `done`."""
+        assert self.done is not None
+        return self.dialect.whole(self.text, self.calls, self.done, self._logprobs)
 
     def begin(self) -> None:
         self._put(self.dialect.begin)
@@ -93,7 +110,7 @@ class Said:
         elif isinstance(message, Done):
             done = self.done = message
             self._answered(self)
-            self._put(lambda: self.dialect.done(done, self.text))
+            self._put(lambda: self.dialect.done(done, self.text, self._logprobs))
         elif isinstance(message, Error):
             self.error = message
             self._erred(message)

@@ -84,6 +84,7 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     stop: str | list[str] | None = None
     n: int | None = None
     logprobs: bool | None = None
+    """Of the tokens of the reply, as they were sampled from: after temperature and schema."""
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     user: str | None = None
     prompt_cache_key: str | None = None

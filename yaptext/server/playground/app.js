@@ -111,6 +111,7 @@ function send() {
   if (!yap) return connectNow();
   const fields = turnFields();
   if (!fields) return;
+  unsentHistory = false;
   $("utterance").value = "";
   showError("");
   message("user", text);
@@ -138,7 +139,6 @@ function turnFields() {
   }
   $("tools-error").hidden = true;
   if (unsentHistory) fields.history_text = $("history").value || null;
-  unsentHistory = false;
   return fields;
 }
 
@@ -323,6 +323,45 @@ function showSession({ type, ...state }) {
   $("session").textContent = JSON.stringify(state, null, 2);
 }
 
+// --- the prompt
+
+let prompts = null;
+
+/** Asks for the prompt of the message in the composer; without one, of an assistant that speaks by itself. */
+async function refreshPrompt() {
+  const fields = turnFields();
+  if (!fields) return;
+  if (kindOfAccess() !== "key" || !$("secret").value.trim()) return showPrompts(null, "This takes a key: a ticket only opens a connection.");
+  const frame = { type: "start", session_id: $("session-id").value, user_utterance: $("utterance").value.trim() || null, ...fields };
+  try {
+    const answer = await fetch(new URL("prompt", import.meta.url), {
+      method: "POST", headers: { "X-API-Key": $("secret").value.trim(), "Content-Type": "application/json" }, body: JSON.stringify(frame),
+    });
+    const text = await answer.text();
+    if (answer.ok) return showPrompts(JSON.parse(text), "");
+    let reason = text;
+    try { reason = JSON.parse(text).message; } catch { /* it is no JSON: the text says it */ }
+    showPrompts(null, reason || `The service answers with status ${answer.status}.`);
+  } catch (error) {
+    showPrompts(null, `The service cannot be reached: ${error.message}`);
+  }
+}
+
+function showPrompts(found, error) {
+  prompts = found;
+  $("prompt-error").textContent = error;
+  $("prompt-error").hidden = !error;
+  $("prompts").hidden = !found;
+  for (const role of found ? ["chat", "tool"] : []) {
+    const prompt = found[role];
+    $(`prompt-${role}`).hidden = !prompt;
+    $(`prompt-${role}-facts`).textContent = prompt
+      ? `${prompt.model}: ${prompt.ids.length} tokens; the first ${prompt.prefix_tokens} stay the same in later turns. Format ${prompt.format}.`
+      : "It is not asked.";
+    if (prompt) $(`prompt-${role}`).textContent = $("as-ids").checked ? prompt.ids.join(" ") : prompt.text;
+  }
+}
+
 // --- what the user does
 
 $("access").addEventListener("submit", (event) => {
@@ -370,6 +409,9 @@ $("forget").addEventListener("click", async () => {
   await yap?.forget().then(clearLog, (error) => showError(explain(error)));
   if (yap) refreshSession();
 });
+
+$("show-prompt").addEventListener("click", refreshPrompt);
+$("as-ids").addEventListener("change", () => { if (prompts) showPrompts(prompts, ""); });
 
 if (sessionStorage.getItem("kind") === "ticket") document.querySelector('input[value="ticket"]').click();
 $("secret").value = kindOfAccess() === "key" ? sessionStorage.getItem("key") ?? defaultKey : "";

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from yaptext.server import http
+from yaptext.server.playground.prompt import prompt
 from yaptext.settings import DEFAULT_API_KEY, Settings
 
 _HERE = Path(__file__).parent
@@ -31,7 +32,7 @@ _OF_THE_PAGE = _SAFE | {
 
 
 def routes(settings: Settings) -> list[BaseRoute]:
-    """`/client.js` with its types; with PLAYGROUND also `/`, and what that page loads."""
+    """`/client.js` with its types; with PLAYGROUND also `/`, what that page loads, and what it asks for."""
     client = [
         Route("/client.js", http.file((_CLIENT / "yap.js").read_bytes(), _JAVASCRIPT, _OF_THE_CLIENT)),
         Route(
@@ -52,6 +53,7 @@ def routes(settings: Settings) -> list[BaseRoute]:
     return [
         *client,
         Route("/", playground),
+        Route("/playground/prompt", prompt, methods=["POST"]),
         *(
             Route(f"/playground/{name}", http.file((_HERE / name).read_bytes(), media_type, _SAFE))
             for name, media_type in parts.items()

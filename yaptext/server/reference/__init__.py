@@ -1,0 +1,1 @@
+"""What clients can rely on, for readers and for programs: `/openapi.json` and `/docs`."""
