@@ -35,6 +35,8 @@ _M = TypeVar("_M")
 _MOST_ROUNDS, _MOST_CALLS = 16, 64
 _MOST_ARGUMENTS, _MOST_DEPTH = 32_768, 64
 """Characters of a call's arguments, and objects or lists in them, that are taken apart."""
+_LONG_ARGUMENTS = 4_096
+"""Others have their turn before they are."""
 
 
 def model_names(runtime: Runtime) -> list[str]:
@@ -132,13 +134,11 @@ async def _parts(messages: Sequence[Message]) -> tuple[str | None, list[Said], s
         if message.role in ("user", "assistant") and (text := text_of(message)):
             history.append(Said("user" if message.role == "user" else "assistant", text))
         if message.tool_calls:
-            history += [Said("tool", text) for text in in_words([_called(before, index)])]
-            await asyncio.sleep(0)
+            history += [Said("tool", text) for text in in_words([await _called(before, index)])]
     with_calls = [index for index, each in enumerate(tail) if each.tool_calls][-_MOST_ROUNDS:]
     rounds = []
     for index in with_calls:
-        rounds.append(_called(tail, index))
-        await asyncio.sleep(0)
+        rounds.append(await _called(tail, index))
     utterance = None if last is None else text_of(messages[last]) or None
     return "\n\n".join(filter(None, persona)) or None, history, utterance, rounds
 
@@ -154,7 +154,7 @@ def text_of(message: Message) -> str:
     return (content or "").strip()
 
 
-def _called(messages: Sequence[Message], index: int) -> list[Called]:
+async def _called(messages: Sequence[Message], index: int) -> list[Called]:
     """The calls of a message with what they returned, up to the next message with calls. One whose result is missing,
     as after an interruption, has none."""
     results: dict[str | None, str] = {}
@@ -168,7 +168,13 @@ def _called(messages: Sequence[Message], index: int) -> list[Called]:
     lacking = [call.id for call in calls if call.id not in results]
     if None in results and len(lacking) == 1:
         results[lacking[0]] = results[None]  # of a client that names no call
-    return [Called(call.function.name, _arguments(call), results.get(call.id, _NO_RESULT)) for call in calls]
+    called = []
+    await asyncio.sleep(0)
+    for call in calls:
+        if len(call.function.arguments or "") > _LONG_ARGUMENTS:
+            await asyncio.sleep(0)
+        called.append(Called(call.function.name, _arguments(call), results.get(call.id, _NO_RESULT)))
+    return called
 
 
 def _arguments(call: ToolCall) -> dict[str, Any]:
