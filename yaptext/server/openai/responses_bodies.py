@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from yaptext.server.openai.bodies import Count, ErrorDetail, TokenLogprob
-from yaptext.server.openai.responses_schema import NamedTool
+from yaptext.server.openai.responses_schema import ChosenTool
 
 
 class InputTokensDetails(Struct):
@@ -75,7 +75,7 @@ class Response(Struct):
     instructions: str | None
     previous_response_id: str | None
     parallel_tool_calls: bool
-    tool_choice: Literal["none", "auto", "required"] | NamedTool
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool
     tools: list[dict[str, Any]]
     temperature: float | None
     top_p: float | None

@@ -27,7 +27,7 @@ class Item(Struct, frozen=True):
     output: str | Parts | None = None
 
 
-class NamedTool(Struct, frozen=True):
+class ChosenTool(Struct, frozen=True):
     name: str
     type: Literal["function"] = "function"
 
@@ -52,7 +52,7 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     generate: bool | None = None
     """False warms the prompt."""
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None

@@ -38,12 +38,16 @@ async def prompt(request: Request) -> Response:
             await asyncio.sleep(0)
             shown = await shown_prompt.of_turn(runtime, session, turn)
     except ClientDisconnect:
-        return Response(status_code=400)  # nobody reads it
+        return _refused(BadMessage("The body is not whole."))  # nobody reads it
     except RateLimited:
         raise
     except WireError as error:
-        return _json({"error_code": error.code, "message": error.message, "detail": error.message}, 400)
+        return _refused(error)
     return _json(shown, 200)
+
+
+def _refused(error: WireError) -> Response:
+    return _json({"error_code": error.code, "message": error.message, "detail": error.message}, 400)
 
 
 def _json(content: object, status: int) -> Response:
