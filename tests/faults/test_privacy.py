@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from faults.process import Process, say, serving, turn, until
-from websockets import ConnectionClosed
+from websockets import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 pytestmark = pytest.mark.subprocess
@@ -111,6 +111,63 @@ def say_everything(process: Process) -> None:
         client.recv(4096)
 
 
+SCHEMA = {"type": "object", "properties": {"text": {"const": "canary-argument"}}}
+TOOL = {"name": "note", "description": "canary-description", "parameters": SCHEMA}
+CHAT: dict[str, Any] = {
+    "messages": [
+        {"role": "system", "content": "canary-persona"},
+        {"role": "user", "content": "canary-history"},
+        {"role": "assistant", "content": "canary-answer"},
+    ],
+    "user": "canary@example.com",
+    "metadata": {"canary-name": "canary-value"},
+    "stop": ["canary-stop"],
+}
+BAD_BODIES: tuple[dict[str, Any], ...] = (
+    {"canary-field": "canary-value"},
+    {"model": "canary-model", "messages": [{"role": "user", "content": "hi"}], "input": "hi"},
+    {"messages": [{"role": "canary-role"}], "input": [{"type": "canary-type"}]},
+    {"messages": ["canary"], "input": ["canary"], "stop": "canary " * 5000},
+    {"messages": [{"role": "user", "content": "canary " * 5000}], "input": "canary " * 5000},
+    {"messages": [{"role": "user", "content": "hi"}], "input": "hi", "tools": [{"name": "canary name"}]},
+    {"input": "hi", "previous_response_id": "canary-id", "conversation": "canary"},
+)
+
+
+def say_everything_to_openai(process: Process) -> None:
+    """The same, in the words of OpenAI's clients: streamed, whole, and on a socket."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=process.http, trust_env=False, headers=headers, timeout=60) as client:
+
+        def post(path: str, body: dict[str, Any]) -> None:
+            with suppress(httpx.RemoteProtocolError):  # a fault in the middle of a stream
+                client.post(path, json=body)
+
+        for order in ("", "FAIL", "DECIDE FAIL", "CRASH", "DECIDE CRASH"):
+            said = {"role": "user", "content": f"canary-utterance {order}"}
+            for more in ({}, {"stream": True}, {"tools": [{"type": "function", "function": TOOL}]}):
+                post("/v1/chat/completions", CHAT | {"messages": [*CHAT["messages"], said]} | more)
+                flat = {"tools": [{"type": "function"} | TOOL]} if "tools" in more else more
+                post("/v1/responses", CHAT | {"instructions": "canary-persona", "input": [said]} | flat)
+        for body in BAD_BODIES:
+            for path in ("/v1/chat/completions", "/v1/responses"):
+                post(path, body)
+        client.post("/v1/responses", content=b'{"input": "canary-bytes \xff\xfe"}')
+        client.get("/v1/models/canary-model")
+    for order in ("", "FAIL", "CRASH"):
+        with connect(f"ws{process.http[4:]}/v1/responses?model=chat", additional_headers=headers, proxy=None) as socket:
+            socket.send("canary-frame")
+            for body in (*BAD_BODIES, CHAT | {"input": f"canary-utterance {order}"}):
+                socket.send(json.dumps({"type": "response.create"} | body))
+            with suppress(ConnectionClosed):
+                until(socket, "response.completed", "response.failed")
+    for query in (f"api_key={KEY}", "api_key=canary-wrong"):
+        with suppress(ConnectionClosed, InvalidStatus):
+            with connect(f"ws{process.http[4:]}/v1/responses?{query}&model=canary", proxy=None) as socket:
+                say(socket, "response.create", input="canary")
+                until(socket, "error")
+
+
 def answers(process: Process) -> str:
     """What the HTTP routes say, with the key in each of its places."""
     with httpx.Client(base_url=process.http, trust_env=False) as client:
@@ -129,6 +186,7 @@ def test_no_word_and_no_key_is_written_anywhere(tmp_path: Path, format: str) -> 
     with serving(tmp_path / "output", ENGINE, KEY, **variables) as process:
         process.wait_ready()
         say_everything(process)
+        say_everything_to_openai(process)
         told = answers(process) + Path(f"/proc/{process.popen.pid}/cmdline").read_text()
         with process.connect() as socket:
             assert turn(socket, "canary-utterance DIE", **TEXTS)[-1]["error_code"] == "engine_failed"
@@ -138,6 +196,7 @@ def test_no_word_and_no_key_is_written_anywhere(tmp_path: Path, format: str) -> 
     assert [line for line in told.splitlines() if "canary" in line] == []
     for expected in ("turn.crashed", "KeyError", "ExceptionGroup", "process.py", "log.failed", "engine.died"):
         assert expected in output, expected
+    assert output.count("turn.crashed") > 10 < output.count("turn.finished"), "on every door"
     assert output.count("thread.crashed") == 2 and "Task exception was never retrieved" in output
     assert "UnicodeDecodeError" not in output, "a client's fault is no traceback"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fuzz.target import BINARY, CLOSE, PING, PONG, TEXT, frame
@@ -152,9 +152,9 @@ _edits = st.lists(st.tuples(_numbers, _numbers, _numbers, _numbers), max_size=3)
 recipes = st.tuples(_numbers, _numbers, _edits, st.none() | st.none() | st.integers(0, 2**32))
 
 
-def payload(base: int, edits: list[Edit], damage: int | None) -> bytes:
+def payload(base: int, edits: list[Edit], damage: int | None, bases: Sequence[dict[str, Any]] = BASES[:-1]) -> bytes:
     """A text that is more or less a message."""
-    message: Any = BASES[base % (len(BASES) - 1)]
+    message: Any = bases[base % len(bases)]
     for what, where, value, name in edits:
         if isinstance(message, dict):
             chosen = EDITS[what % len(EDITS)], where, VALUES[value % len(VALUES)], NAMES[name % len(NAMES)]
@@ -199,10 +199,10 @@ _FATAL: list[Callable[[bytes], bytes]] = [
 ]
 
 
-def mild(recipe: Recipe) -> bytes:
+def mild(recipe: Recipe, bases: Sequence[dict[str, Any]] = BASES[:-1]) -> bytes:
     """Frames after which the socket is still open."""
     how, *rest = recipe
-    return _MILD[how % len(_MILD)](payload(*rest))
+    return _MILD[how % len(_MILD)](payload(*rest, bases))
 
 
 def fatal(recipe: Recipe) -> bytes:

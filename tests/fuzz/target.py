@@ -47,7 +47,10 @@ def frame(opcode: int, payload: bytes, *, fin: bool = True, masked: bool = True,
 class Client:
     """One TCP connection. Reads whole messages of the service and holds each against the protocol."""
 
-    def __init__(self, port: int, *, host: str = "127.0.0.1", upgrade: bool = True, key: str = "yap_token") -> None:
+    def __init__(
+        self, port: int, *, host: str = "127.0.0.1", upgrade: bool = True, key: str = "yap_token", path: str = "/ws"
+    ) -> None:
+        self._path = path
         self.socket = socket.create_connection((host, port), timeout=30)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._read = b""
@@ -57,7 +60,8 @@ class Client:
         self.errors: set[str] = set()
         if upgrade:
             self.send(
-                b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nX-API-Key: "
+                b"GET %b HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nX-API-Key: "
+                % path.encode()
                 + key.encode()
                 + b"\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
             )
@@ -94,7 +98,7 @@ class Client:
             assert first & 0x70 == 0 and first & 0x80 and second & 0x80 == 0, "the service's own frames are plain"
             match first & 15:
                 case 1:
-                    if isinstance(answer := _ANSWERS.decode(payload), Error):
+                    if self._path == "/ws" and isinstance(answer := _ANSWERS.decode(payload), Error):
                         self.errors.add(answer.error_code)
                     yield json.loads(payload)
                 case 8:

@@ -379,34 +379,6 @@ async def test_a_wrong_key_is_401(headers: dict[str, str]) -> None:
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
-async def test_a_full_house_says_when_to_come_back() -> None:
-    gate = Gate()
-    async with door(Script(pace=gate), MAX_CONCURRENT_CONNECTIONS=1) as (client, engine, running):
-        held = asyncio.ensure_future(ask(client))
-        await until(lambda: engine.running == 1)
-        answer = await client.post("/v1/chat/completions", json=body())
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_at_capacity")
-        assert int(answer.headers["retry-after-ms"]) > 0 and int(answer.headers["retry-after"]) >= 1
-        gate.step(100)
-        await held
-        await until(lambda: not running.active)
-        await ask(client)
-
-
-async def test_a_key_that_is_out_of_turns_gets_429(tmp_path: Any) -> None:
-    import hashlib
-
-    keys = tmp_path / "keys"
-    keys.write_text(f"a sha256:{hashlib.sha256(b'secret-a').hexdigest()} turns_per_minute=1\n")
-    keys.chmod(0o600)
-    async with door(YAP_TEXT_KEY_FILE=str(keys)) as (client, _, _):
-        client.headers["Authorization"] = "Bearer secret-a"
-        await ask(client)
-        answer = await client.post("/v1/chat/completions", json=body())
-        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
-        assert int(answer.headers["retry-after-ms"]) > 0
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_engine_that_fails_before_the_first_token_is_a_500(stream: bool) -> None:
     async with door(Script((), error=EngineFailed("The engine failed."))) as (client, _, _):
@@ -421,31 +393,6 @@ async def test_an_engine_that_fails_later_is_an_event_of_the_stream() -> None:
 
 
 # --- the connection
-
-
-async def test_a_disconnect_ends_the_turn() -> None:
-    gate = Gate()
-    async with door(Script(["a"] * 50, pace=gate)) as (client, engine, running):
-        async with client.stream("POST", "/v1/chat/completions", json=body(stream=True)) as answer:
-            gate.step(2)
-            async for line in answer.aiter_lines():
-                if '"a"' in line:
-                    break
-        await until(lambda: engine.running == 0 and engine.aborted == 1)
-        await until(lambda: not running.active)
-
-
-async def test_a_drain_lets_a_reply_end_and_refuses_the_next() -> None:
-    gate = Gate()
-    async with door(Script(pace=gate)) as (client, engine, running):
-        held = asyncio.ensure_future(ask(client))
-        await until(lambda: engine.running == 1)
-        running.server.begin_drain()
-        await until(lambda: running.server.lifecycle.phase == "draining")
-        answer = await client.post("/v1/chat/completions", json=body())
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "going_away")
-        gate.step(100)
-        assert (await held)["choices"][0]["message"]["content"] == "Hello there."
 
 
 async def test_a_slow_stream_outlives_the_time_for_a_handshake() -> None:

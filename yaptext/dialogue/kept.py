@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from cachetools import TTLCache
 
@@ -18,16 +19,17 @@ _LEAST_BYTES = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A conversation up to the end of a response. `messages` are of the door's own kind, `bytes` their size."""
+    """A conversation up to the end of a response. `messages` are of the door's own kind, `bytes` what they take in
+    memory. `session_ids` are the sessions that they come from."""
 
-    session_id: str | None
+    session_ids: frozenset[str]
     messages: tuple[Any, ...]
     bytes: int
 
 
 class KeptResponses:
-    """By key and id, each for an hour after it was made. Over the bound of a key its least used go, over that of all
-    those of the key that has most. No key finds those of another."""
+    """By key and id, each for an hour after it was made. Over the bound of a key its least used go; over the bound of
+    all, those of the key that has most. Responses of one key are not found by another."""
 
     def __init__(
         self, most_bytes: int = _BYTES, all_bytes: int = _ALL_BYTES, *, clock: Callable[[], float] = time.monotonic
@@ -35,11 +37,22 @@ class KeptResponses:
         self._most_bytes, self._all_bytes, self._clock = most_bytes, all_bytes, clock
         self._swept_at = clock()
         self._by_key: dict[str, TTLCache[str, Kept]] = {}
+        self._beside: WeakSet[KeptResponses] = WeakSet()
+
+    def beside(self, most_bytes: int) -> KeptResponses:
+        """Others, known to one socket alone, that forget what these have to."""
+        others = KeptResponses(most_bytes, clock=self._clock)
+        self._beside.add(others)
+        return others
 
     @property
     def keys(self) -> list[str]:
         """Names of keys that have any."""
         return list(self._by_key)
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(of_key.currsize) for of_key in self._by_key.values())
 
     def find(self, key_name: str, response_id: str) -> Kept | None:
         of_key = self._by_key.get(key_name)
@@ -54,16 +67,17 @@ class KeptResponses:
         if key_name not in self._by_key:
             self._by_key[key_name] = TTLCache(self._most_bytes, _TTL_S, timer=self._clock, getsizeof=_size)
         self._by_key[key_name][response_id] = kept
-        while sum(of_key.currsize for of_key in self._by_key.values()) > self._all_bytes:
+        while self.bytes > self._all_bytes:
             max(self._by_key.values(), key=lambda of_key: of_key.currsize).popitem()
 
     def forget(self, key_name: str, session_id: str) -> bool:
         """Drops those of a session; whether there was any."""
+        known = [others.forget(key_name, session_id) for others in list(self._beside)]
         of_key = self._by_key.get(key_name)
-        of_session = [id for id, kept in of_key.items() if kept.session_id == session_id] if of_key else []
+        of_session = [id for id, kept in of_key.items() if session_id in kept.session_ids] if of_key else []
         for response_id in of_session:
             self._by_key[key_name].pop(response_id, None)
-        return bool(of_session)
+        return bool(of_session) or any(known)
 
     def _sweep(self) -> None:
         self._swept_at = self._clock()
@@ -74,4 +88,4 @@ class KeptResponses:
 
 
 def _size(kept: Kept) -> int:
-    return kept.bytes + _LEAST_BYTES
+    return kept.bytes + sum(map(len, kept.session_ids)) + _LEAST_BYTES

@@ -79,7 +79,6 @@ class Socket(ABC):
 
     def _say(self, error: WireError) -> None:
         """Queues that frame."""
-        self._runtime.metrics.errors.labels(error.code).inc()
         self._send_queue.put_frame(self._error(error))
 
     def _close_code(self, error: WireError) -> int:
@@ -161,6 +160,8 @@ class Socket(ABC):
     async def _close(self, ending: Ending, writer: asyncio.Task[None]) -> None:
         """Writes what still waits, then the close frame; a client that does not read gets neither wait."""
         slow = isinstance(ending.error, SlowClient)
+        if ending.error is not None:
+            self._runtime.metrics.errors.labels(ending.error.code).inc()
         if ending.code is not None and not slow:
             if ending.error is not None:
                 self._say(ending.error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union, cast
 
 import msgspec
@@ -35,23 +35,49 @@ _MAX_BYTES = {"tools": 65_536, "sampling": 4_096, "results": 131_072}
 _MAX_NAMES = 4096
 
 
-def _compact(cls: type[Struct]) -> type[Struct]:
-    """The message with its costly fields unread, whatever a client writes there and how often."""
-    fields: list[Any] = []
-    for field in msgspec.structs.fields(cls):
-        kind = msgspec.Raw if field.name in _MAX_BYTES else field.type
-        fields.append((field.name, kind) if field.required else (field.name, kind | UnsetType, field.default))
-    return msgspec.defstruct(cls.__name__, fields, frozen=True, kw_only=True, tag=cls.__struct_config__.tag)
+class BoundedDecoder:
+    """Decodes one of `classes`. A field in `limits` is looked at only if it has no more bytes of JSON than that."""
+
+    def __init__(self, classes: Sequence[type[Struct]], limits: Mapping[str, int]) -> None:
+        self._limits = limits
+        self._whole = {self._compact(cls): (cls, costly) for cls in classes if (costly := self._costly(cls))}
+        light = [cls for cls in classes if not self._costly(cls)]
+        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Union[(*light, *self._whole)])
+
+    def _compact(self, cls: type[Struct]) -> type[Struct]:
+        """The message with its costly fields unread, whatever a client writes there and how often."""
+        fields: list[Any] = []
+        for field in msgspec.structs.fields(cls):
+            kind = msgspec.Raw if field.name in self._limits else field.type
+            fields.append((field.name, kind) if field.required else (field.name, kind | UnsetType, field.default))
+        return msgspec.defstruct(cls.__name__, fields, frozen=True, kw_only=True, tag=cls.__struct_config__.tag)
+
+    def _costly(self, cls: type[Struct]) -> dict[str, msgspec.json.Decoder[Any]]:
+        costly = (field for field in msgspec.structs.fields(cls) if field.name in self._limits)
+        return {field.name: msgspec.json.Decoder(field.type, float_hook=float) for field in costly}
+
+    def decode(self, frame: str | bytes) -> Any:
+        """Raises `BadMessage` for a field over its limit, and what msgspec raises."""
+        found = self._decoder.decode(frame)
+        if type(found) not in self._whole:
+            return found
+        cls, costly = self._whole[type(found)]
+        values = msgspec.structs.asdict(found)
+        for name, decoder in costly.items():
+            raw = values[name]
+            if not isinstance(raw, msgspec.Raw):
+                continue
+            if (size := memoryview(raw).nbytes) > (limit := self._limits[name]):
+                raise BadMessage(f"{name} are {size} bytes of JSON; limit is {limit} - at $.{name}")
+            try:
+                values[name] = decoder.decode(raw)
+            except msgspec.ValidationError as error:
+                reason, at, field = str(error).partition(" - at `$")
+                raise msgspec.ValidationError(f"{reason} - at `$.{name}{field if at else '`'}") from None
+        return cls(**values)
 
 
-def _costly(cls: type[Struct]) -> dict[str, msgspec.json.Decoder[Any]]:
-    costly = (field for field in msgspec.structs.fields(cls) if field.name in _MAX_BYTES)
-    return {field.name: msgspec.json.Decoder(field.type, float_hook=float) for field in costly}
-
-
-_WHOLE = {_compact(cls): (cls, costly) for cls in CLIENT_MESSAGES if (costly := _costly(cls))}
-_LIGHT = [cls for cls in CLIENT_MESSAGES if not _costly(cls)]
-_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Union[(*_LIGHT, *_WHOLE)])
+_decoder = BoundedDecoder(CLIENT_MESSAGES, _MAX_BYTES)
 
 
 class Frame(NamedTuple):
@@ -98,29 +124,9 @@ def read_in_steps(frame: str | bytes) -> Iterator[Frame | None]:
 def _attempt(frame: str | bytes) -> ClientMessage | Exception:
     """The message, or what keeps the frame from being one."""
     try:
-        return _decode(frame)
+        return cast(ClientMessage, _decoder.decode(frame))
     except _UNREADABLE as error:
         return error
-
-
-def _decode(frame: str | bytes) -> ClientMessage:
-    found = _decoder.decode(frame)
-    if type(found) not in _WHOLE:
-        return cast(ClientMessage, found)
-    cls, costly = _WHOLE[type(found)]
-    values = msgspec.structs.asdict(found)
-    for name, decoder in costly.items():
-        raw = values[name]
-        if not isinstance(raw, msgspec.Raw):
-            continue
-        if (size := memoryview(raw).nbytes) > (limit := _MAX_BYTES[name]):
-            raise BadMessage(f"{name} are {size} bytes of JSON; limit is {limit} - at $.{name}")
-        try:
-            values[name] = decoder.decode(raw)
-        except msgspec.ValidationError as error:
-            reason, at, field = str(error).partition(" - at `$")
-            raise msgspec.ValidationError(f"{reason} - at `$.{name}{field if at else '`'}") from None
-    return cls(**values)
 
 
 def _names(frame: str | bytes) -> dict[str, msgspec.Raw] | None:

@@ -15,7 +15,8 @@ from yaptext.errors import BadMessage
 from yaptext.server.access.accounts import Account
 from yaptext.server.openai.chunks import Chunks, arguments_of
 from yaptext.server.openai.events import Events
-from yaptext.server.openai.request import request_of, session_id_of
+from yaptext.server.openai.naming import SessionName, session_name
+from yaptext.server.openai.request import request_of
 from yaptext.server.openai.responses_request import chat_request, kept, messages_of, sent_text
 from yaptext.server.openai.responses_schema import ResponsesRequest
 from yaptext.server.openai.said import Dialect, Said
@@ -32,7 +33,7 @@ class Asked:
     dialect: Dialect
     stream: bool
     answered: Callable[[Said], None] = _forgets
-    """Called with what was said, if the turn did not fail."""
+    """Called with what was said, if the turn did not fail: see `Said`."""
     sent: str = ""
     """The reply that the conversation continues, if it is known here."""
 
@@ -40,10 +41,10 @@ class Asked:
     async def turn(self, runtime: Runtime, account: Account) -> AsyncIterator[tuple[Session, TurnRequest]]:
         """The session of this turn alone, so that requests of one session may run beside each other, and the request.
         What the turn leaves is the named session's. Raises as `request_of` does."""
-        session_id = session_id_of(self.chat)
-        named = None if session_id is None else runtime.sessions.open((account.name, session_id))
+        name = session_of(self.chat)
+        named = None if name is None else runtime.sessions.open((account.name, name.id))
         request = await request_of(runtime, self.chat, account, named, self.sent)
-        own = Session((account.name, session_id or ""))
+        own = Session((account.name, "" if name is None else name.in_log))
         own.forgotten = True  # nothing of it is kept
         if named is not None:
             own.seed, own.turns = named.seed, named.turns
@@ -62,6 +63,10 @@ class Asked:
                     runtime.kept.forget(account.name, named.session_id)
 
 
+def session_of(body: ChatRequest) -> SessionName | None:
+    return session_name(body.metadata, body.prompt_cache_key, body.user)
+
+
 def asked_of_chat(body: ChatRequest) -> Asked:
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     chunks = Chunks(
@@ -76,7 +81,8 @@ def asked_of_chat(body: ChatRequest) -> Asked:
 def asked_of_responses(
     runtime: Runtime, account: Account, body: ResponsesRequest, events: Events, of_socket: KeptResponses | None = None
 ) -> Asked:
-    """`of_socket` has the responses that are to be stored nowhere (`store: false`). Raises `BadMessage`."""
+    """`of_socket` has the responses that are to be stored nowhere (`store: false`). Raises `BadMessage`,
+    `TextTooLong`."""
     before, known = None, [runtime.kept] if of_socket is None else [of_socket, runtime.kept]
     if body.previous_response_id is not None:
         found = (each.find(account.name, body.previous_response_id) for each in known)
@@ -84,8 +90,10 @@ def asked_of_responses(
         if before is None:
             name = body.previous_response_id[:100]
             raise BadMessage(f"Previous response with id {name!r} not found. - at $.previous_response_id")
-    messages = messages_of(body, before)
+    messages = messages_of(runtime, body, before)
     chat = chat_request(body, messages)
+    session = session_of(chat)
+    sessions = frozenset([session.id] if session is not None else []) | (before.session_ids if before else set())
     keeper = of_socket if body.store is False else runtime.kept
 
     def answered(said: Said) -> None:
@@ -93,7 +101,7 @@ def asked_of_responses(
             return
         calls = [ToolCall(call.id, Function(call.name, arguments_of(call))) for call in said.calls]
         reply = [Message("assistant", said.text, tool_calls=calls or None)] if said.text or calls else []
-        conversation = kept([*messages, *reply], 2 * runtime.history_bytes, session_id_of(chat))
+        conversation = kept([*messages, *reply], 2 * runtime.history_bytes, sessions)
         keeper.keep(account.name, events.id, conversation)
 
     return Asked(chat, events, bool(body.stream), answered, sent_text(before))

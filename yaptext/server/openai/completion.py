@@ -15,7 +15,8 @@ from yaptext.dialogue.turn import Turn
 from yaptext.engine.base import whose
 from yaptext.errors import SlowClient, WireError
 from yaptext.server.openai import errors
-from yaptext.server.openai.said import Dialect, Numbering, Said
+from yaptext.server.openai.asked import Asked
+from yaptext.server.openai.said import Numbering, Said
 from yaptext.server.send_queue import LINK, SendQueue
 from yaptext.wire.frames import Error, error_frame
 
@@ -60,8 +61,8 @@ class Completion:
         if self._link is not None:
             self._link.admit()
 
-    async def run(self, session: Session, request: TurnRequest, dialect: Dialect, *, stream: bool) -> Said:
-        """Returns what was said. Raises `WireError` before anything is sent."""
+    async def run(self, session: Session, request: TurnRequest, asked: Asked) -> None:
+        """Raises `WireError` before anything is sent."""
         if self._refusal is not None:
             raise self._refusal
         whose.set(self._key_name)
@@ -72,9 +73,10 @@ class Completion:
             max_bytes=settings.send_queue_bytes,
             flush_s=settings.stream_flush_ms / 1000,
             on_overflow=self._overflow,
-            write_now=self._numbering.write_now if dialect.numbered else write_now,
+            write_now=self._numbering.write_now if asked.dialect.numbered else write_now,
         )
-        self._said = said = Said(dialect, self._queue if stream else None, self._erred)
+        stream = asked.stream
+        self._said = said = Said(asked.dialect, self._queue if stream else None, self._erred, asked.answered)
         self.turn = Turn(self._runtime, session, request, said)
         said.alternatives = self.turn.answer.alternatives
         self._turning = asyncio.create_task(self.turn.run())
@@ -100,7 +102,6 @@ class Completion:
                 await self._close(said)
         except TimeoutError:
             self._abort()
-        return said
 
     # --- the response
 

@@ -20,21 +20,22 @@ from yaptext.server.openai import errors
 from yaptext.server.openai.asked import Asked, asked_of_chat, asked_of_responses
 from yaptext.server.openai.completion import Completion
 from yaptext.server.openai.events import Events, as_sse
+from yaptext.server.openai.reading import reader
 from yaptext.server.openai.request import model_names
 from yaptext.server.openai.responses_schema import ResponsesRequest
 from yaptext.server.openai.schema import ChatRequest
 from yaptext.server.service import Service
+from yaptext.server.socket import LARGE_BYTES
 from yaptext.wire.frames import error_frame
 
 _log = structlog.get_logger(__name__)
-_LARGE_BYTES = 32_768
 
 
 class Completions:
     """A route whose body is answered with a turn."""
 
     def __init__(self, body: type[Any], asked: Callable[[Service, Account, Any], Asked]) -> None:
-        self._decode, self._asked = msgspec.json.Decoder(body).decode, asked
+        self._decode, self._asked = reader(body), asked
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive, send)
@@ -49,8 +50,7 @@ class Completions:
                 completion.admit()
                 asked = self._asked(service, account, body)
                 async with asked.turn(service.runtime, account) as (session, wanted):
-                    said = await completion.run(session, wanted, asked.dialect, stream=asked.stream)
-                    asked.answered(said)
+                    await completion.run(session, wanted, asked)
         except (WireError, HostNotAllowed) as error:
             await _refused(request, error)(scope, receive, send)
         except ClientDisconnect:
@@ -70,14 +70,11 @@ class Completions:
                 raise BadMessage(f"the body is more than {limit} bytes; limit is {limit} (MAX_FRAME_BYTES)")
             parts.append(part)
         body = b"".join(parts)
-        try:
-            if size <= _LARGE_BYTES:
-                return self._decode(body)
-            async with service.runtime.large_frames:  # each takes milliseconds: one in a round of the loop
-                await asyncio.sleep(0)
-                return self._decode(body)
-        except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-            raise BadMessage(str(error).replace("`", "")) from None
+        if size <= LARGE_BYTES:
+            return self._decode(body)
+        async with service.runtime.large_frames:  # each takes milliseconds: one in a round of the loop
+            await asyncio.sleep(0)
+            return self._decode(body)
 
 
 def _asked_of_responses(service: Service, account: Account, body: ResponsesRequest) -> Asked:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,11 +27,16 @@ from yaptext.wire.frames import PersonaFields, SamplingFields
 
 _LEAST_BYTES = 64
 """What a message of a history counts as at least."""
+HEARD_CHARS = 65_536
+"""Of a message that may be a part of a reply: none of ours is longer."""
 _PERSONA = "persona/"
 _NO_RESULT = "(no result)"
+_M = TypeVar("_M")
 _MOST_ROUNDS, _MOST_CALLS = 16, 64
 _MOST_ARGUMENTS, _MOST_DEPTH = 32_768, 64
 """Characters of a call's arguments, and objects or lists in them, that are taken apart."""
+_LONG_ARGUMENTS = 4_096
+"""Others have their turn before they are."""
 
 
 def model_names(runtime: Runtime) -> list[str]:
@@ -40,12 +45,6 @@ def model_names(runtime: Runtime) -> list[str]:
     names = ["chat", chat.model] if chat is not None else []
     names += ["tool", tool.model] if tool is not None else []
     return list(dict.fromkeys(names + [f"{_PERSONA}{style}" for style in styles() if chat is not None]))
-
-
-def session_id_of(body: ChatRequest) -> str | None:
-    """Which session a request belongs to, if it says so."""
-    given = ((body.metadata or {}).get("session_id"), body.prompt_cache_key, body.user)
-    return next((name[:128] for name in given if isinstance(name, str) and name), None)
 
 
 async def request_of(
@@ -59,7 +58,7 @@ async def request_of(
         raise NotDeployed(f"The model {model[:100]!r} does not exist; there are {', '.join(known)} - at $.model")
     tool = runtime.engines.tool
     replies = not (model == "tool" or (tool is not None and model == tool.model != _chat_name(runtime)))
-    persona, history, utterance, rounds = _parts(_latest(body.messages, 2 * runtime.history_bytes // _LEAST_BYTES))
+    persona, history, utterance, rounds = await _parts(latest(runtime, body.messages, _is_system))
     limit = 16 * runtime.settings.tool_result_max_tokens
     rounds = [[replace(call, content=call.content[:limit]) for call in calls] for calls in rounds]
     await asyncio.sleep(0)  # others' turn: a long history was parsed
@@ -92,7 +91,7 @@ async def request_of(
         runtime.reply_schemas[schema] = None
     must_call = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
     return TurnRequest(
-        session_id_of(body) or "",
+        "",
         utterance,
         persona=fields,
         history=Told(history, "".join(said.text for said in history)),
@@ -121,23 +120,25 @@ def _check(body: ChatRequest) -> None:
         raise BadMessage("top_logprobs needs logprobs - at $.top_logprobs")
 
 
-def _parts(messages: Sequence[Message]) -> tuple[str | None, list[Said], str | None, list[list[Called]]]:
-    """Persona, history, utterance, and the rounds of calls that were made for the utterance."""
+async def _parts(messages: Sequence[Message]) -> tuple[str | None, list[Said], str | None, list[list[Called]]]:
+    """Persona, history, utterance, and the rounds of calls that were made for the utterance. Others have their turn
+    between the messages."""
     last = next((index for index in range(len(messages) - 1, -1, -1) if messages[index].role == "user"), None)
     tail = messages[last + 1 :] if last is not None else ()
     if any(message.role == "assistant" and not message.tool_calls and text_of(message) for message in tail):
         last, tail = None, ()  # the assistant has answered: it goes on by itself
-    persona = [text_of(each) for each in messages if each.role in ("system", "developer")]
-    before = [
-        each for each in (messages if last is None else messages[:last]) if each.role not in ("system", "developer")
-    ]
+    persona = [text_of(each) for each in messages if _is_system(each)]
+    before = [each for each in (messages if last is None else messages[:last]) if not _is_system(each)]
     history: list[Said] = []
     for index, message in enumerate(before):
         if message.role in ("user", "assistant") and (text := text_of(message)):
             history.append(Said("user" if message.role == "user" else "assistant", text))
         if message.tool_calls:
-            history += [Said("tool", text) for text in in_words([_called(before, index)])]
-    rounds = [_called(tail, index) for index, each in enumerate(tail) if each.tool_calls][-_MOST_ROUNDS:]
+            history += [Said("tool", text) for text in in_words([await _called(before, index)])]
+    with_calls = [index for index, each in enumerate(tail) if each.tool_calls][-_MOST_ROUNDS:]
+    rounds = []
+    for index in with_calls:
+        rounds.append(await _called(tail, index))
     utterance = None if last is None else text_of(messages[last]) or None
     return "\n\n".join(filter(None, persona)) or None, history, utterance, rounds
 
@@ -153,7 +154,7 @@ def text_of(message: Message) -> str:
     return (content or "").strip()
 
 
-def _called(messages: Sequence[Message], index: int) -> list[Called]:
+async def _called(messages: Sequence[Message], index: int) -> list[Called]:
     """The calls of a message with what they returned, up to the next message with calls. One whose result is missing,
     as after an interruption, has none."""
     results: dict[str | None, str] = {}
@@ -167,7 +168,13 @@ def _called(messages: Sequence[Message], index: int) -> list[Called]:
     lacking = [call.id for call in calls if call.id not in results]
     if None in results and len(lacking) == 1:
         results[lacking[0]] = results[None]  # of a client that names no call
-    return [Called(call.function.name, _arguments(call), results.get(call.id, _NO_RESULT)) for call in calls]
+    called = []
+    await asyncio.sleep(0)
+    for call in calls:
+        if len(call.function.arguments or "") > _LONG_ARGUMENTS:
+            await asyncio.sleep(0)
+        called.append(Called(call.function.name, _arguments(call), results.get(call.id, _NO_RESULT)))
+    return called
 
 
 def _arguments(call: ToolCall) -> dict[str, Any]:
@@ -181,18 +188,26 @@ def _arguments(call: ToolCall) -> dict[str, Any]:
     return {"arguments": text[:_MOST_ARGUMENTS]}
 
 
-def _latest(messages: Sequence[Message], most: int) -> list[Message]:
-    """The end of a long history, with the system messages: more is never used."""
-    if len(messages) <= most:
-        return list(messages)
-    first = [each for each in messages[:-most] if each.role in ("system", "developer")]
+def latest(runtime: Runtime, messages: Sequence[_M], is_system: Callable[[_M], bool]) -> list[_M]:
+    """The end of a long conversation, with the system messages before it: more is never used. Raises `TextTooLong`."""
+    most = 2 * runtime.history_bytes // _LEAST_BYTES
+    first = [each for each in messages[:-most] if is_system(each)]
+    limit = runtime.settings.persona_max_tokens
+    if len(first) > limit:
+        raise TextTooLong(
+            f"there are {len(first)} system messages; limit is {limit} tokens (PERSONA_MAX_TOKENS) - at $.messages"
+        )
     return [*first, *messages[-most:]]
+
+
+def _is_system(message: Message) -> bool:
+    return message.role in ("system", "developer") and bool(message.content)
 
 
 def _mark_heard(history: list[Said], sent: str, mark: str) -> None:
     """The last reply that the client shows, if it is shorter than what was sent, is what the user heard of it."""
     index = next((index for index in range(len(history) - 1, -1, -1) if history[index].speaker == "assistant"), None)
-    if index is None:
+    if index is None or len(history[index].text) > HEARD_CHARS:
         return
     heard, whole = "".join(history[index].text.split()), "".join(sent.split())
     if len(heard) < len(whole) and whole.startswith(heard):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from sys import getsizeof
+from typing import Any
 
 from msgspec.structs import replace
 
 from yaptext.dialogue.kept import Kept
+from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.transcript import keep_recent
 from yaptext.errors import BadMessage
-from yaptext.server.openai.request import text_of
+from yaptext.server.openai.request import HEARD_CHARS, latest, text_of
 from yaptext.server.openai.responses_schema import LOGPROBS, Item, ResponsesRequest
 from yaptext.server.openai.schema import (
     ChatRequest,
@@ -22,10 +25,14 @@ from yaptext.server.openai.schema import (
     ToolCall,
 )
 
+_MOST_CALLS = 64
+"""Of one message: more are never used."""
 
-def messages_of(body: ResponsesRequest, before: Kept | None) -> list[Message]:
-    """The conversation up to the request, without `instructions`. Raises `BadMessage`."""
-    new = list(_messages([Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input or ()))
+
+def messages_of(runtime: Runtime, body: ResponsesRequest, before: Kept | None) -> list[Message]:
+    """The conversation up to the request, without `instructions`. Raises `BadMessage`, `TextTooLong`."""
+    given = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input or ()
+    new = list(_messages(latest(runtime, given, _is_system)))
     if before is None:
         return new
     known = list(before.messages)
@@ -35,9 +42,13 @@ def messages_of(body: ResponsesRequest, before: Kept | None) -> list[Message]:
         if last.tool_calls and first.tool_calls:
             new[0] = last if _ids(first) <= _ids(last) else first
             known.pop()
-        elif "".join(text_of(last).split()).startswith("".join(text_of(first).split())) and not first.tool_calls:
+        elif not first.tool_calls and _is_beginning(text_of(first), text_of(last)):
             known.pop()
     return known + new
+
+
+def _is_beginning(heard: str, sent: str) -> bool:
+    return len(heard) <= HEARD_CHARS and "".join(sent.split()).startswith("".join(heard.split()))
 
 
 def sent_text(before: Kept | None) -> str:
@@ -75,12 +86,16 @@ def chat_request(body: ResponsesRequest, messages: Sequence[Message]) -> ChatReq
     )
 
 
-def kept(messages: Sequence[Message], most_bytes: int, session_id: str | None) -> Kept:
-    """A conversation to continue: its end within `most_bytes`, with its system messages."""
-    sizes = [_size(message) for message in messages]
-    first = keep_recent(sizes, most_bytes)
+def kept(messages: Sequence[Message], most_bytes: int, session_ids: frozenset[str]) -> Kept:
+    """A conversation to continue: its end within `most_bytes`, with its system messages. Of a content only the text is
+    kept."""
+    first = keep_recent([_size(message) for message in messages], most_bytes)
     head = [message for message in messages[:first] if message.role in ("system", "developer")]
-    return Kept(session_id, (*head, *messages[first:]), sum(sizes[first:]) + sum(map(_size, head)))
+    left = [
+        message if isinstance(message.content, str | None) else replace(message, content=text_of(message))
+        for message in (*head, *messages[first:])
+    ]
+    return Kept(session_ids, tuple(left), sum(map(_weight, left)))
 
 
 def _format(kind: str, schema: dict[str, object] | None, name: str) -> ResponseFormat:
@@ -95,11 +110,12 @@ def _messages(items: Iterable[Item]) -> Iterable[Message]:
     for index, item in enumerate(items):
         if item.type == "function_call":
             call = ToolCall(item.call_id or "", Function(item.name or "", item.arguments))
-            open_one = last if last is not None and last.role == "assistant" else Message("assistant")
-            last_calls = [*(open_one.tool_calls or ()), call]
-            if last is not None and last is not open_one:
-                yield last
-            last = replace(open_one, tool_calls=last_calls)
+            if last is not None and last.role == "assistant":
+                last = replace(last, tool_calls=[*(last.tool_calls or ()), call][:_MOST_CALLS])
+            else:
+                if last is not None:
+                    yield last
+                last = Message("assistant", tool_calls=[call])
             continue
         if last is not None:
             yield last
@@ -124,3 +140,15 @@ def _ids(message: Message) -> set[str]:
 def _size(message: Message) -> int:
     called = sum(len(call.function.arguments or "") + len(call.function.name) for call in message.tool_calls or ())
     return len(text_of(message)) + called + 64
+
+
+def _weight(message: Message) -> int:
+    """Bytes that it takes in memory, about."""
+    texts: list[str | Any] = [message.content, message.name, message.tool_call_id]
+    for call in message.tool_calls or ():
+        texts += [call.id, call.function.name, call.function.arguments]
+    return sum(map(getsizeof, texts)) + 100 + 150 * len(message.tool_calls or ())
+
+
+def _is_system(item: Item) -> bool:
+    return item.role in ("system", "developer") and bool(item.content)

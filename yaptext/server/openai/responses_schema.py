@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from yaptext.server.openai.schema import Part
+from yaptext.server.openai.schema import Parts
 
 LOGPROBS = "message.output_text.logprobs"
 """Of `include`; others are ignored."""
@@ -20,11 +20,11 @@ class Item(Struct, frozen=True):
 
     type: str = "message"
     role: Literal["developer", "system", "user", "assistant"] | None = None
-    content: str | list[Part] | None = None
+    content: str | Parts | None = None
     call_id: str | None = None
     name: Annotated[str, Meta(max_length=128)] | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
+    output: str | Parts | None = None
 
 
 class ChosenTool(Struct, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,16 +15,16 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from yaptext.dialogue import warming
-from yaptext.dialogue.kept import KeptResponses
 from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.turn import Turn
 from yaptext.engine.base import whose
-from yaptext.errors import BadMessage, Internal, RateLimited, SlowClient, WireError
+from yaptext.errors import Internal, RateLimited, SlowClient, WireError
 from yaptext.server.access.accounts import Account
 from yaptext.server.access.caller import address, check_origin
 from yaptext.server.openai import errors
 from yaptext.server.openai.asked import asked_of_responses
 from yaptext.server.openai.events import Events, as_frame
+from yaptext.server.openai.reading import reader
 from yaptext.server.openai.responses_schema import Cancel, Create
 from yaptext.server.openai.said import HOLE, Numbering, Said
 from yaptext.server.send_queue import WRITE_NOW
@@ -38,7 +39,7 @@ _MOST_WAITING = 8
 _OF_SOCKET_BYTES = 2**20
 _CLOSE_SLOW = 1008
 _ABORT_TIMEOUT_S = 10.0
-_decoder: msgspec.json.Decoder[Create | Cancel] = msgspec.json.Decoder(Create | Cancel)
+_decode: Callable[[str | bytes], Create | Cancel] = reader(Create, Cancel)
 
 
 async def respond(websocket: WebSocket) -> None:
@@ -73,8 +74,9 @@ class ResponsesSocket(Socket):
         self._numbering = Numbering(websocket.scope.get("extensions", {}).get(WRITE_NOW))
         self._send_queue.write_now = self._numbering.write_now
         self._model = websocket.query_params.get("model")
-        self._kept = KeptResponses(_OF_SOCKET_BYTES)
-        self._waiting: deque[tuple[Create, Events]] = deque()
+        self._kept = runtime.kept.beside(_OF_SOCKET_BYTES)
+        self._waiting: deque[tuple[Create, Events, int]] = deque()
+        """With the bytes of their frames."""
         self._answering: asyncio.Task[None] | None = None
         self._turn: Turn | None = None
         self._response_id: str | None = None
@@ -117,30 +119,34 @@ class ResponsesSocket(Socket):
             if isinstance(message, Cancel):
                 self._account.spend("cancels")
                 self._cancel(message.response_id)
-            elif len(self._waiting) >= _MOST_WAITING:
-                raise RateLimited(f"{_MOST_WAITING} responses wait on this socket; limit is {_MOST_WAITING}")
             else:
+                self._check_waiting(len(frame))
                 message = replace(message, model=message.model or self._model)
-                self._waiting.append((message, Events(message, as_frame)))
+                self._waiting.append((message, Events(message, as_frame), len(frame)))
                 if self._answering is None:
                     self._answering = self._group.create_task(self._answer())
         except WireError as error:
             self._send_error(error)
 
+    def _check_waiting(self, more: int) -> None:
+        """What waits takes many times its size in memory. Raises `RateLimited`."""
+        if len(self._waiting) >= _MOST_WAITING:
+            raise RateLimited(f"{_MOST_WAITING} responses wait on this socket; limit is {_MOST_WAITING}")
+        size, limit = sum(size for *_, size in self._waiting), self._runtime.settings.max_frame_bytes
+        if self._waiting and size + more > limit:
+            raise RateLimited(f"responses of {size + more} bytes wait on this socket; limit is {limit}")
+
     async def _read(self, frame: str | bytes) -> Create | Cancel:
-        try:
-            if len(frame) <= LARGE_BYTES:
-                return _decoder.decode(frame)
-            async with self._runtime.large_frames:
-                await asyncio.sleep(0)
-                return _decoder.decode(frame)
-        except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-            raise BadMessage(str(error).replace("`", "")) from None
+        if len(frame) <= LARGE_BYTES:
+            return _decode(frame)
+        async with self._runtime.large_frames:
+            await asyncio.sleep(0)
+            return _decode(frame)
 
     def _cancel(self, response_id: str | None) -> None:
         """Of a response that is over it changes nothing: the client cannot know yet. If the client knew when it asked
         for the next one, it means that one, whose id it has not read: Pipecat does so."""
-        known = [*filter(None, [self._response_id]), *(events.id for _, events in self._waiting)]
+        known = [*filter(None, [self._response_id]), *(events.id for _, events, _ in self._waiting)]
         unnamed = response_id is None or response_id == self._before_id
         wanted = next(iter(known), None) if unnamed else response_id
         if wanted is not None and wanted in known:
@@ -153,7 +159,7 @@ class ResponsesSocket(Socket):
     async def _answer(self) -> None:
         try:
             while self._waiting and not self.is_ending:
-                body, events = self._waiting.popleft()
+                body, events, _ = self._waiting.popleft()
                 self._response_id = events.id
                 try:
                     await self._one(body, events)
@@ -176,7 +182,12 @@ class ResponsesSocket(Socket):
         self._account.spend("turns")
         asked = asked_of_responses(self._runtime, self._account, body, events, self._kept)
         async with asked.turn(self._runtime, self._account) as (session, request):
-            said = Said(events, self._send_queue, self._erred)
+
+            def answered(said: Said) -> None:
+                self._over(events.id)
+                asked.answered(said)
+
+            said = Said(events, self._send_queue, self._erred, answered)
             if body.generate is False:
                 usage = await warming.warm_request(self._runtime, session, request)
                 said.begin()
@@ -188,16 +199,30 @@ class ResponsesSocket(Socket):
                 if events.id in self._cancelled:
                     turn.cancel()
                 try:
-                    await turn.run()
+                    await self._run(turn)
                 finally:
                     turn.abandon()
                     self._turn = None
                 if said.error is not None:
                     for event in events.failed(said.error, said.text):
                         self._send_queue.put_frame(event)
-            if said.done is not None:
-                asked.answered(said)
-        self._before_id = None if self._waiting else events.id
+                    self._over(events.id)
+
+    def _over(self, response_id: str) -> None:
+        """The client may know from here on that the response is over."""
+        self._response_id = None
+        self._before_id = None if self._waiting else response_id
+
+    async def _run(self, turn: Turn) -> None:
+        """In a task of its own: a turn that ends early cancels its task, and the next response waits for this one."""
+        running = asyncio.create_task(turn.run())
+        try:
+            await asyncio.wait([running])
+        finally:
+            running.cancel()
+            await asyncio.wait([running])  # the engine has let go
+        if not running.cancelled() and (error := running.exception()) is not None:
+            raise error
 
     async def _send_frame(self, frame: bytes) -> None:
         await super()._send_frame(self._numbering.of(frame))

@@ -67,10 +67,17 @@ class Text:
 
 
 class Said:
-    """The sink of one turn: events go to `queue`, or nowhere if the response is one object."""
+    """The sink of one turn: events go to `queue`, or nowhere if the response is one object. `answered` is called if it
+    did not fail, before the client can know that it is over; `erred` if it did."""
 
-    def __init__(self, dialect: Dialect, queue: SendQueue | None, erred: Callable[[Error], None]) -> None:
-        self.dialect, self._queue, self._erred = dialect, queue, erred
+    def __init__(
+        self,
+        dialect: Dialect,
+        queue: SendQueue | None,
+        erred: Callable[[Error], None],
+        answered: Callable[[Said], None],
+    ) -> None:
+        self.dialect, self._queue, self._erred, self._answered = dialect, queue, erred, answered
         self.calls: list[IdentifiedCall] = []
         self.done: Done | None = None
         self.error: Error | None = None
@@ -102,6 +109,7 @@ class Said:
             self._put(lambda: self.dialect.calls(self.calls))
         elif isinstance(message, Done):
             done = self.done = message
+            self._answered(self)
             self._put(lambda: self.dialect.done(done, self.text, self._logprobs))
         elif isinstance(message, Error):
             self.error = message

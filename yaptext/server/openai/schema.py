@@ -17,6 +17,9 @@ class Part(Struct, frozen=True):
     text: str = ""
 
 
+Parts = Annotated[list[Part], Meta(max_length=1024)]
+
+
 class Function(Struct, frozen=True):
     name: Annotated[str, Meta(max_length=128)]
     arguments: str | None = None
@@ -30,9 +33,9 @@ class ToolCall(Struct, frozen=True):
 
 class Message(Struct, frozen=True):
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Parts | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=1024)] | None = None
     tool_call_id: str | None = None
 
 

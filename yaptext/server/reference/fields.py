@@ -42,7 +42,7 @@ MEANINGS = {
     "Item.type": "`message`, `function_call`, `function_call_output`; `reasoning` is ignored.",
     "Item.call_id": "Of a call and of its output.",
     "sequence_number": "Counts the events of a stream or of a socket, from 0.",
-    "user": "The session, if neither `metadata` nor `prompt_cache_key` names it.",
+    "user": "The session, if neither `metadata` nor `prompt_cache_key` names it. The log has a keyed hash of it.",
     "prompt_cache_key": "The session, if `metadata` does not name it.",
     "metadata": "`session_id` in it names the session. The rest is ignored.",
     "Message.role": "`developer` is `system`, `function` is `tool`.",

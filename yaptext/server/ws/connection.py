@@ -77,9 +77,6 @@ class Connection(Socket):
     def _error(self, error: WireError) -> bytes:
         return encode(error_frame(error))
 
-    def _say(self, error: WireError) -> None:
-        self.send(error_frame(error))
-
     def send(self, message: ServerMessage) -> None:
         """Queues a frame. Never waits."""
         if isinstance(message, Error):
