@@ -205,6 +205,22 @@ async def test_an_id_that_is_not_known_is_an_error_that_pipecat_retries() -> Non
         assert said(await socket.ask()) == "Hello there.", "the socket goes on"
 
 
+async def test_after_a_restart_a_session_with_a_name_goes_on(tmp_path: Path) -> None:
+    """LiveKit sends only what is new, however often its id is not found."""
+    kept = {"SESSION_STORE": f"sqlite:{tmp_path / 'sessions.db'}"}
+    async with door(**kept) as (client, _, _):
+        first = await ask(client, "one", user="u")
+    async with door(**kept) as (client, engine, running):
+        await ask(client, "two", user="u", previous_response_id=first["id"])
+        told = [("user", "one"), ("assistant", "Hello there."), ("user", "two")]
+        turns = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in told)
+        assert prompts(engine)[-1] == f"{turns}<|im_start|>assistant\n"
+        async with connected(running) as socket:
+            for fields in ({"user": "another"}, {}, {"user": "u", "store": False}):
+                (event,) = await socket.ask("two", previous_response_id=first["id"], **fields)
+                assert event["error"]["code"] == "previous_response_not_found"
+
+
 async def test_a_response_is_of_its_key(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("".join(f"{n} sha256:{hashlib.sha256(n.encode()).hexdigest()}\n" for n in ("a", "b")))

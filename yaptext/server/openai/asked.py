@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from yaptext.dialogue.kept import KeptResponses
+from yaptext.dialogue.kept import Kept, KeptResponses
 from yaptext.dialogue.request import TurnRequest
 from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.session import Session
@@ -78,6 +78,18 @@ def asked_of_chat(body: ChatRequest) -> Asked:
     return Asked(body, chunks, bool(body.stream))
 
 
+def _of_session(runtime: Runtime, account: Account, body: ResponsesRequest) -> Kept | None:
+    """After a restart: what the session that the body names has said. LiveKit sends no more than is new, again and
+    again."""
+    name = session_name(body.metadata, body.prompt_cache_key, body.user)
+    session = None if name is None else runtime.sessions.find((account.name, name.id))
+    if name is None or session is None or not session.transcript.messages:
+        return None
+    said = session.transcript.messages
+    messages = [Message(each.speaker, each.text) for each in said if each.speaker in ("user", "assistant")]
+    return kept(messages, 2 * runtime.history_bytes, frozenset([name.id]))
+
+
 def asked_of_responses(
     runtime: Runtime, account: Account, body: ResponsesRequest, events: Events, of_socket: KeptResponses | None = None
 ) -> Asked:
@@ -87,6 +99,8 @@ def asked_of_responses(
     if body.previous_response_id is not None:
         found = (each.find(account.name, body.previous_response_id) for each in known)
         before = next((each for each in found if each is not None), None)
+        if before is None and body.store is not False:
+            before = _of_session(runtime, account, body)
         if before is None:
             name = body.previous_response_id[:100]
             raise BadMessage(f"Previous response with id {name!r} not found. - at $.previous_response_id")
