@@ -355,10 +355,10 @@ async def test_rule_7_a_chat_failure_is_one_error_and_the_socket_lives_on(error:
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=12))
 def test_rule_8_final_is_the_joined_tokens_and_usage_counts_model_tokens(pieces: list[str]) -> None:
-    """Deltas without text (half a character) count as tokens and appear in no frame."""
+    """Deltas without text (half a character) count as tokens and appear in no frame. A label ends no reply in turns."""
 
     async def run() -> MemorySocket:
-        async with talking(ScriptedEngine(Script(pieces))) as talk:
+        async with talking(ScriptedEngine(Script(pieces)), CHAT_PROMPT_FORMAT="turns") as talk:
             socket = talk.socket()
             socket.start()
             await socket.until("done")
