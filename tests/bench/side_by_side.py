@@ -1,6 +1,6 @@
 """The same turns on the raw engine, through the service, and through vLLM's own OpenAI server, in one run.
 
-    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--sessions 1,8,16,32] [--rounds 3] [--first] [--json F]
+    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--door ws] [--sessions 1,8,16,32] [--rounds 3] [--json F]
 
 All three run at once, each with an engine of its own, opened with the same arguments on the same model (the embedded
 one, or `CHAT_MODEL`); only one is driven at a time. Rounds go through them in turns, each round beginning with another,
@@ -8,8 +8,11 @@ so that what the machine does meanwhile meets all alike: ratios are taken within
 over the rounds. Prompts are the same tokens (the run tells where a count differs), decoding is greedy, prefixes are
 warmed before. `raw` is `AsyncLLM.generate` in this process, on token ids that are ready before its clock starts.
 
-`--first` adds the first turns of new sessions, where only the service has been told persona and history before: its
-protocol has messages for that, to be sent while the user still speaks. The others get the prompt with the utterance.
+`--door` is the service's: `ws`, or `completions` for `/v1/chat/completions`. Through the latter the service gets the
+requests of vLLM's server, from the same client: the history as messages, no tools, no session.
+
+`--first` adds the first turns of new sessions, where only `/ws` has been told persona and history before: its protocol
+has messages for that, to be sent while the user still speaks. The others get the prompt with the utterance.
 """
 
 from __future__ import annotations
@@ -58,6 +61,9 @@ MIN_TURNS = 6
 _OWN_TOKENS = 48
 """What a turn brings: the time, the utterance, and the template's own pieces."""
 _LEAST_WORDS = 8
+DOORS = ("ws", "completions")
+GREEDY = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""With these the service's own defaults take no part, as they do not on its WebSocket."""
 FIGURES = ("ttft", "e2e")
 STATISTICS = (("p50", 0.50), ("p95", 0.95))
 
@@ -73,7 +79,8 @@ class Raw:
         return RawConversation(self)
 
     async def ids(self, story: Story, utterance: str) -> list[int]:
-        return await self._prompts.turn(story.persona, transcript.parse(story.history), utterance, Runtime.now())
+        now = None if self._prompts.plain else Runtime.now()
+        return await self._prompts.turn(story.persona, transcript.parse(story.history), utterance, now)
 
     async def prefix(self, story: Story) -> list[int]:
         return await self._prompts.prefix(story.persona, transcript.parse(story.history))
@@ -133,7 +140,9 @@ class RawConversation:
 
 
 @asynccontextmanager
-async def raw_engine(arguments: dict[str, Any], settings: Settings, sampling: Sampling) -> AsyncIterator[Raw]:
+async def raw_engine(
+    arguments: dict[str, Any], settings: Settings, door: str, sampling: Sampling
+) -> AsyncIterator[Raw]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -142,7 +151,9 @@ async def raw_engine(arguments: dict[str, Any], settings: Settings, sampling: Sa
     try:
         opened = VllmEngine(llm, arguments["model"], "float", None)
         limits = Limits(persona=2000, history=4000, utterance=settings.user_utt_max_tokens, reply=settings.chat_max_out)
-        yield Raw(llm, await ChatPrompts.open(opened.codec, settings.chat_prompt_format, limits), sampling)
+        plain = door == "completions"
+        form = "turns" if plain else settings.chat_prompt_format
+        yield Raw(llm, await ChatPrompts.open(opened.codec, form, limits, plain=plain), sampling)
     finally:
         llm.shutdown(timeout=5)
 
@@ -273,13 +284,16 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
         service_url, openai_url = f"ws://127.0.0.1:{service_port}/ws", f"http://127.0.0.1:{openai_port}"
         await answers(service_url, "/readyz", service, logs / "service.log")
         await answers(openai_url, "/health", openai, logs / "openai.log")
-        async with raw_engine(arguments, settings, sampling) as raw:
+        async with raw_engine(arguments, settings, given.door, sampling) as raw:
             key = settings.api_key.get_secret_value()
-            targets = {
-                "raw": raw,
-                "service": Service(service_url, key, sampling),
-                "openai": OpenAI(openai_url, "chat", None, sampling),
-            }
+            targets: dict[str, Any] = {"raw": raw}
+            if given.door == "completions":
+                url = service_url.replace("ws:", "http:").removesuffix("/ws")
+                targets["service"] = OpenAI(url, "chat", key, sampling, in_roles=True, fields=GREEDY)
+                targets["openai"] = OpenAI(openai_url, "chat", None, sampling, in_roles=True, fields=GREEDY)
+            else:
+                targets["service"] = Service(service_url, key, sampling)
+                targets["openai"] = OpenAI(openai_url, "chat", None, sampling)
             return await rounds(given, targets, prompts, users)
 
 
@@ -311,9 +325,7 @@ async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Pr
             }
             if given.first:
                 stories = [prompts.story(user, variant=users * number_of_round + sessions) for user in range(sessions)]
-                kinds[f"{sessions} new"] = {
-                    name: await first_turns(name, targets[name], prompts, stories) for name in order
-                }
+                kinds[f"{sessions} new"] = {name: await first_turns(targets[name], prompts, stories) for name in order}
             for kind, said in kinds.items():
                 found.setdefault(kind, []).append(said)
                 told = ", ".join(f"{name} {np.quantile(milliseconds(said[name])['ttft'], 0.5):.0f}" for name in names)
@@ -327,13 +339,13 @@ async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Pr
     }
 
 
-async def first_turns(name: str, target: Any, prompts: Prompts, stories: list[Story]) -> list[Turn]:
+async def first_turns(target: Any, prompts: Prompts, stories: list[Story]) -> list[Turn]:
     """New sessions say their first words, all at once."""
     conversations = [target.conversation() for _ in stories]
     for user, (conversation, story) in enumerate(zip(conversations, stories, strict=True)):
         await conversation.open()
         conversation.meet(f"new-{user}", story)
-        if name == "service":
+        if isinstance(target, Service):
             await conversation.warm()
     said = await turns(len(stories), 1, prompts, 0, conversations)
     await asyncio.gather(*(conversation.close() for conversation in conversations))
@@ -444,6 +456,7 @@ def counts(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--door", choices=DOORS, default="ws")
     parser.add_argument("--sessions", type=counts, default=[1, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=32)
