@@ -5,8 +5,9 @@
 All three run at once, each with an engine of its own, opened with the same arguments on the same model (the embedded
 one, or `CHAT_MODEL`); only one is driven at a time. Rounds go through them in turns, each round beginning with another,
 so that what the machine does meanwhile meets all alike: ratios are taken within a round, and their median and range are
-over the rounds. Prompts are the same tokens (the run tells where a count differs), decoding is greedy, prefixes are
-warmed before. `raw` is `AsyncLLM.generate` in this process, on token ids that are ready before its clock starts.
+over the rounds. CPU is that of a server's own process a turn, without its engine's: it says less of what else the
+machine does. Prompts are the same tokens (the run tells where a count differs), decoding is greedy, prefixes are warmed
+before. `raw` is `AsyncLLM.generate` in this process, on token ids that are ready before its clock starts.
 
 `--door` is the service's: `ws`, or `completions` for `/v1/chat/completions`. Through the latter the service gets the
 requests of vLLM's server, from the same client: the history as messages, no tools, no session.
@@ -28,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -294,10 +296,13 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
             else:
                 targets["service"] = Service(service_url, key, sampling)
                 targets["openai"] = OpenAI(openai_url, "chat", None, sampling)
-            return await rounds(given, targets, prompts, users)
+            processes = {"service": service.pid, "openai": openai.pid}
+            return await rounds(given, targets, processes, prompts, users)
 
 
-async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Prompts, users: int) -> dict[str, Any]:
+async def rounds(
+    given: argparse.Namespace, targets: dict[str, Any], processes: dict[str, int], prompts: Prompts, users: int
+) -> dict[str, Any]:
     raw: Raw = targets["raw"]
     stories = [await raw.without_a_rest(prompts.story(user), prompts.utterance(user, 0)) for user in range(users)]
     conversations: dict[str, list[Any]] = {name: [] for name in targets}
@@ -313,16 +318,17 @@ async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Pr
         await turns(min(2, users), 1, prompts, 0, conversations[name])
     names = list(targets)
     found: dict[str, list[dict[str, list[Turn]]]] = {}
+    cpu_s: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for number_of_round in range(given.rounds):
         order = names[number_of_round % 3 :] + names[: number_of_round % 3]
         for sessions in given.sessions:
             waves = -(-MIN_TURNS // sessions)
             first = 1 + number_of_round * MIN_TURNS
-            kinds = {
-                str(sessions): {
-                    name: await turns(sessions, waves, prompts, first, conversations[name]) for name in order
-                }
-            }
+            kinds: dict[str, dict[str, list[Turn]]] = {str(sessions): {}}
+            for name in order:
+                begun = cpu_of(processes.get(name))
+                kinds[str(sessions)][name] = await turns(sessions, waves, prompts, first, conversations[name])
+                cpu_s[str(sessions)][name] += cpu_of(processes.get(name)) - begun
             if given.first:
                 stories = [prompts.story(user, variant=users * number_of_round + sessions) for user in range(sessions)]
                 kinds[f"{sessions} new"] = {name: await first_turns(targets[name], prompts, stories) for name in order}
@@ -335,8 +341,13 @@ async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Pr
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "given": {name: str(value) for name, value in vars(given).items()},
-        "sessions": {kind: figures(several) for kind, several in found.items()},
+        "sessions": {kind: figures(several, cpu_s[kind]) for kind, several in found.items()},
     }
+
+
+def cpu_of(pid: int | None) -> float:
+    """CPU seconds of a process, by the clock that clock_getcpuclockid(3) names; 0 for none."""
+    return 0.0 if pid is None else time.clock_gettime((~pid << 3) | 2)
 
 
 async def first_turns(target: Any, prompts: Prompts, stories: list[Story]) -> list[Turn]:
@@ -352,8 +363,9 @@ async def first_turns(target: Any, prompts: Prompts, stories: list[Story]) -> li
     return said
 
 
-def figures(several: list[dict[str, list[Turn]]]) -> dict[str, Any]:
-    """Of one number of sessions: figures over all rounds by target, ratios by pair, and what was not alike."""
+def figures(several: list[dict[str, list[Turn]]], cpu_s: Mapping[str, float]) -> dict[str, Any]:
+    """Of one number of sessions: figures over all rounds by target, ratios by pair, and what was not alike. `cpu_s` is
+    the CPU time of all rounds, by target."""
     names = list(several[0])
     by_round = [{name: milliseconds(said[name]) for name in names} for said in several]
     whole = {name: milliseconds([turn for said in several for turn in said[name]]) for name in names}
@@ -379,6 +391,7 @@ def figures(several: list[dict[str, list[Turn]]]) -> dict[str, Any]:
             }
             | {
                 "turns": len(whole[name]["ttft"]),
+                "cpu_ms": cpu_s.get(name, 0.0) * 1000 / len(whole[name]["ttft"]),
                 "prompt_tokens": statistics.median(turn.prompt_tokens for said in several for turn in said[name]),
                 "cached_tokens": statistics.median(turn.cached_tokens or 0 for said in several for turn in said[name]),
                 "completion_tokens": sorted({turn.completion_tokens for said in several for turn in said[name]}),
@@ -395,6 +408,7 @@ def shown(content: dict[str, Any]) -> str:
         (
             "ms",
             *(f"{figure} {label}" for figure in FIGURES for label, _ in STATISTICS),
+            "cpu",
             "turns",
             "prompt",
             "cached",
@@ -408,6 +422,7 @@ def shown(content: dict[str, Any]) -> str:
                 (
                     f"{sessions} sessions, {name}",
                     *(number(of[column]) for column in columns),
+                    number(of["cpu_ms"]) if of["cpu_ms"] else "",
                     str(of["turns"]),
                     f"{of['prompt_tokens']:.0f}",
                     f"{of['cached_tokens']:.0f}",
@@ -420,7 +435,7 @@ def shown(content: dict[str, Any]) -> str:
                 for label, _ in STATISTICS:
                     ratio = found["ratios"][f"service/{other} {figure} {label}"]
                     cells.append(f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})")
-            rows.append((f"    service / {other}", *cells, "", "", "", ""))
+            rows.append((f"    service / {other}", *cells, "", "", "", "", ""))
     return table(rows)
 
 
