@@ -190,7 +190,7 @@ class ServerProcess:
 
 async def measure(server: ServerProcess, sockets: int, rate: float, seconds: float) -> dict[str, Any]:
     """All sockets speak for the whole time; only what lies well inside of it is counted."""
-    tokens = round(rate * (seconds + 2 * SETTLE_S + sockets * 0.01 + 10))
+    tokens = round(rate * (seconds + 2 * SETTLE_S + sockets * 0.01 + 40))
     sampling = Sampling(min(4096, tokens))
     target: Target = Service(server.url, KEY, sampling)
     if server.url.startswith("http"):
@@ -217,7 +217,9 @@ async def _talking(target: Target, sockets: int) -> AsyncIterator[list[Turn]]:
         await conversation.open()
         conversations.append(conversation)
         conversation.meet(f"user-{user}", Story("You are kind.", "User: hi\nAssistant: hello"))
-        turns.append(await conversation.begin("Tell me a story."))
+        turn = await conversation.begin("Tell me a story.")
+        assert await turn.reaches(1), turn.error  # what a request costs is not to be counted
+        turns.append(turn)
 
     for first in range(0, sockets, OPEN_AT_ONCE):
         await asyncio.gather(*(begin(user) for user in range(first, min(sockets, first + OPEN_AT_ONCE))))
