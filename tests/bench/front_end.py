@@ -3,10 +3,11 @@
     .venv/serve-cpu/bin/python tests/bench/front_end.py [--sockets 100,500,1000] [--rate 20] [--seconds 8] [--json FILE]
 
 The engine is scripted (`paced.py`), everything else is real: sockets, uvicorn, Starlette, turns, outboxes. The server
-has one core for itself and the client another. Three servers are measured: `service`; `websocket`, which sends the
-same frames over the same uvicorn with nothing in between, the floor for any service on it; and `engine`, the paced
-engine read by bare tasks, which is no part of a front end and is to be subtracted. Two patterns: `steps`, where all
-streams get their token in one engine step, and `spread`, where they get it at even distances.
+has one core for itself and the client another. `service` is measured over `/ws`, and `completions`, the same service,
+over `/v1/chat/completions`, a stream a connection. `websocket` and `http` send the same frames and chunks over the same
+uvicorn with nothing in between, the floor for any service on it; `engine` is the paced engine read by bare tasks, which
+is no part of a front end and is to be subtracted. Two patterns: `steps`, where all streams get their token in one
+engine step, and `spread`, where they get it at even distances.
 
 Jitter is |gap between two tokens at the client - gap between when they were due|, delay is arrival - due.
 """
@@ -33,15 +34,22 @@ import numpy as np
 import uvloop
 from paced import PacedEngine, due_times
 
-from yaptext.bench.conversation import Conversation
+from yaptext.bench.conversation import Conversation, Target
+from yaptext.bench.openai import OpenAI
 from yaptext.bench.plan import Sampling
 from yaptext.bench.prompts import Story
 from yaptext.bench.service import Service
 from yaptext.bench.text import number, table
 from yaptext.bench.turn import Turn
 
+KEY = "yap_token"
 SERVER_CORE, CLIENT_CORE = 0, 1
 SLOTS = {"steps": 1, "spread": 50}
+CHUNK = (
+    b'data: {"id":"chatcmpl-0123456789abcdef01234567","created":1700000000,"model":"chat",'
+    b'"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":%b},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+)
+"""The event of a token, as the service sends it."""
 SETTLE_S = 1.5
 OPEN_AT_ONCE = 50
 
@@ -68,10 +76,10 @@ def serve(kind: str, rate: float, slots: int) -> None:
         DEPLOY_MODELS="chat", PORT=0, MAX_CONCURRENT_CONNECTIONS=2_000, MAX_SESSIONS=100_000, KV_OVERCOMMIT=0
     )
     lifecycle = Lifecycle()
-    if kind == "service":
+    if kind in ("service", "completions"):
         app: Any = create_app(settings, open_engines=lambda _: Engines(chat=engine, tool=None), lifecycle=lifecycle)
     else:
-        app = _bare(engine)
+        app = _bare(engine, settings)
 
     class Told(Server):
         async def startup(self, sockets: Any = None) -> None:
@@ -81,11 +89,13 @@ def serve(kind: str, rate: float, slots: int) -> None:
     Told(app, settings, lifecycle).run()
 
 
-def _bare(engine: PacedEngine) -> Any:
-    """The least that can be done for a token on Starlette and uvicorn: encode a frame, send it."""
+def _bare(engine: PacedEngine, settings: Any) -> Any:
+    """The least that can be done for a token on Starlette and uvicorn: encode a frame or a chunk, send it."""
     import msgspec
     from starlette.applications import Starlette
-    from starlette.routing import WebSocketRoute
+    from starlette.requests import Request
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
     from yaptext.engine.base import Sampling as EngineSampling
@@ -104,17 +114,28 @@ def _bare(engine: PacedEngine) -> Any:
         except (WebSocketDisconnect, RuntimeError):
             pass
 
+    async def complete(request: Request) -> StreamingResponse:
+        sampling = EngineSampling(max_tokens=msgspec.json.decode(await request.body())["max_tokens"])
+
+        async def chunks() -> AsyncIterator[bytes]:
+            async for delta in engine.stream([], sampling):
+                yield CHUNK % msgspec.json.encode(delta.text)
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         yield {  # what the service's own protocols ask for, and its line at the start
             "service": SimpleNamespace(
+                settings=settings,
                 pending=PendingConnections(100_000, 3600),
                 runtime=SimpleNamespace(models=Models(None, None), engines=SimpleNamespace(distinct={})),
                 admission=SimpleNamespace(fitting=0),
             )
         }
 
-    return Starlette(routes=[WebSocketRoute("/ws", talk)], lifespan=lifespan)
+    routes = [WebSocketRoute("/ws", talk), Route("/v1/chat/completions", complete, methods=["POST"])]
+    return Starlette(routes=routes, lifespan=lifespan)
 
 
 async def _read_alone(engine: PacedEngine) -> None:
@@ -147,7 +168,8 @@ class ServerProcess:
         command = [sys.executable, __file__, "--serve", kind, "--rate", str(rate), "--slots", str(slots)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        self.url = f"ws://127.0.0.1:{int(self.process.stdout.readline())}/ws"
+        port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{port}" if kind in ("completions", "http") else f"ws://127.0.0.1:{port}/ws"
 
     def ask(self, question: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -168,8 +190,12 @@ class ServerProcess:
 
 async def measure(server: ServerProcess, sockets: int, rate: float, seconds: float) -> dict[str, Any]:
     """All sockets speak for the whole time; only what lies well inside of it is counted."""
-    tokens = round(rate * (seconds + 2 * SETTLE_S + sockets * 0.01 + 10))
-    async with _talking(Service(server.url, "yap_token", Sampling(min(4096, tokens))), sockets) as turns:
+    tokens = round(rate * (seconds + 2 * SETTLE_S + sockets * 0.01 + 40))
+    sampling = Sampling(min(4096, tokens))
+    target: Target = Service(server.url, KEY, sampling)
+    if server.url.startswith("http"):
+        target = OpenAI(server.url, "chat", KEY, sampling, in_roles=True)
+    async with _talking(target, sockets) as turns:
         await asyncio.sleep(SETTLE_S)
         gc.collect()
         gc.disable()
@@ -182,7 +208,7 @@ async def measure(server: ServerProcess, sockets: int, rate: float, seconds: flo
 
 
 @asynccontextmanager
-async def _talking(target: Service, sockets: int) -> AsyncIterator[list[Turn]]:
+async def _talking(target: Target, sockets: int) -> AsyncIterator[list[Turn]]:
     conversations: list[Conversation] = []
     turns: list[Turn] = []
 
@@ -191,7 +217,9 @@ async def _talking(target: Service, sockets: int) -> AsyncIterator[list[Turn]]:
         await conversation.open()
         conversations.append(conversation)
         conversation.meet(f"user-{user}", Story("You are kind.", "User: hi\nAssistant: hello"))
-        turns.append(await conversation.begin("Tell me a story."))
+        turn = await conversation.begin("Tell me a story.")
+        assert await turn.reaches(1), turn.error  # what a request costs is not to be counted
+        turns.append(turn)
 
     for first in range(0, sockets, OPEN_AT_ONCE):
         await asyncio.gather(*(begin(user) for user in range(first, min(sockets, first + OPEN_AT_ONCE))))
@@ -236,7 +264,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="tokens a second of each stream")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--patterns", default="steps,spread")
-    parser.add_argument("--servers", default="engine,websocket,service")
+    parser.add_argument("--servers", default="engine,websocket,service,http,completions")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--slots", type=int, default=1, help=argparse.SUPPRESS)

@@ -1,15 +1,19 @@
 """The same turns on the raw engine, through the service, and through vLLM's own OpenAI server, in one run.
 
-    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--sessions 1,8,16,32] [--rounds 3] [--first] [--json F]
+    .venv/serve-cpu/bin/python tests/bench/side_by_side.py [--door ws] [--sessions 1,8,16,32] [--rounds 3] [--json F]
 
 All three run at once, each with an engine of its own, opened with the same arguments on the same model (the embedded
 one, or `CHAT_MODEL`); only one is driven at a time. Rounds go through them in turns, each round beginning with another,
 so that what the machine does meanwhile meets all alike: ratios are taken within a round, and their median and range are
-over the rounds. Prompts are the same tokens (the run tells where a count differs), decoding is greedy, prefixes are
-warmed before. `raw` is `AsyncLLM.generate` in this process, on token ids that are ready before its clock starts.
+over the rounds. CPU is that of a server's own process a turn, without its engine's: it says less of what else the
+machine does. Prompts are the same tokens (the run tells where a count differs), decoding is greedy, prefixes are warmed
+before. `raw` is `AsyncLLM.generate` in this process, on token ids that are ready before its clock starts.
 
-`--first` adds the first turns of new sessions, where only the service has been told persona and history before: its
-protocol has messages for that, to be sent while the user still speaks. The others get the prompt with the utterance.
+`--door` is the service's: `ws`, or `completions` for `/v1/chat/completions`. Through the latter the service gets the
+requests of vLLM's server, from the same client: the history as messages, no tools, no session.
+
+`--first` adds the first turns of new sessions, where only `/ws` has been told persona and history before: its protocol
+has messages for that, to be sent while the user still speaks. The others get the prompt with the utterance.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +63,9 @@ MIN_TURNS = 6
 _OWN_TOKENS = 48
 """What a turn brings: the time, the utterance, and the template's own pieces."""
 _LEAST_WORDS = 8
+DOORS = ("ws", "completions")
+GREEDY = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""With these the service's own defaults take no part, as they do not on its WebSocket."""
 FIGURES = ("ttft", "e2e")
 STATISTICS = (("p50", 0.50), ("p95", 0.95))
 
@@ -73,7 +81,8 @@ class Raw:
         return RawConversation(self)
 
     async def ids(self, story: Story, utterance: str) -> list[int]:
-        return await self._prompts.turn(story.persona, transcript.parse(story.history), utterance, Runtime.now())
+        now = None if self._prompts.plain else Runtime.now()
+        return await self._prompts.turn(story.persona, transcript.parse(story.history), utterance, now)
 
     async def prefix(self, story: Story) -> list[int]:
         return await self._prompts.prefix(story.persona, transcript.parse(story.history))
@@ -133,7 +142,9 @@ class RawConversation:
 
 
 @asynccontextmanager
-async def raw_engine(arguments: dict[str, Any], settings: Settings, sampling: Sampling) -> AsyncIterator[Raw]:
+async def raw_engine(
+    arguments: dict[str, Any], settings: Settings, door: str, sampling: Sampling
+) -> AsyncIterator[Raw]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -142,7 +153,9 @@ async def raw_engine(arguments: dict[str, Any], settings: Settings, sampling: Sa
     try:
         opened = VllmEngine(llm, arguments["model"], "float", None)
         limits = Limits(persona=2000, history=4000, utterance=settings.user_utt_max_tokens, reply=settings.chat_max_out)
-        yield Raw(llm, await ChatPrompts.open(opened.codec, settings.chat_prompt_format, limits), sampling)
+        plain = door == "completions"
+        form = "turns" if plain else settings.chat_prompt_format
+        yield Raw(llm, await ChatPrompts.open(opened.codec, form, limits, plain=plain), sampling)
     finally:
         llm.shutdown(timeout=5)
 
@@ -273,17 +286,23 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
         service_url, openai_url = f"ws://127.0.0.1:{service_port}/ws", f"http://127.0.0.1:{openai_port}"
         await answers(service_url, "/readyz", service, logs / "service.log")
         await answers(openai_url, "/health", openai, logs / "openai.log")
-        async with raw_engine(arguments, settings, sampling) as raw:
+        async with raw_engine(arguments, settings, given.door, sampling) as raw:
             key = settings.api_key.get_secret_value()
-            targets = {
-                "raw": raw,
-                "service": Service(service_url, key, sampling),
-                "openai": OpenAI(openai_url, "chat", None, sampling),
-            }
-            return await rounds(given, targets, prompts, users)
+            targets: dict[str, Any] = {"raw": raw}
+            if given.door == "completions":
+                url = service_url.replace("ws:", "http:").removesuffix("/ws")
+                targets["service"] = OpenAI(url, "chat", key, sampling, in_roles=True, fields=GREEDY)
+                targets["openai"] = OpenAI(openai_url, "chat", None, sampling, in_roles=True, fields=GREEDY)
+            else:
+                targets["service"] = Service(service_url, key, sampling)
+                targets["openai"] = OpenAI(openai_url, "chat", None, sampling)
+            processes = {"service": service.pid, "openai": openai.pid}
+            return await rounds(given, targets, processes, prompts, users)
 
 
-async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Prompts, users: int) -> dict[str, Any]:
+async def rounds(
+    given: argparse.Namespace, targets: dict[str, Any], processes: dict[str, int], prompts: Prompts, users: int
+) -> dict[str, Any]:
     raw: Raw = targets["raw"]
     stories = [await raw.without_a_rest(prompts.story(user), prompts.utterance(user, 0)) for user in range(users)]
     conversations: dict[str, list[Any]] = {name: [] for name in targets}
@@ -299,21 +318,20 @@ async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Pr
         await turns(min(2, users), 1, prompts, 0, conversations[name])
     names = list(targets)
     found: dict[str, list[dict[str, list[Turn]]]] = {}
+    cpu_s: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for number_of_round in range(given.rounds):
         order = names[number_of_round % 3 :] + names[: number_of_round % 3]
         for sessions in given.sessions:
             waves = -(-MIN_TURNS // sessions)
             first = 1 + number_of_round * MIN_TURNS
-            kinds = {
-                str(sessions): {
-                    name: await turns(sessions, waves, prompts, first, conversations[name]) for name in order
-                }
-            }
+            kinds: dict[str, dict[str, list[Turn]]] = {str(sessions): {}}
+            for name in order:
+                begun = cpu_of(processes.get(name))
+                kinds[str(sessions)][name] = await turns(sessions, waves, prompts, first, conversations[name])
+                cpu_s[str(sessions)][name] += cpu_of(processes.get(name)) - begun
             if given.first:
                 stories = [prompts.story(user, variant=users * number_of_round + sessions) for user in range(sessions)]
-                kinds[f"{sessions} new"] = {
-                    name: await first_turns(name, targets[name], prompts, stories) for name in order
-                }
+                kinds[f"{sessions} new"] = {name: await first_turns(targets[name], prompts, stories) for name in order}
             for kind, said in kinds.items():
                 found.setdefault(kind, []).append(said)
                 told = ", ".join(f"{name} {np.quantile(milliseconds(said[name])['ttft'], 0.5):.0f}" for name in names)
@@ -323,25 +341,31 @@ async def rounds(given: argparse.Namespace, targets: dict[str, Any], prompts: Pr
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "given": {name: str(value) for name, value in vars(given).items()},
-        "sessions": {kind: figures(several) for kind, several in found.items()},
+        "sessions": {kind: figures(several, cpu_s[kind]) for kind, several in found.items()},
     }
 
 
-async def first_turns(name: str, target: Any, prompts: Prompts, stories: list[Story]) -> list[Turn]:
+def cpu_of(pid: int | None) -> float:
+    """CPU seconds of a process, by the clock that clock_getcpuclockid(3) names; 0 for none."""
+    return 0.0 if pid is None else time.clock_gettime((~pid << 3) | 2)
+
+
+async def first_turns(target: Any, prompts: Prompts, stories: list[Story]) -> list[Turn]:
     """New sessions say their first words, all at once."""
     conversations = [target.conversation() for _ in stories]
     for user, (conversation, story) in enumerate(zip(conversations, stories, strict=True)):
         await conversation.open()
         conversation.meet(f"new-{user}", story)
-        if name == "service":
+        if isinstance(target, Service):
             await conversation.warm()
     said = await turns(len(stories), 1, prompts, 0, conversations)
     await asyncio.gather(*(conversation.close() for conversation in conversations))
     return said
 
 
-def figures(several: list[dict[str, list[Turn]]]) -> dict[str, Any]:
-    """Of one number of sessions: figures over all rounds by target, ratios by pair, and what was not alike."""
+def figures(several: list[dict[str, list[Turn]]], cpu_s: Mapping[str, float]) -> dict[str, Any]:
+    """Of one number of sessions: figures over all rounds by target, ratios by pair, and what was not alike. `cpu_s` is
+    the CPU time of all rounds, by target."""
     names = list(several[0])
     by_round = [{name: milliseconds(said[name]) for name in names} for said in several]
     whole = {name: milliseconds([turn for said in several for turn in said[name]]) for name in names}
@@ -367,6 +391,7 @@ def figures(several: list[dict[str, list[Turn]]]) -> dict[str, Any]:
             }
             | {
                 "turns": len(whole[name]["ttft"]),
+                "cpu_ms": cpu_s.get(name, 0.0) * 1000 / len(whole[name]["ttft"]),
                 "prompt_tokens": statistics.median(turn.prompt_tokens for said in several for turn in said[name]),
                 "cached_tokens": statistics.median(turn.cached_tokens or 0 for said in several for turn in said[name]),
                 "completion_tokens": sorted({turn.completion_tokens for said in several for turn in said[name]}),
@@ -383,6 +408,7 @@ def shown(content: dict[str, Any]) -> str:
         (
             "ms",
             *(f"{figure} {label}" for figure in FIGURES for label, _ in STATISTICS),
+            "cpu",
             "turns",
             "prompt",
             "cached",
@@ -396,6 +422,7 @@ def shown(content: dict[str, Any]) -> str:
                 (
                     f"{sessions} sessions, {name}",
                     *(number(of[column]) for column in columns),
+                    number(of["cpu_ms"]) if of["cpu_ms"] else "",
                     str(of["turns"]),
                     f"{of['prompt_tokens']:.0f}",
                     f"{of['cached_tokens']:.0f}",
@@ -408,7 +435,7 @@ def shown(content: dict[str, Any]) -> str:
                 for label, _ in STATISTICS:
                     ratio = found["ratios"][f"service/{other} {figure} {label}"]
                     cells.append(f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})")
-            rows.append((f"    service / {other}", *cells, "", "", "", ""))
+            rows.append((f"    service / {other}", *cells, "", "", "", "", ""))
     return table(rows)
 
 
@@ -444,6 +471,7 @@ def counts(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--door", choices=DOORS, default="ws")
     parser.add_argument("--sessions", type=counts, default=[1, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=32)

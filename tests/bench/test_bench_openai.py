@@ -98,6 +98,27 @@ async def test_a_turn_is_a_streamed_completion() -> None:
     assert "Authorization: Bearer secret" in served.heads[0]
 
 
+async def test_a_history_may_be_messages_in_roles() -> None:
+    """Nothing but the persona is in the system message then, and no time; other fields go along with every request."""
+    async with peer(speak) as (served, target):
+        fields = {"top_k": 0, "max_tokens": 4}
+        conversation = OpenAI(target.url, "a-model", None, Sampling(8), in_roles=True, fields=fields).conversation()
+        await conversation.open()
+        conversation.meet("s", STORY)
+        await conversation.warm()
+        for again in (False, False, True):
+            await (await conversation.begin("And?", again=again)).over.wait()
+        await conversation.close()
+    warm, first, second, third = served.requests
+    told = [("system", "You are kind."), ("user", "hi"), ("assistant", "hello")]
+    said = [[(message["role"], message["content"]) for message in sent["messages"]] for sent in served.requests]
+    assert said[0] == [*told, ("user", ".")] and warm["max_tokens"] == 1 and warm["top_k"] == 0
+    assert said[1] == said[3] == [*told, ("user", "And?")]
+    assert said[2] == [*said[1], ("assistant", "Hello."), ("user", "And?")]
+    assert all(sent["top_k"] == 0 and sent["max_tokens"] == 4 for sent in (first, second, third))
+    assert "Authorization" not in served.heads[0]
+
+
 async def test_a_conversation_grows_unless_it_is_told_anew() -> None:
     """Over one connection, which stays open between turns."""
     async with peer(speak) as (served, target):

@@ -1,8 +1,8 @@
 """A conversation with any server of OpenAI's chat completions, streamed as server-sent events.
 
-The persona and the history that Yap Text gets as fields go into the system message, as Yap Text itself lays them out;
-the utterance is a user message, and what was said since follows as messages. Barging in is closing the connection:
-there is no other way to.
+The persona and the history that Yap Text gets as fields go into the system message, as Yap Text itself lays them out,
+or `in_roles`: the persona is the system message, and each message of the history is one. The utterance is a user
+message, and what was said since follows as messages. Barging in is closing the connection: there is no other way to.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, cast
 
@@ -33,13 +33,24 @@ class OpenAI:
 
     name = "openai"
 
-    def __init__(self, url: str, model: str, key: str | None, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str | None,
+        sampling: Sampling,
+        *,
+        in_roles: bool = False,
+        fields: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`fields` are added to every request."""
         self.url, self._model, self._key = url.rstrip("/"), model, key
-        self._sampling = sampling
+        self._fields = sampling.openai() | dict(fields or {})
+        self._in_roles = in_roles
         self._getter = Getter(url, key)
 
     def conversation(self) -> Conversation:
-        return OpenAIConversation(self.url, self._model, self._key, self._sampling)
+        return OpenAIConversation(self.url, self._model, self._key, self._fields, in_roles=self._in_roles)
 
     async def idle_streams(self) -> float:
         """As vLLM tells it; other servers have no such figure."""
@@ -54,11 +65,12 @@ class OpenAI:
 
 
 class OpenAIConversation:
-    def __init__(self, url: str, model: str, key: str | None, sampling: Sampling) -> None:
+    def __init__(self, url: str, model: str, key: str | None, fields: dict[str, Any], *, in_roles: bool) -> None:
         self._address = Address.parse(url)
         self._path = (self._address.path or "/v1") + "/chat/completions"
-        self._model, self._key, self._sampling = model, key, sampling.openai()
-        self._system = ""
+        self._model, self._key, self._fields = model, key, fields
+        self._in_roles = in_roles
+        self._story = Story("", "")
         self._said: list[dict[str, str]] = []
         self._stream: _Stream | None = None
         self.gone = asyncio.Event()
@@ -79,15 +91,21 @@ class OpenAIConversation:
             raise Refused(f"cannot connect to {address}: {error}") from None
 
     def meet(self, session: str, story: Story) -> None:
-        self._system = f"<|persona|>\n{story.persona}\n<|history|>\n{story.history}"
+        self._story = story
         self._said = []
 
     @property
-    def _told(self) -> dict[str, str]:
-        return {"role": "system", "content": f"{self._system}\nNow: {datetime.now().strftime('%A, %H:%M')}."}
+    def _told(self) -> list[dict[str, str]]:
+        persona, history = self._story.persona, self._story.history
+        if self._in_roles:
+            return [{"role": "system", "content": persona}, *map(_message, history.splitlines())]
+        now = datetime.now().strftime("%A, %H:%M")
+        return [
+            {"role": "system", "content": f"<|persona|>\n{persona}\n<|history|>\n{history}\nNow: {now}."},
+        ]
 
     async def warm(self) -> None:
-        turn = await self._ask([{"role": "user", "content": "."}], self._sampling | {"max_tokens": 1}, "")
+        turn = await self._ask([{"role": "user", "content": "."}], self._fields | {"max_tokens": 1}, "")
         try:
             async with asyncio.timeout(_WARM_TIMEOUT_S):
                 await turn.over.wait()
@@ -103,7 +121,7 @@ class OpenAIConversation:
         if again:
             self._said = []
         self._said.append({"role": "user", "content": utterance})
-        return await self._ask(self._said, self._sampling, part, begun)
+        return await self._ask(self._said, self._fields, part, begun)
 
     def cancel(self) -> None:
         self._cut(replaced=False)
@@ -140,7 +158,7 @@ class OpenAIConversation:
             self._said.append({"role": "assistant", "content": "".join(turn.text)})
 
     async def _ask(
-        self, said: list[dict[str, str]], sampling: dict[str, Any], part: str, begun: float | None = None
+        self, said: list[dict[str, str]], fields: dict[str, Any], part: str, begun: float | None = None
     ) -> Turn:
         """One request, on a new connection where the last one is closed."""
         turn = Turn(begun or time.perf_counter(), part)
@@ -152,10 +170,10 @@ class OpenAIConversation:
                 return turn
         body = {
             "model": self._model,
-            "messages": [self._told, *said],
+            "messages": [*self._told, *said],
             "stream": True,
             "stream_options": {"include_usage": True},
-            **sampling,
+            **fields,
         }
         assert self._stream is not None
         self._stream.send(request("POST", self._address, self._path, key=self._key, body=body), turn)
@@ -172,6 +190,12 @@ class OpenAIConversation:
             self._stream.send(data, turn)
 
         self._asking = asyncio.create_task(ask())
+
+
+def _message(line: str) -> dict[str, str]:
+    """Of a line of a `Story`'s history."""
+    speaker, _, text = line.partition(": ")
+    return {"role": speaker.lower(), "content": text}
 
 
 class _Stream(asyncio.Protocol):
