@@ -11,7 +11,7 @@ from weakref import WeakSet
 from cachetools import TTLCache
 
 _TTL_S = 3600.0
-_BYTES, _ALL_BYTES = 32 * 2**20, 256 * 2**20
+_BYTES, _ALL_BYTES = 128 * 2**20, 512 * 2**20
 """Of one key, and of all."""
 _SWEEP_S = 60.0
 _LEAST_BYTES = 1_000
