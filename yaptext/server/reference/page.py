@@ -30,8 +30,8 @@ _BOUNDS = {
     "maximum": "at most {}",
     "minLength": "length at least {}",
     "maxLength": "length at most {}",
-    "minItems": "number at least {}",
-    "maxItems": "number at most {}",
+    "minItems": "items at least {}",
+    "maxItems": "items at most {}",
 }
 _KEYS = {"bearer": "Authorization: Bearer KEY", "header": "X-API-Key: KEY", "query": "?api_key=KEY"}
 
