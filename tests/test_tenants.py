@@ -24,8 +24,9 @@ from yaptext.server.access import keyfile
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 STATIC = {"/client.js", "/client.d.ts", "/playground/app.js", "/playground/style.css", "/playground/icon.svg"}
-OPEN = STATIC | {"/healthz", "/livez", "/readyz", "/asyncapi.json"}
-ROUTES = [*sorted(OPEN), "/status", "/metrics", "/ticket", "/playground/prompt", "/ws", "/nowhere"]
+OPEN = STATIC | {"/healthz", "/livez", "/readyz", "/asyncapi.json", "/openapi.json", "/docs"}
+POSTED = ["/ticket", "/playground/prompt", "/v1/chat/completions", "/v1/responses"]
+ROUTES = [*sorted(OPEN), *POSTED, "/v1/models", "/v1/models/chat", "/status", "/metrics", "/ws", "/v1", "/nowhere"]
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"]
 
 
@@ -124,15 +125,17 @@ async def test_no_route_and_no_method_is_open_to_an_unfit_key(
             for method in METHODS:
                 # From elsewhere, as a proxy on this host says: /metrics is open to callers on loopback.
                 status, body = await ask(running, method, path.encode() + query, header, b"X-Forwarded-For: 192.0.2.1")
-                if path in ("/ws", "/nowhere"):
+                if path in ("/ws", "/v1", "/nowhere"):
                     wanted = 404
-                elif method not in (["POST"] if path in ("/ticket", "/playground/prompt") else ["GET", "HEAD"]):
+                elif method not in (["POST"] if path in POSTED else ["GET", "HEAD"]):
                     wanted = 405
                 else:
                     wanted = 200 if path in OPEN else 401
                 assert status == wanted or status in too_large, (method, path, status)
                 if status == 401 and method != "HEAD":
-                    assert json.loads(body)["error_code"] == "authentication_failed"
+                    refused = json.loads(body)
+                    code = refused["error"]["code"] if path.startswith("/v1") else refused["error_code"]
+                    assert code in ("authentication_failed", "invalid_api_key")
         async with running.connect(kept) as socket:
             assert await pong(socket)
 

@@ -30,7 +30,7 @@ def test_there_is_an_example_for_each_client() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 async def test_each_example_gets_an_answer(name: str, tmp_path: Path) -> None:
-    """As it stands, but for address and key."""
+    """Unchanged, except for the address and the key."""
     language, text = EXAMPLES[name]
     assert "//127.0.0.1:8000/v1" in text and text.count("yap_token") == 1
     shell = ("/bin/bash", "-euo", "pipefail", "-c") if language == "bash" else (str(VENV / "bin" / "python"), "-c")

@@ -251,7 +251,7 @@ async def test_barge_ins(real: Target, tokenizer: Path, tmp_path: Path) -> None:
 
 
 async def test_the_example_runs(real: Target, tokenizer: Path, tmp_path: Path) -> None:
-    """As it stands in the README, but for address, key and state folder: two turns in each of six conversations."""
+    """As in the README, except for address, key and state folder: two turns in each of six conversations."""
     (text,) = re.findall(r"^```bash\n(aiperf .*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
     state = str(tokenizer.parents[1])
     for theirs, ours in {

@@ -165,8 +165,8 @@ async def restarted(target: Target, stack: AsyncExitStack) -> Target:
 
 @each_client
 async def test_an_idle_socket_is_closed_and_the_next_turn_is_answered(name: str, tmp_path: Path) -> None:
-    """With 1001. The conversation goes on by the last response, which the service still knows, but for Pipecat: what it
-    asks not to store is known to its socket alone, and it sends the whole conversation."""
+    """With 1001. The service still has the last response, and the conversation continues it. Pipecat asks not to store:
+    only its closed socket had the response, so it sends the whole conversation."""
     async with scripted(IDLE_TIMEOUT_S=1) as target:
         async with client(name, "closed", target, tmp_path) as running:
             await running.until("idle")

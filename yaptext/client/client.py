@@ -51,8 +51,8 @@ _OF_BOTH = (BadMessage, TextTooLong, UnknownPersona)
 """Errors of a warm-up that the service has taken. A start can be refused with those of `_OF_BOTH`, too."""
 _PING = '{"type":"ping"}'
 _ANSWER_WITHIN_S, _CANCELLED_WITHIN_S = 30.0, 5.0
-"""The service answers a cancel at once. An ack may have to wait for an engine to let go of a turn (10 s), or for
-the grammar of new tools (10 s). What takes longer is lost, although its socket is open."""
+"""The service answers a cancel at once. An ack may wait until an engine lets go of a turn (10 s), or for the grammar
+of new tools (10 s). If an answer takes longer, the socket counts as lost, although it is open."""
 
 
 @asynccontextmanager
@@ -66,9 +66,9 @@ async def connect(
     give_up_s: float = 300.0,
     **options: Any,
 ) -> AsyncIterator[Yap]:
-    """A conversation at `url` (`ws://` or `wss://`). The key travels in a header. A client that may not know a key has
-    `ticket` instead, a function that is called for each connection. `session_id` resumes a session; without it the
-    client makes one, and keeps it over reconnects.
+    """A conversation at `url` (`ws://` or `wss://`). The key travels in a header. `ticket` replaces the
+    key: a function that returns a new ticket for each connection. `session_id` resumes a session; without it the client
+    makes one, and keeps it over reconnects.
 
     If the socket breaks, the client opens another: after `retry_after_ms` if the service says it, else after 0.25 s,
     doubled up to 8 s. Calls wait for it, and fail after `give_up_s`. The turn that was running fails with a retryable

@@ -12,7 +12,7 @@ from cachetools import TTLCache
 
 _TTL_S = 3600.0
 _BYTES, _ALL_BYTES = 128 * 2**20, 512 * 2**20
-"""Of one key, and of all."""
+"""Limits of one key, and of all keys together."""
 _SWEEP_S = 60.0
 _LEAST_BYTES = 1_000
 
@@ -28,8 +28,8 @@ class Kept:
 
 
 class KeptResponses:
-    """By key and id, each for an hour after it was made. Over the bound of a key its least used go; over the bound of
-    all, those of the key that has most. Responses of one key are not found by another."""
+    """Responses by key and id, each for an hour after it was made. Over the bound of a key its least used ones are
+    dropped; over the bound of all, those of the key that has most. A key does not find the responses of another."""
 
     def __init__(
         self, most_bytes: int = _BYTES, all_bytes: int = _ALL_BYTES, *, clock: Callable[[], float] = time.monotonic
@@ -40,7 +40,7 @@ class KeptResponses:
         self._beside: WeakSet[KeptResponses] = WeakSet()
 
     def beside(self, most_bytes: int) -> KeptResponses:
-        """Others, known to one socket alone, that forget what these have to."""
+        """Responses of one socket alone. `forget` reaches them, too."""
         others = KeptResponses(most_bytes, clock=self._clock)
         self._beside.add(others)
         return others
@@ -59,7 +59,7 @@ class KeptResponses:
         return None if of_key is None else of_key.get(response_id)
 
     def keep(self, key_name: str, response_id: str, kept: Kept) -> None:
-        """One that is over the bound by itself is not kept."""
+        """A response that is over the bound by itself is not kept."""
         if self._clock() - self._swept_at > _SWEEP_S:
             self._sweep()
         if _size(kept) > self._most_bytes:
@@ -71,7 +71,7 @@ class KeptResponses:
             max(self._by_key.values(), key=lambda of_key: of_key.currsize).popitem()
 
     def forget(self, key_name: str, session_id: str) -> bool:
-        """Drops those of a session; whether there was any."""
+        """Drops the responses of a session. True if there was any."""
         known = [others.forget(key_name, session_id) for others in list(self._beside)]
         of_key = self._by_key.get(key_name)
         of_session = [id for id, kept in of_key.items() if session_id in kept.session_ids] if of_key else []

@@ -1,8 +1,8 @@
-"""What clients are answered while the engines open: 503 with a time to come back, from the first second of a start.
+"""The answers while the engines open: 503 with the time to wait, from the first second of a start.
 
-Opening the engines holds the event loop for seconds at a time, so a thread answers, without ASGI and without a key. It
-says that the service starts, and how far its downloads are; not of what: that takes a key. A browser that opens the
-playground gets a page that says the same, and opens the playground when it is there.
+Opening the engines holds the event loop for seconds at a time, so a thread answers, without ASGI and without a key. The
+answer says that the service starts, and how far its downloads are, but not of which models: that takes a key. A
+browser that opens the playground gets a page that says the same, and that becomes the playground.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MESSAGE = "The service is starting."
 
 
 def _hash_of(part: str) -> str:
-    """The hash by which a policy allows the one inline `part` of the page: nothing else can be served meanwhile."""
+    """The hash by which the policy allows the one inline `part` of the page. No other file can be served meanwhile."""
     (inline,) = re.findall(f"<{part}>(.*?)</{part}>", _PAGE, re.DOTALL)
     return base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
 

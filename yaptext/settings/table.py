@@ -130,7 +130,7 @@ class Table(BaseSettings):
     # --- the decision
     tools_file: Path | None = setting("TOOLS_FILE", None, "File with a JSON list of tools (name, description, parameters). Default: the five built-in tools.")  # fmt: skip
     tool_optional: bool = setting("TOOL_OPTIONAL", False, "Start without the tool model. 1: if the tool engine cannot start, chat serves without it; decisions are `no` with reason `not_available`, and `/status` says `degraded`. A tool engine that dies later still ends the process, and systemd restarts it.")  # fmt: skip
-    tools_on_openai: bool = setting("TOOLS_ON_OPENAI", False, "The service's own tools on `/v1/chat/completions`. 1: a request without `tools` is decided by them, and may end with their calls.")  # fmt: skip
+    tools_on_openai: bool = setting("TOOLS_ON_OPENAI", False, "Whether requests of OpenAI's API that have no `tools` use the service's own tools. 1: such a request may end with their calls.")  # fmt: skip
     await_tools: bool = setting("AWAIT_TOOLS", False, "Turns that wait for tools. 1: a turn whose decision is yes ends after its `toolcall`, and the client's `tool_result` continues it. Applies to turns without their own `await_tools`.")  # fmt: skip
     tool_result_max_tokens: int = setting("TOOL_RESULT_MAX_TOKENS", 1000, "Longest result of a tool, in tokens. Of a longer one the beginning is kept.", ge=1)  # fmt: skip
     max_tool_rounds: int = setting("MAX_TOOL_ROUNDS", 4, "Decisions per utterance. After so many `tool_result` frames the reply follows without another decision.", ge=1, le=16)  # fmt: skip

@@ -12,13 +12,13 @@ from yaptext.wire.frames import CLIENT_MESSAGES, SERVER_MESSAGES
 from yaptext.wire.meanings import CLOSES, CODES, EXAMPLES, FIELDS, MESSAGES, REPLIES, VALUES
 
 _ABOUT = (
-    "One JSON object a text frame. A turn is `ack`, `toolcall`, `token` (any number), `final`, `done`. One turn at a "
-    "time runs on a socket, and one of a session. The service reads binary frames as text ones, and sends none. "
-    "It ignores fields that it does not know, and so should clients."
+    "Each text frame is one JSON object. A turn is `ack`, `toolcall`, `token` (any number), `final`, `done`. A socket "
+    "runs one turn at a time, and so does a session. The service reads binary frames as text, and sends none. It "
+    "ignores fields that it does not know, except in `sampling`. Clients should ignore unknown fields and types, too."
 )
 _DOOR = (
-    "A refused client gets one `error`, then the close code of its `error_code`. During a start, and through a proxy "
-    "also during a drain, the handshake is answered with HTTP 503 and `Retry-After` instead."
+    "A refused client gets one `error`, then the close code of its `error_code`. During a start the handshake is "
+    "answered with HTTP 503 and `Retry-After` instead; through a proxy also during a drain."
 )
 _WAYS = {
     "query": {"type": "httpApiKey", "in": "query", "name": "api_key", "description": "A key. Addresses get logged."},
@@ -26,7 +26,7 @@ _WAYS = {
         "type": "httpApiKey",
         "in": "query",
         "name": "ticket",
-        "description": "From `POST /ticket`: opens one socket within a minute.",
+        "description": "A ticket of `POST /ticket`. It opens one socket, within a minute.",
     },
     "header": {"type": "httpApiKey", "in": "header", "name": "X-API-Key", "description": "A key."},
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key."},
@@ -70,7 +70,7 @@ def document() -> dict[str, Any]:
             "send": {
                 "action": "send",
                 "channel": {"$ref": "#/channels/ws"},
-                "summary": "Comes without a frame of this socket: a refusal, a drain, the end of a turn elsewhere.",
+                "summary": "Frames that answer no frame of this socket: a refusal, a drain, a turn ended elsewhere.",
                 "messages": _refs(("error", "done")),
             }
         },
@@ -121,7 +121,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _code(code: str) -> dict[str, Any]:
-    """What an error means, and how it closes the socket, if it does."""
+    """What an error means, and its close code if it closes the socket."""
     (close,) = {cls.close_code for cls in _errors(WireError) if cls.code == code}
     return {"description": CODES[code]} | ({} if close is None else {"closeCode": close})
 

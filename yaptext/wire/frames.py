@@ -178,7 +178,7 @@ class ToolCall(ServerMessage, frozen=True, tag="toolcall", kw_only=True):
     turn: int
     tool_ms: float
     p: float | UnsetType = UNSET
-    """Probability of yes, where TOOL_YES_THRESHOLD asks for it."""
+    """Probability of yes, if TOOL_YES_THRESHOLD is set."""
     reason: str | UnsetType = UNSET
 
 
@@ -217,7 +217,7 @@ class Timings(Struct):
 
 
 class Done(ServerMessage, frozen=True, omit_defaults=True, tag="done", kw_only=True):
-    """`turn` is 0 where a `cancel` found nothing running."""
+    """`turn` is 0 if a `cancel` found nothing running."""
 
     turn: int
     session_id: str | UnsetType = UNSET
@@ -275,7 +275,7 @@ class Capacity(Struct, frozen=True):
     available: int
     at_capacity: bool
     limited_by: Literal["kv_cache", "prefill"] | UnsetType = UNSET
-    """Where it is not the number of connections that is at its limit."""
+    """The limit that is reached, if it is not the number of connections."""
 
 
 class Error(ServerMessage, frozen=True, omit_defaults=True, tag="error", kw_only=True):

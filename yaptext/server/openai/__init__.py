@@ -1,1 +1,1 @@
-"""OpenAI's HTTP dialect: what any client of that API sends, on the turns of the service."""
+"""OpenAI's API, over HTTP and on a socket: its requests run as turns of the service."""

@@ -1,4 +1,4 @@
-"""What a body asks for, in whichever dialect it came."""
+"""What a body asks for, in either dialect."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def asked_of_chat(body: ChatRequest) -> Asked:
 
 
 def _of_session(runtime: Runtime, account: Account, body: ResponsesRequest) -> Kept | None:
-    """After a restart: what the session that the body names has said. LiveKit sends no more than is new, again and
-    again."""
+    """The conversation of the session that the body names, for an id that a restart has lost. LiveKit sends only what
+    is new, and does not send the rest when the id is refused."""
     name = session_name(body.metadata, body.prompt_cache_key, body.user)
     session = None if name is None else runtime.sessions.find((account.name, name.id))
     if name is None or session is None or not session.transcript.messages:
@@ -93,7 +93,7 @@ def _of_session(runtime: Runtime, account: Account, body: ResponsesRequest) -> K
 def asked_of_responses(
     runtime: Runtime, account: Account, body: ResponsesRequest, events: Events, of_socket: KeptResponses | None = None
 ) -> Asked:
-    """`of_socket` has the responses that are to be stored nowhere (`store: false`). Raises `BadMessage`,
+    """`of_socket` has the responses that only their socket may continue (`store: false`). Raises `BadMessage`,
     `TextTooLong`."""
     before, known = None, [runtime.kept] if of_socket is None else [of_socket, runtime.kept]
     if body.previous_response_id is not None:

@@ -19,7 +19,7 @@ class CompletionTokensDetails(Struct):
 
 
 class CompletionUsage(Struct):
-    """Model tokens. If no reply was made, they are those of the decision."""
+    """Tokens of the reply; if there is none, those of the decision."""
 
     prompt_tokens: Count
     completion_tokens: Count
@@ -59,7 +59,7 @@ class TopLogprob(Struct):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of the reply. `top_logprobs` are the likeliest at its place."""
+    """A token of the reply. `top_logprobs` are the likeliest tokens at its place."""
 
     top_logprobs: list[TopLogprob]
 
@@ -107,7 +107,7 @@ class ChunkChoice(Struct):
 
 
 class Chunk(Struct):
-    """One event of a stream. `usage` is there if the request includes it: null but in the last event, which has no
+    """One event of a stream. `usage` is there if the request asks for it: null, except in the last event, which has no
     choices."""
 
     id: str

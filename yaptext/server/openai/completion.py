@@ -23,12 +23,12 @@ from yaptext.wire.frames import Error, error_frame
 _KEEP_ALIVE, _KEEP_ALIVE_S = b": ping\n\n", 5.0
 """LiveKit gives up on a stream that is silent for 10 s."""
 _FLUSH_TIMEOUT_S = 30.0
-"""How long a client may take to read the rest, once its turn is over."""
+"""Time for a client to read the rest, after its turn."""
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
 class Completion:
-    """Holds a slot while its turn runs. A client that goes away ends the turn."""
+    """Holds a slot while its turn runs. If the client disconnects, the turn ends."""
 
     def __init__(self, scope: Any, receive: Any, send: Any, runtime: Runtime, key_name: str) -> None:
         self._scope, self._receive, self._send = scope, receive, send

@@ -12,8 +12,8 @@ _LEAST = -9999.0
 
 
 def logprobs_of(alternatives: Iterable[dict[str, float]], most: int) -> Logprobs:
-    """One entry a token. `alternatives` are probabilities by text, the token's own first; at most `most` others are
-    told."""
+    """One entry for each token. `alternatives` are probabilities by text, that of the token itself first. The `most`
+    likeliest are listed."""
     found = []
     for by_text in alternatives:
         token = next(iter(by_text))

@@ -1,4 +1,4 @@
-"""Which session a request belongs to, by the names that OpenAI's clients give."""
+"""The session of a request, by the names that OpenAI's clients give."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 _MOST_CHARS = 128
 _LOG_KEY = secrets.token_bytes(32)
-"""Of this process: a hash that anybody can make of an address is as good as the address."""
+"""Of this process: without a secret key, anybody could make the hash of an address and compare."""
 
 
 class SessionName(NamedTuple):

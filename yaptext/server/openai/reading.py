@@ -1,4 +1,4 @@
-"""How a body or a frame of OpenAI's clients is read: within bounds on what costs more than its bytes."""
+"""How a body or a frame of OpenAI's clients is read, with limits on the parts that cost more than their bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MAX_BYTES = {
     "stop": 4_096,
     "conversation": 1_024,
 }
-"""Most bytes of JSON that are looked at: what they hold costs up to 50 times as much as a text of that size."""
+"""Limits in bytes of JSON. Reading these fields costs up to 50 times as much as a text of the same size."""
 _MOST_OBJECTS = 65_536
 
 
 def reader(*kinds: type[Struct]) -> Callable[[str | bytes], Any]:
-    """Reads one of the kinds. What it returns raises `BadMessage`, which names the field."""
+    """A function that reads one of `kinds`. It raises `BadMessage`, which names the field."""
     decode = BoundedDecoder(kinds, _MAX_BYTES).decode
 
     def read(content: str | bytes) -> Any:

@@ -28,15 +28,15 @@ from yaptext.wire.frames import PersonaFields, SamplingFields
 _LEAST_BYTES = 64
 """What a message of a history counts as at least."""
 HEARD_CHARS = 65_536
-"""Of a message that may be a part of a reply: none of ours is longer."""
+"""Limit of a message that may be a part of a reply: no reply of the service is longer."""
 _PERSONA = "persona/"
 _NO_RESULT = "(no result)"
 _M = TypeVar("_M")
 _MOST_ROUNDS, _MOST_CALLS = 16, 64
 _MOST_ARGUMENTS, _MOST_DEPTH = 32_768, 64
-"""Characters of a call's arguments, and objects or lists in them, that are taken apart."""
+"""Limits of a call's arguments, in characters and in objects or lists. Others are kept as text."""
 _LONG_ARGUMENTS = 4_096
-"""Others have their turn before they are."""
+"""Longer arguments are decoded after a pause, so that other turns can run."""
 
 
 def model_names(runtime: Runtime) -> list[str]:
@@ -178,7 +178,7 @@ async def _called(messages: Sequence[Message], index: int) -> list[Called]:
 
 
 def _arguments(call: ToolCall) -> dict[str, Any]:
-    """Those that are broken, long or deep are text: a template walks the others."""
+    """Arguments that are broken, long or deep are kept as text, since a template walks through the others."""
     text = call.function.arguments or "{}"
     try:
         if len(text) <= _MOST_ARGUMENTS and max(text.count("["), text.count("{")) <= _MOST_DEPTH:
@@ -215,7 +215,7 @@ def _mark_heard(history: list[Said], sent: str, mark: str) -> None:
 
 
 async def _check_utterance(runtime: Runtime, text: str) -> None:
-    """Raises `TextTooLong`: what is over the limit would be cut off, and a client of this API expects no such thing."""
+    """Raises `TextTooLong`. `/ws` cuts a longer text off; a client of this API does not expect that."""
     engine, limit = runtime.engines.chat or runtime.engines.tool, runtime.settings.user_utt_max_tokens
     assert engine is not None
     size = len(text) if len(text) > runtime.utterance_chars else len(await engine.codec.encode(text))
@@ -227,7 +227,7 @@ async def _check_utterance(runtime: Runtime, text: str) -> None:
 
 
 async def _tools(runtime: Runtime, body: ChatRequest, account: Account) -> list[dict[str, Any]]:
-    """Those that the decision is about; none if there is nothing to decide."""
+    """The tools of the decision; none if there is nothing to decide."""
     tools, choice = body.tools or [], body.tool_choice
     if choice == "none":
         return []

@@ -20,7 +20,7 @@ class OutputTokensDetails(Struct):
 
 
 class ResponseUsage(Struct):
-    """Model tokens. If no reply was made, they are those of the decision."""
+    """Tokens of the reply; if there is none, those of the decision."""
 
     input_tokens: Count
     input_tokens_details: InputTokensDetails
@@ -61,7 +61,7 @@ class IncompleteDetails(Struct):
 
 
 class Response(Struct):
-    """`output` is one message, or calls. Much of the rest is what the request said."""
+    """`output` is one message, or calls. Other fields repeat what the request said."""
 
     id: str
     object: Literal["response"]
@@ -162,7 +162,7 @@ class SocketErrorDetail(ErrorDetail):
 
 
 class ErrorEvent(Event, tag="error"):
-    """On a socket alone: a request was refused. `error.headers` has the times of the next try."""
+    """Only on a socket: a request was refused. `error.headers` has the time after which a retry may succeed."""
 
     status: int
     error: SocketErrorDetail
@@ -172,4 +172,4 @@ EVENTS = (
     Created, InProgress, Completed, Incomplete, Failed, ItemAdded, ItemDone, PartAdded, PartDone, TextDelta, TextDone,
     ArgumentsDelta, ArgumentsDone,
 )  # fmt: skip
-"""Of a stream, and of a socket beside `ErrorEvent`."""
+"""The events of a stream. A socket also sends `ErrorEvent`."""

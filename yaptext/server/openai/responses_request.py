@@ -26,7 +26,7 @@ from yaptext.server.openai.schema import (
 )
 
 _MOST_CALLS = 64
-"""Of one message: more are never used."""
+"""Calls of one message; others are never used."""
 
 
 def messages_of(runtime: Runtime, body: ResponsesRequest, before: Kept | None) -> list[Message]:
@@ -37,7 +37,7 @@ def messages_of(runtime: Runtime, body: ResponsesRequest, before: Kept | None) -
         return new
     known = list(before.messages)
     if known and new and new[0].role == "assistant":
-        # LiveKit says again what it was sent, or what of it was heard.
+        # LiveKit repeats the reply that it got, or the part of it that was heard.
         last, first = known[-1], new[0]
         if last.tool_calls and first.tool_calls:
             new[0] = last if _ids(first) <= _ids(last) else first

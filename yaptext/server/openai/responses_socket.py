@@ -43,7 +43,7 @@ _decode: Callable[[str | bytes], Create | Cancel] = reader(Create, Cancel)
 
 
 async def respond(websocket: WebSocket) -> None:
-    """One socket, from its handshake to its close. What refuses it is the answer to the handshake."""
+    """One socket, from its handshake to its close. A refusal is the HTTP answer to the handshake."""
     service: Service = websocket.state.service
     try:
         check_origin(websocket, service.settings)
@@ -66,7 +66,7 @@ async def respond(websocket: WebSocket) -> None:
 
 
 class ResponsesSocket(Socket):
-    """Its requests are answered in their order. A cancel ends the one that runs."""
+    """Answers requests one after the other. A cancel ends the response that runs."""
 
     def __init__(self, websocket: WebSocket, runtime: Runtime, account: Account, slots: Slots) -> None:
         super().__init__(websocket, runtime, account)
@@ -82,7 +82,7 @@ class ResponsesSocket(Socket):
         self._response_id: str | None = None
         """Of the response that runs; its turn may not have begun."""
         self._before_id: str | None = None
-        """Of the last one that had ended when the one that runs was asked for."""
+        """Of the last response that was over when the client asked for the one that runs."""
         self._cancelled: set[str] = set()
         """Of the responses that run or wait."""
 
@@ -144,8 +144,8 @@ class ResponsesSocket(Socket):
             return _decode(frame)
 
     def _cancel(self, response_id: str | None) -> None:
-        """Of a response that is over it changes nothing: the client cannot know yet. If the client knew when it asked
-        for the next one, it means that one, whose id it has not read: Pipecat does so."""
+        """The cancel of a response that is over changes nothing: the client may not know yet. If the client did know
+        when it asked for the next response, it means that one, whose id it has not read: Pipecat does so."""
         known = [*filter(None, [self._response_id]), *(events.id for _, events, _ in self._waiting)]
         unnamed = response_id is None or response_id == self._before_id
         wanted = next(iter(known), None) if unnamed else response_id
@@ -178,7 +178,7 @@ class ResponsesSocket(Socket):
             self._slots.at_rest(self)
 
     async def _one(self, body: Create, events: Events) -> None:
-        """One response. Raises what refuses it before it begins, and what ends the socket."""
+        """One response. Raises the errors that refuse it before it begins, and those that end the socket."""
         self._account.spend("turns")
         asked = asked_of_responses(self._runtime, self._account, body, events, self._kept)
         async with asked.turn(self._runtime, self._account) as (session, request):
@@ -209,7 +209,7 @@ class ResponsesSocket(Socket):
                     self._over(events.id)
 
     def _over(self, response_id: str) -> None:
-        """The client may know from here on that the response is over."""
+        """From here on the client may know that the response is over."""
         self._response_id = None
         self._before_id = None if self._waiting else response_id
 
@@ -239,7 +239,7 @@ class ResponsesSocket(Socket):
         return self._numbering.of(_error_event(error_frame(error)))
 
     def _say(self, error: WireError) -> None:
-        """A client that waits for nothing would take an error for that of its next request: the close says enough."""
+        """Nothing: a client that waits for no response would take the error for that of its next request."""
 
     def _close_code(self, error: WireError) -> int:
         """Clients reconnect after 1001, 1011, 1012, 1013."""

@@ -17,7 +17,7 @@ class Dialect(Protocol):
     numbered: bool
     """Whether events have a hole for their number."""
     top_logprobs: int | None
-    """How many a token, besides its own; None for no log probabilities."""
+    """How many of the likeliest tokens to list for each token; None for no log probabilities."""
 
     def begin(self) -> Iterable[bytes]: ...
 
@@ -26,7 +26,7 @@ class Dialect(Protocol):
         ...
 
     def token(self, token: Token) -> bytes:
-        """Changes nothing: a text that cannot be written at once is asked for again."""
+        """Changes nothing: it is called again for a text that cannot be written at once."""
         ...
 
     def calls(self, calls: Sequence[IdentifiedCall]) -> Iterable[bytes]: ...

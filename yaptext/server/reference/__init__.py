@@ -1,1 +1,1 @@
-"""What clients can rely on, for readers and for programs: `/openapi.json` and `/docs`."""
+"""The documents of the interfaces: `/openapi.json` for programs, `/docs` for people."""

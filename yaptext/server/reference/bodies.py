@@ -14,7 +14,7 @@ Amount = Annotated[float, Meta(ge=0)]
 
 
 class Health(Struct):
-    """`reason` says which engine does not answer."""
+    """`reason` names the engine that does not answer."""
 
     status: Literal["ok", "engine_dead", "engine_silent"]
     reason: str | UnsetType = UNSET
@@ -26,7 +26,7 @@ class Readiness(Struct):
 
 
 class Starting(Struct):
-    """What every route answers while the engines open."""
+    """The answer of every route while the engines open."""
 
     status: Literal["starting"]
     error_code: Literal["going_away"]
@@ -51,7 +51,7 @@ class Ticket(Struct):
 
 
 class ReloadState(Struct):
-    """The latest reload; `error` says what was refused."""
+    """The latest reload of keys and personas. `error` is the reason if it was refused."""
 
     ok: bool
     error: str | None
@@ -59,7 +59,7 @@ class ReloadState(Struct):
 
 
 class PromptState(Struct):
-    """What the prompts of a model are made of."""
+    """How the prompts of a model are made."""
 
     format: str
     exact: bool
@@ -69,7 +69,7 @@ class PromptState(Struct):
 
 
 class EngineState(Struct):
-    """`kv_use` is a share of `kv_tokens`. `backlog_ms` is the time to compute the prompts that wait."""
+    """One engine."""
 
     model: str
     quantization: str
@@ -82,7 +82,7 @@ class EngineState(Struct):
 
 
 class FrameRefused(Struct):
-    """As the frame `error` would have it."""
+    """The reason, as the frame `error` would give it."""
 
     error_code: str
     message: str
@@ -106,14 +106,14 @@ class ShownPrompt(Struct):
 
 
 class ShownPrompts(Struct):
-    """Null: the model would not be asked."""
+    """By model. Null: the model would not be asked."""
 
     chat: ShownPrompt | None
     tool: ShownPrompt | None
 
 
 class Status(Struct):
-    """`silence` says which engine does not answer, `lacking` why the tool model is not there."""
+    """The state of the service."""
 
     status: Phase | Literal["running", "degraded", "engine_silent"]
     healthy: bool

@@ -52,8 +52,8 @@ BODIES: dict[str, Any] = {
         ],
         "usage": {
             "prompt_tokens": 402,
-            "completion_tokens": 0,
-            "total_tokens": 402,
+            "completion_tokens": 14,
+            "total_tokens": 416,
             "prompt_tokens_details": {"cached_tokens": 384},
             "completion_tokens_details": {"reasoning_tokens": 0},
         },

@@ -15,15 +15,16 @@ from yaptext.server.reference.operations import EVENTS, JSON, OPERATIONS, SOCKET
 from yaptext.wire import asyncapi
 
 Refs = dict[Any, dict[str, Any]]
-"""What stands for a struct, by the struct."""
+"""The reference to the schema of a struct, by the struct."""
 _ABOUT = (
     "Conversations go over the WebSocket `/ws`, which `/asyncapi.json` describes. Clients of OpenAI's API use the "
-    "routes below `/v1`. A path that is not one of these is 404, another method 405. What is no HTTP, or is over the "
-    "service's bounds on address, headers and body, is 400, 414 or 431 as plain text."
+    "routes below `/v1`. Another path is answered with 404, another method with 405. A request that is no HTTP, or "
+    "whose address, headers or body are over the limits, is answered with 400, 414 or 431 as plain text."
 )
 _SOCKET = (
-    "A WebSocket of the same address takes requests as frames of the type `response.create` and answers each with the "
-    "events of a stream, in order. `generate: false` warms the prompt. What refuses a client answers its handshake."
+    "A WebSocket of the same address, or of `/v1`, takes requests as frames of the type `response.create`. It answers "
+    "each with the events of a stream, in order. `generate: false` computes the prompt alone. A refused client gets "
+    "the reason as the HTTP answer to its handshake."
 )
 _WAYS: dict[str, list[dict[str, list[str]]]] = {
     "none": [],
@@ -32,10 +33,10 @@ _WAYS: dict[str, list[dict[str, list[str]]]] = {
     "remote": [{}, {"bearer": []}, {"header": []}, {"query": []}],
 }
 _HEADERS = {
-    "Retry-After": ("Whole seconds after which a new try may succeed.", {"type": "integer", "minimum": 0}),
+    "Retry-After": ("Time after which a retry may succeed, in whole seconds.", {"type": "integer", "minimum": 0}),
     "retry-after-ms": ("The same in milliseconds, for clients of OpenAI's API.", {"type": "integer", "minimum": 0}),
     "ETag": ("Names this version of the content.", {"type": "string"}),
-    "Cache-Control": ("How long it may be kept.", {"type": "string"}),
+    "Cache-Control": ("How long the answer may be kept.", {"type": "string"}),
 }  # fmt: skip
 _PARAMETERS: dict[str, dict[str, Any]] = {
     "If-None-Match": {
@@ -43,7 +44,7 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "The ETag of what the client has.",
         "schema": {"type": "string"},
     },
-    "name": {"in": "path", "required": True, "description": "As `model` has it.", "schema": {"type": "string"}},
+    "name": {"in": "path", "required": True, "description": "What `model` may be.", "schema": {"type": "string"}},
 }
 
 
@@ -79,10 +80,10 @@ def document() -> dict[str, Any]:
 
 
 def _schemas() -> tuple[Refs, dict[str, Any]]:
-    """A reference to each struct, and the schemas by name, with what the names of fields do not say."""
+    """The references, and the schemas by name, with the meanings of their fields."""
     structs = sorted({each for operation in OPERATIONS for each in _structs(operation)}, key=str)
     made = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
-    # Of two structs of one name each has the name of its module before its own.
+    # If two structs have one name, the schema of each has the name of its module before it.
     refs, schemas = json.loads(json.dumps(made).replace("yaptext.server.openai.", ""))
     of_frames = asyncapi.document()["components"]["schemas"]
     for qualified, schema in schemas.items():
@@ -157,6 +158,6 @@ def _media(media: str, content: Content, refs: Refs) -> dict[str, Any]:
 
 
 def _schema(structs: tuple[Any, ...], refs: Refs) -> dict[str, Any]:
-    """Of whatever these are."""
+    """That of one struct, or of any of several."""
     found = [refs[struct] for struct in structs]
     return dict(found[0]) if len(found) == 1 else {"anyOf": found}

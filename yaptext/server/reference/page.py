@@ -21,17 +21,17 @@ _HEAD = """<!doctype html>
 </head>
 <body>
 <a class="skip" href="#main">Skip the contents</a>
-<header><h1>Yap Text</h1><p>{version}. The same for programs: <a href="/openapi.json">OpenAPI</a>,
+<header><h1>Yap Text</h1><p>{version}. For programs: <a href="/openapi.json">OpenAPI</a>,
 <a href="/asyncapi.json">AsyncAPI</a>.</p></header>
 """
 _BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "over {}",
     "maximum": "at most {}",
-    "minLength": "at least {} characters",
-    "maxLength": "at most {} characters",
-    "minItems": "at least {} of them",
-    "maxItems": "at most {} of them",
+    "minLength": "length at least {}",
+    "maxLength": "length at most {}",
+    "minItems": "items at least {}",
+    "maxItems": "items at most {}",
 }
 _KEYS = {"bearer": "Authorization: Bearer KEY", "header": "X-API-Key: KEY", "query": "?api_key=KEY"}
 
@@ -74,7 +74,7 @@ class _Schemas:
         self._prefix = prefix
 
     def rest(self, shown: set[str]) -> str:
-        """All but those that stand elsewhere on the page."""
+        """All that are not elsewhere on the page."""
         return _all(
             f'<article id="{self._prefix}-{name}"><h3>{name}</h3>{_text(schema.get("description", ""))}'
             f"{self.fields(name)}{_examples(schema.get('examples', []))}</article>"
@@ -95,7 +95,7 @@ class _Schemas:
         )
 
     def type_of(self, schema: Mapping[str, Any]) -> str:
-        """In words, as HTML."""
+        """The type in words, as HTML."""
         if "$ref" in schema:
             name = _name(schema["$ref"])
             return f'<a href="#{self._prefix}-{name}">{name}</a>'
@@ -175,7 +175,7 @@ def _all(parts: Iterable[str]) -> str:
 
 
 def _list(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names with what they mean, which is HTML."""
+    """Names as text, with their meanings as HTML."""
     found = "".join(f"<dt><code>{escape(name)}</code></dt><dd>{meaning}</dd>" for name, meaning in pairs)
     return f"<dl>{found}</dl>" if found else ""
 
@@ -196,5 +196,5 @@ def _text(text: str) -> str:
 
 
 def _marked(text: str) -> str:
-    """With `code` as such."""
+    """The text as HTML, with `code` as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))

@@ -26,7 +26,7 @@ _HEADERS = {
 
 @cache
 def routes() -> tuple[Route, ...]:
-    """Always the same ones: nothing of them depends on a setting."""
+    """The same for every app: nothing depends on a setting."""
     for_http, for_ws = openapi.document(), asyncapi.document()
     return (
         Route("/openapi.json", http.document(for_http)),
