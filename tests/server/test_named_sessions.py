@@ -1,0 +1,71 @@
+"""server/openai/asked.py: a session that requests of OpenAI's clients name, while others use it, too."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from conftest import until
+from fakes import Gate, Script
+from server.test_chat_completions import door, prompts
+from server.test_responses import connected
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+def told(*texts: str) -> list[dict[str, str]]:
+    return [{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(texts)]
+
+
+async def test_a_session_has_its_transcript_while_a_request_runs_in_its_name() -> None:
+    """A turn of `/ws` goes by it, and `get_session` shows it."""
+    gate = Gate()
+    async with door(Script(["a"] * 50, pace=gate)) as (client, engine, running), running.connect() as ws:
+        gate.step(50)
+        wanted = {"model": "chat", "messages": told("first"), "user": "s"}
+        assert (await client.post("/v1/chat/completions", json=wanted)).status_code == 200
+        request = asyncio.create_task(client.post("/v1/chat/completions", json=wanted))
+        await until(lambda: engine.running == 1)
+        await ws.send(json.dumps({"type": "get_session", "session_id": "s"}))
+        assert [each["content"] for each in json.loads(await ws.recv())["history"]] == ["first", "a" * 50]
+        await ws.send(json.dumps({"type": "start", "session_id": "s", "user_utterance": "second"}))
+        await until(lambda: engine.running >= 2)
+        assert "first" in prompts(engine)[-1]
+        gate.step(200)
+        await request
+
+
+async def test_of_requests_that_run_beside_each_other_the_last_one_leaves_the_transcript() -> None:
+    """A request that is given up ends after the one that came in its place."""
+    gate = Gate()
+    async with door(Script(["a", "b"], pace=gate), None) as (client, engine, running), running.connect() as ws:
+        first = asyncio.create_task(
+            client.post("/v1/chat/completions", json={"model": "chat", "messages": told("early"), "user": "s"})
+        )
+        await until(lambda: engine.running == 1)
+        engine.chat = Script(["late"])
+        late = {"model": "chat", "messages": told("one", "two", "three"), "user": "s"}
+        assert (await client.post("/v1/chat/completions", json=late)).status_code == 200
+        gate.step(10)
+        assert (await first).status_code == 200
+        await ws.send(json.dumps({"type": "get_session", "session_id": "s"}))
+        assert [each["content"] for each in json.loads(await ws.recv())["history"]] == ["one", "two", "three", "late"]
+
+
+async def test_a_warm_up_leaves_the_session_to_the_turn_beside_it() -> None:
+    gate = Gate()
+    async with door(Script(["a"], pace=gate)) as (client, engine, running), running.connect() as ws:
+        async with connected(running) as socket:
+            first = asyncio.create_task(
+                client.post("/v1/responses", json={"model": "chat", "input": "one", "user": "s"})
+            )
+            await until(lambda: engine.running == 1)
+            engine.chat = Script(["b"])
+            await socket.create("two", user="s", generate=False)
+            await socket.until("response.completed")
+            gate.step(1)
+            assert (await first).status_code == 200
+        await ws.send(json.dumps({"type": "get_session", "session_id": "s"}))
+        state = json.loads(await ws.recv())
+        assert ([each["content"] for each in state["history"]], state["turns"]) == (["one", "a"], 1)
