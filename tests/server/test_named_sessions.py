@@ -69,3 +69,19 @@ async def test_a_warm_up_leaves_the_session_to_the_turn_beside_it() -> None:
         await ws.send(json.dumps({"type": "get_session", "session_id": "s"}))
         state = json.loads(await ws.recv())
         assert ([each["content"] for each in state["history"]], state["turns"]) == (["one", "a"], 1)
+
+
+async def test_what_is_forgotten_while_it_is_continued_is_not_kept() -> None:
+    """The request that goes on does not name the session: its conversation comes from it all the same."""
+    gate = Gate()
+    async with door(Script(["a"], pace=gate)) as (client, engine, running):
+        gate.step(1)
+        first = (await client.post("/v1/responses", json={"model": "chat", "input": "one", "user": "s"})).json()
+        async with running.connect() as ws, connected(running) as socket:
+            await socket.create("two", previous_response_id=first["id"])
+            await until(lambda: engine.running == 1)
+            await ws.send(json.dumps({"type": "forget", "session_id": "s"}))
+            assert json.loads(await ws.recv())["type"] == "forgotten"
+            gate.step(10)
+            last = (await socket.until("response.completed"))[-1]["response"]
+            assert (await socket.ask(previous_response_id=last["id"]))[-1]["type"] == "error"

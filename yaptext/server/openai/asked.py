@@ -113,7 +113,7 @@ def asked_of_responses(
     keeper = of_socket if body.store is False else runtime.kept
 
     def answered(said: Said) -> None:
-        if keeper is None:
+        if keeper is None or (before is not None and before.forgotten):
             return
         calls = [ToolCall(call.id, Function(call.name, arguments_of(call))) for call in said.calls]
         reply = [Message("assistant", said.text, tool_calls=calls or None)] if said.text or calls else []
