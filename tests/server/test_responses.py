@@ -194,6 +194,29 @@ async def test_a_reply_that_is_said_again_is_what_was_heard(heard: str) -> None:
         assert ("Hello [cut]" in prompts(engine)[-1]) == (heard == "Hello")
 
 
+async def test_an_utterance_that_got_no_reply_is_not_taken_for_one_that_is_said_again() -> None:
+    async with door(Script([])) as (client, engine, _):
+        first = await ask(client, "Yes please.")
+        again = [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "two"}]
+        await ask(client, again, previous_response_id=first["id"])
+        assert "Yes please." in prompts(engine)[-1]
+
+
+async def test_a_part_that_is_no_text_is_refused_wherever_it_stands() -> None:
+    """In an output whose call is missing it was met when the reply was kept, and the response had no end."""
+    parts = [{"type": "input_image", "text": "?"}]
+    output = {"type": "function_call_output", "call_id": "c", "output": parts}
+    calling = [
+        {"role": "assistant", "content": parts},
+        {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": "{}"},
+        {**output, "output": "warm"},
+    ]
+    async with door() as (_, _, running), connected(running) as socket:
+        for items in ([output], calling):
+            (event,) = await socket.ask([{"role": "user", "content": "hi"}, *items])
+            assert "input_image" in event["error"]["message"]
+
+
 async def test_an_id_that_is_not_known_is_an_error_that_pipecat_retries() -> None:
     async with door() as (client, _, running), connected(running) as socket:
         wanted = {"model": "chat", "input": "hi", "previous_response_id": "resp_1"}
