@@ -299,6 +299,25 @@ async def test_a_warm_up_answers_nothing_and_its_prefix_is_found() -> None:
 # --- the socket
 
 
+@pytest.mark.parametrize("ends", ["the next request", "a cancel"])
+async def test_a_warm_up_keeps_nobody_waiting(ends: str) -> None:
+    """It has the lowest priority: the turn that it is for would wait for everybody else's."""
+    async with door(Script(pace=Gate())) as (_, engine, running), connected(running) as socket:
+        talk = [{"role": role, "content": "one " * 40} for role in ("user", "assistant")]
+        await socket.create(talk, generate=False)
+        await until(lambda: engine.running == 1)
+        engine.chat = Script()
+        if ends == "a cancel":
+            await socket.cancel()
+        else:
+            await socket.create(talk, generate=False)
+            await socket.create()
+            assert (await socket.until(*ENDS))[-1]["response"]["usage"]["input_tokens"] == 0
+            await socket.until(*ENDS)
+        assert (await socket.until(*ENDS))[-1]["type"] in ("response.completed", "response.incomplete")
+        await until(lambda: engine.running == 0)
+
+
 async def test_a_cancel_ends_the_response_with_what_was_sent() -> None:
     gate = Gate()
     async with door(Script(["a"] * 50, pace=gate)) as (_, engine, running), connected(running) as socket:
