@@ -85,3 +85,12 @@ async def test_what_is_forgotten_while_it_is_continued_is_not_kept() -> None:
             gate.step(10)
             last = (await socket.until("response.completed"))[-1]["response"]
             assert (await socket.ask(previous_response_id=last["id"]))[-1]["type"] == "error"
+
+
+async def test_long_names_that_begin_alike_are_of_two_sessions() -> None:
+    """Of a name 128 characters counted: one user's request continued the conversation of the other."""
+    async with door() as (client, _, running), connected(running) as socket:
+        name = "x" * 128
+        await client.post("/v1/responses", json={"model": "chat", "input": "one", "user": f"{name}a"})
+        assert (await socket.ask(previous_response_id="resp_1", user=f"{name}b"))[-1]["type"] == "error"
+        assert (await socket.ask(previous_response_id="resp_1", user=f"{name}a"))[-1]["type"] == "response.completed"
