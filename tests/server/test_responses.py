@@ -142,6 +142,17 @@ async def test_calls_are_items_and_their_outputs_bring_the_reply() -> None:
         assert prompts(engine)[-1] == prompts(engine)[-2]
 
 
+async def test_a_call_that_its_client_was_not_sent_is_no_part_of_the_conversation() -> None:
+    """With `parallel_tool_calls: false` the first is sent. The others were kept, and had no result."""
+    two = CALL[:-1] + "," + CALL[1:].replace("Oslo", "Bergen")
+    async with door(decision=Script([two])) as (client, engine, _):
+        first = await ask(client, "hi", tools=[FLAT], parallel_tool_calls=False)
+        (call,) = first["output"]
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "warm"}
+        await ask(client, [output], previous_response_id=first["id"], tools=[FLAT], parallel_tool_calls=False)
+        assert "Oslo" in prompts(engine)[-1] and "Bergen" not in prompts(engine)[-1]
+
+
 async def test_a_request_reaches_the_engine_as_one_of_chat_completions_does() -> None:
     async with door() as (client, engine, _):
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
