@@ -65,7 +65,7 @@ class Asked:
                 runtime.sessions.keep(named)
 
 
-def session_of(body: ChatRequest) -> SessionName | None:
+def session_of(body: ChatRequest | ResponsesRequest) -> SessionName | None:
     return session_name(body.metadata, body.prompt_cache_key, body.user)
 
 
@@ -83,7 +83,7 @@ def asked_of_chat(body: ChatRequest) -> Asked:
 def _of_session(runtime: Runtime, account: Account, body: ResponsesRequest) -> Kept | None:
     """After a restart: what the session that the body names has said. LiveKit sends no more than is new, again and
     again."""
-    name = session_name(body.metadata, body.prompt_cache_key, body.user)
+    name = session_of(body)
     session = None if name is None else runtime.sessions.find((account.name, name.id))
     if name is None or session is None or not session.transcript.messages:
         return None
@@ -104,12 +104,13 @@ def asked_of_responses(
         if before is None and body.store is not False:
             before = _of_session(runtime, account, body)
         if before is None:
-            name = body.previous_response_id[:100]
-            raise BadMessage(f"Previous response with id {name!r} not found. - at $.previous_response_id")
+            given = body.previous_response_id[:100]
+            raise BadMessage(f"Previous response with id {given!r} not found. - at $.previous_response_id")
     messages = messages_of(runtime, body, before)
     chat = chat_request(body, messages)
-    session = session_of(chat)
-    sessions = frozenset([session.id] if session is not None else []) | (before.session_ids if before else set())
+    sessions = before.session_ids if before is not None else frozenset()
+    if (name := session_of(body)) is not None:
+        sessions |= {name.id}
     keeper = of_socket if body.store is False else runtime.kept
 
     def answered(said: Said) -> None:
