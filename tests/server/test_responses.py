@@ -142,6 +142,17 @@ async def test_calls_are_items_and_their_outputs_bring_the_reply() -> None:
         assert prompts(engine)[-1] == prompts(engine)[-2]
 
 
+async def test_a_call_that_its_client_was_not_sent_is_no_part_of_the_conversation() -> None:
+    """With `parallel_tool_calls: false` the first is sent. The others were kept, and had no result."""
+    two = CALL[:-1] + "," + CALL[1:].replace("Oslo", "Bergen")
+    async with door(decision=Script([two])) as (client, engine, _):
+        first = await ask(client, "hi", tools=[FLAT], parallel_tool_calls=False)
+        (call,) = first["output"]
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "warm"}
+        await ask(client, [output], previous_response_id=first["id"], tools=[FLAT], parallel_tool_calls=False)
+        assert "Oslo" in prompts(engine)[-1] and "Bergen" not in prompts(engine)[-1]
+
+
 async def test_a_request_reaches_the_engine_as_one_of_chat_completions_does() -> None:
     async with door() as (client, engine, _):
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -192,6 +203,29 @@ async def test_a_reply_that_is_said_again_is_what_was_heard(heard: str) -> None:
         await ask(client, again, previous_response_id=first["id"])
         assert prompts(engine)[-1].count("Hello") == 1
         assert ("Hello [cut]" in prompts(engine)[-1]) == (heard == "Hello")
+
+
+async def test_an_utterance_that_got_no_reply_is_not_taken_for_one_that_is_said_again() -> None:
+    async with door(Script([])) as (client, engine, _):
+        first = await ask(client, "Yes please.")
+        again = [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "two"}]
+        await ask(client, again, previous_response_id=first["id"])
+        assert "Yes please." in prompts(engine)[-1]
+
+
+async def test_a_part_that_is_no_text_is_refused_wherever_it_stands() -> None:
+    """In an output whose call is missing it was met when the reply was kept, and the response had no end."""
+    parts = [{"type": "input_image", "text": "?"}]
+    output = {"type": "function_call_output", "call_id": "c", "output": parts}
+    calling = [
+        {"role": "assistant", "content": parts},
+        {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": "{}"},
+        {**output, "output": "warm"},
+    ]
+    async with door() as (_, _, running), connected(running) as socket:
+        for items in ([output], calling):
+            (event,) = await socket.ask([{"role": "user", "content": "hi"}, *items])
+            assert "input_image" in event["error"]["message"]
 
 
 async def test_an_id_that_is_not_known_is_an_error_that_pipecat_retries() -> None:
@@ -274,6 +308,28 @@ async def test_a_warm_up_answers_nothing_and_its_prefix_is_found() -> None:
 
 
 # --- the socket
+
+
+@pytest.mark.parametrize("ends", ["the next request", "a cancel", "a close"])
+async def test_a_warm_up_keeps_nobody_waiting(ends: str) -> None:
+    """It has the lowest priority: the turn that it is for would wait for everybody else's."""
+    async with door(Script(pace=Gate())) as (_, engine, running), connected(running) as socket:
+        talk = [{"role": role, "content": "one " * 40} for role in ("user", "assistant")]
+        await socket.create(talk, generate=False)
+        await until(lambda: engine.running == 1)
+        engine.chat = Script()
+        if ends == "a cancel":
+            await socket.cancel()
+        elif ends == "a close":
+            await socket.socket.close()
+        else:
+            await socket.create(talk, generate=False)
+            await socket.create()
+            assert (await socket.until(*ENDS))[-1]["response"]["usage"]["input_tokens"] == 0
+            await socket.until(*ENDS)
+        if ends != "a close":
+            assert (await socket.until(*ENDS))[-1]["type"] in ("response.completed", "response.incomplete")
+        await until(lambda: engine.running == 0)
 
 
 async def test_a_cancel_ends_the_response_with_what_was_sent() -> None:

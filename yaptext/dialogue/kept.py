@@ -17,14 +17,16 @@ _SWEEP_S = 60.0
 _LEAST_BYTES = 1_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Kept:
     """A conversation up to the end of a response. `messages` are of the door's own kind, `bytes` what they take in
-    memory. `session_ids` are the sessions that they come from."""
+    memory. `session_ids` are the sessions that they come from; once one of them is `forgotten`, what continues the
+    conversation is not to be kept."""
 
     session_ids: frozenset[str]
     messages: tuple[Any, ...]
     bytes: int
+    forgotten: bool = False
 
 
 class KeptResponses:
@@ -74,8 +76,9 @@ class KeptResponses:
         """Drops the responses of a session. True if there was any."""
         known = [others.forget(key_name, session_id) for others in list(self._beside)]
         of_key = self._by_key.get(key_name)
-        of_session = [id for id, kept in of_key.items() if session_id in kept.session_ids] if of_key else []
-        for response_id in of_session:
+        of_session = [(id, kept) for id, kept in of_key.items() if session_id in kept.session_ids] if of_key else []
+        for response_id, kept in of_session:
+            kept.forgotten = True
             self._by_key[key_name].pop(response_id, None)
         return bool(of_session) or any(known)
 

@@ -55,8 +55,7 @@ async def of_turn(runtime: Runtime, session: Session | None, request: TurnReques
     runs in the session is not yet part of it. Nothing of the session changes. Raises `TextTooLong`, `EngineFailed`."""
     merged = (Persona() if session is None else session.persona).merge(request.persona)
     persona = merged.compose(runtime.settings.default_persona_style)
-    said = Transcript()
-    said.messages = [] if session is None else list(session.transcript.messages)
+    said = Transcript() if session is None else session.transcript.copy()
     if (told := incoming.told(runtime, request.history)) is not None:
         said.messages = list(told.messages)
     if request.heard is not None:

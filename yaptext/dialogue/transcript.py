@@ -165,6 +165,12 @@ class Transcript:
         self.messages: list[Message] = []
         self._sent: list[Message] = []
 
+    def copy(self) -> Transcript:
+        """Another with the same messages, and so with their token ids."""
+        copied = Transcript()
+        copied.messages, copied._sent = list(self.messages), self._sent
+        return copied
+
     def replace(self, new: list[Message], warmed: Sequence[Message] = (), *, remember: bool = True) -> None:
         """Takes a client's own transcript. Messages that stood in the last one keep their token ids, also
         those that a prompt had no room for; the first one takes them from `warmed`."""

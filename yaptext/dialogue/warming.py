@@ -164,7 +164,7 @@ async def _compute(runtime: Runtime, engine: Engine, prefix: list[int], key_name
 
 def rewarm(runtime: Runtime, most: int) -> AsyncGenerator[None, None]:
     """After a restart: computes the prefixes of the sessions that were last in use, step by step, each only while
-    no engine has anything else to do. A session that has come back meanwhile does so itruntime."""
+    no engine has anything else to do. A session that has come back meanwhile does so itself."""
     sessions = runtime.sessions.recent(_REWARM_WITHIN_S)[:most]  # now: a session that comes later was not there before
     return _rewarm(runtime, [(session, session.used_at) for session in sessions])
 

@@ -12,7 +12,7 @@ from yaptext.errors import WireError
 
 
 class Holder(Protocol):
-    """What holds a slot: a socket."""
+    """What holds a slot: a socket, or a request of `/v1/`."""
 
     @property
     def busy(self) -> bool:

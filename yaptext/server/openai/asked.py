@@ -10,7 +10,6 @@ from yaptext.dialogue.kept import Kept, KeptResponses
 from yaptext.dialogue.request import TurnRequest
 from yaptext.dialogue.runtime import Runtime
 from yaptext.dialogue.session import Session
-from yaptext.dialogue.transcript import Transcript
 from yaptext.errors import BadMessage
 from yaptext.server.access.accounts import Account
 from yaptext.server.openai.chunks import Chunks, arguments_of
@@ -42,28 +41,31 @@ class Asked:
         """The session of this turn alone, so that requests of one session may run beside each other, and the request.
         What the turn leaves is the named session's. Raises as `request_of` does."""
         name = session_of(self.chat)
-        named = None if name is None else runtime.sessions.open((account.name, name.id))
-        request = await request_of(runtime, self.chat, account, named, self.sent)
         own = Session((account.name, "" if name is None else name.in_log))
         own.forgotten = True  # nothing of it is kept
-        if named is not None:
-            own.seed, own.turns = named.seed, named.turns
-            own.transcript, named.transcript = named.transcript, Transcript()  # with its token ids
-            named.beside.add(own)
+        if name is None:
+            yield own, await request_of(runtime, self.chat, account, None, self.sent)
+            return
+        named = runtime.sessions.open((account.name, name.id))
+        named.beside.add(own)  # in use from here on
+        before = 0
         try:
+            request = await request_of(runtime, self.chat, account, named, self.sent)
+            own.seed, own.transcript = named.seed, named.transcript.copy()
+            own.turns = before = max(named.turns, *(each.turns for each in named.beside))
             yield own, request
         finally:
-            if named is not None:
-                named.beside.discard(own)
-                named.turns = max(named.turns, own.turns)
-                if named.current is None and not named.forgotten:  # else a turn of `/ws` has it
+            named.beside.discard(own)
+            if named.forgotten:
+                runtime.kept.forget(account.name, named.session_id)
+            elif own.turns > max(before, named.turns):  # else there was no turn, or a later one is over or of `/ws`
+                named.turns = own.turns
+                if named.current is None:  # else that turn of `/ws` has the transcript
                     named.transcript = own.transcript
                 runtime.sessions.keep(named)
-                if named.forgotten:
-                    runtime.kept.forget(account.name, named.session_id)
 
 
-def session_of(body: ChatRequest) -> SessionName | None:
+def session_of(body: ChatRequest | ResponsesRequest) -> SessionName | None:
     return session_name(body.metadata, body.prompt_cache_key, body.user)
 
 
@@ -81,7 +83,7 @@ def asked_of_chat(body: ChatRequest) -> Asked:
 def _of_session(runtime: Runtime, account: Account, body: ResponsesRequest) -> Kept | None:
     """The conversation of the session that the body names, for an id that a restart has lost. LiveKit sends only what
     is new, and does not send the rest when the id is refused."""
-    name = session_name(body.metadata, body.prompt_cache_key, body.user)
+    name = session_of(body)
     session = None if name is None else runtime.sessions.find((account.name, name.id))
     if name is None or session is None or not session.transcript.messages:
         return None
@@ -102,16 +104,17 @@ def asked_of_responses(
         if before is None and body.store is not False:
             before = _of_session(runtime, account, body)
         if before is None:
-            name = body.previous_response_id[:100]
-            raise BadMessage(f"Previous response with id {name!r} not found. - at $.previous_response_id")
+            given = body.previous_response_id[:100]
+            raise BadMessage(f"Previous response with id {given!r} not found. - at $.previous_response_id")
     messages = messages_of(runtime, body, before)
     chat = chat_request(body, messages)
-    session = session_of(chat)
-    sessions = frozenset([session.id] if session is not None else []) | (before.session_ids if before else set())
+    sessions = before.session_ids if before is not None else frozenset()
+    if (name := session_of(body)) is not None:
+        sessions |= {name.id}
     keeper = of_socket if body.store is False else runtime.kept
 
     def answered(said: Said) -> None:
-        if keeper is None:
+        if keeper is None or (before is not None and before.forgotten):
             return
         calls = [ToolCall(call.id, Function(call.name, arguments_of(call))) for call in said.calls]
         reply = [Message("assistant", said.text, tool_calls=calls or None)] if said.text or calls else []

@@ -19,14 +19,14 @@ _REASONS = {"length": "length", "tool_calls": "tool_calls"}
 
 
 class Chunks:
-    """The events of one completion. `one_call` leaves out all calls but the first (`parallel_tool_calls`)."""
+    """The events of one completion."""
 
     numbered = False
 
     def __init__(self, model: str, *, with_usage: bool, one_call: bool, top_logprobs: int | None) -> None:
         self.top_logprobs = top_logprobs
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-        self._with_usage, self._one_call = with_usage, one_call
+        self._with_usage, self.one_call = with_usage, one_call
         self._begun = False
         self._before, self._after = self._chunk({"content": "?"}, None).split(b'"?"')
 
@@ -43,7 +43,7 @@ class Chunks:
     def calls(self, calls: Sequence[IdentifiedCall]) -> Iterable[bytes]:
         self._begun = True
         yield self._chunk({"role": "assistant", "content": None}, None)
-        for index, call in enumerate(self._calls(calls)):
+        for index, call in enumerate(calls):
             yield self._chunk({"tool_calls": [{"index": index} | _call_of(call)]}, None)
 
     def done(self, done: Done, text: str, logprobs: Logprobs | None) -> Iterable[bytes]:
@@ -62,12 +62,9 @@ class Chunks:
     ) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
         if calls:
-            message["tool_calls"] = [_call_of(call) for call in self._calls(calls)]
+            message["tool_calls"] = [_call_of(call) for call in calls]
         choice = {"index": 0, "message": message, "logprobs": _content(logprobs), "finish_reason": _reason(done)}
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(done)}
-
-    def _calls(self, calls: Sequence[IdentifiedCall]) -> Sequence[IdentifiedCall]:
-        return calls[:1] if self._one_call else calls
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None, logprobs: Logprobs | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": _content(logprobs), "finish_reason": finish_reason}

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from yaptext.server.openai.chunks import arguments_of
 from yaptext.server.openai.logprobs import Logprobs
 from yaptext.server.openai.responses_schema import LOGPROBS, ResponsesRequest
 from yaptext.server.openai.said import HOLE
@@ -38,7 +39,7 @@ class Events:
         self._form = form
         self.top_logprobs = (body.top_logprobs or 0) if LOGPROBS in (body.include or ()) else None
         self._message_id = f"msg_{secrets.token_hex(12)}"
-        self._one_call = body.parallel_tool_calls is False
+        self.one_call = body.parallel_tool_calls is False
         self._has_limit = body.max_output_tokens is not None
         choice = body.tool_choice
         self._head = {
@@ -48,7 +49,7 @@ class Events:
             "model": body.model or "chat",
             "instructions": body.instructions,
             "previous_response_id": body.previous_response_id,
-            "parallel_tool_calls": not self._one_call,
+            "parallel_tool_calls": not self.one_call,
             "tool_choice": "auto" if choice is None else choice,
             "tools": body.tools or [],
             "temperature": body.temperature,
@@ -147,9 +148,9 @@ class Events:
                 "status": "completed",
                 "call_id": call.id,
                 "name": call.name,
-                "arguments": msgspec.json.encode(call.arguments).decode(),
+                "arguments": arguments_of(call),
             }
-            for call in (calls[:1] if self._one_call else calls)
+            for call in calls
         ]
         return self._items
 

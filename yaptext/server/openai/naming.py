@@ -20,8 +20,17 @@ class SessionName(NamedTuple):
 def session_name(metadata: dict[str, Any] | None, cache_key: str | None, user: str | None) -> SessionName | None:
     for name in ((metadata or {}).get("session_id"), cache_key):
         if isinstance(name, str) and name:
-            return SessionName(name[:_MOST_CHARS], name[:_MOST_CHARS])
+            return SessionName(_id(name), _id(name))
     if not user:
         return None
-    hashed = hashlib.blake2b(user.encode(errors="replace"), key=_LOG_KEY, digest_size=8).hexdigest()
-    return SessionName(user[:_MOST_CHARS], f"user-{hashed}")
+    hashed = hashlib.blake2b(_bytes(user), key=_LOG_KEY, digest_size=8).hexdigest()
+    return SessionName(_id(user), f"user-{hashed}")
+
+
+def _id(name: str) -> str:
+    """Names that are too long may begin alike."""
+    return name if len(name) <= _MOST_CHARS else f"sha-{hashlib.sha256(_bytes(name)).hexdigest()}"
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode(errors="replace")

@@ -32,11 +32,11 @@ _MOST_CALLS = 64
 def messages_of(runtime: Runtime, body: ResponsesRequest, before: Kept | None) -> list[Message]:
     """The conversation up to the request, without `instructions`. Raises `BadMessage`, `TextTooLong`."""
     given = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input or ()
-    new = list(_messages(latest(runtime, given, _is_system)))
+    new = [_in_text(message) for message in _messages(latest(runtime, given, _is_system))]
     if before is None:
         return new
     known = list(before.messages)
-    if known and new and new[0].role == "assistant":
+    if known and new and known[-1].role == new[0].role == "assistant":
         # LiveKit repeats the reply that it got, or the part of it that was heard.
         last, first = known[-1], new[0]
         if last.tool_calls and first.tool_calls:
@@ -53,7 +53,8 @@ def _is_beginning(heard: str, sent: str) -> bool:
 
 def sent_text(before: Kept | None) -> str:
     """The reply that a conversation ends with."""
-    return text_of(before.messages[-1]) if before is not None and before.messages else ""
+    last = before.messages[-1] if before is not None and before.messages else None
+    return text_of(last) if last is not None and last.role == "assistant" else ""
 
 
 def chat_request(body: ResponsesRequest, messages: Sequence[Message]) -> ChatRequest:
@@ -87,15 +88,11 @@ def chat_request(body: ResponsesRequest, messages: Sequence[Message]) -> ChatReq
 
 
 def kept(messages: Sequence[Message], most_bytes: int, session_ids: frozenset[str]) -> Kept:
-    """A conversation to continue: its end within `most_bytes`, with its system messages. Of a content only the text is
-    kept."""
+    """A conversation to continue: its end within `most_bytes`, with its system messages."""
     first = keep_recent([_size(message) for message in messages], most_bytes)
     head = [message for message in messages[:first] if message.role in ("system", "developer")]
-    left = [
-        message if isinstance(message.content, str | None) else replace(message, content=text_of(message))
-        for message in (*head, *messages[first:])
-    ]
-    return Kept(session_ids, tuple(left), sum(map(_weight, left)))
+    left = (*head, *messages[first:])
+    return Kept(session_ids, left, sum(map(_weight, left)))
 
 
 def _format(kind: str, schema: dict[str, object] | None, name: str) -> ResponseFormat:
@@ -131,6 +128,11 @@ def _messages(items: Iterable[Item]) -> Iterable[Message]:
             raise BadMessage(f"an item is {item.type[:40]!r}; allowed are {allowed} - at $.input[{index}].type")
     if last is not None:
         yield last
+
+
+def _in_text(message: Message) -> Message:
+    """Of a content only the text is kept. Raises as `text_of`: later, a response has begun."""
+    return message if isinstance(message.content, str | None) else replace(message, content=text_of(message))
 
 
 def _ids(message: Message) -> set[str]:

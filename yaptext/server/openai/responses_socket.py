@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
+from msgspec import UNSET
 from msgspec.structs import replace
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -31,7 +32,7 @@ from yaptext.server.send_queue import WRITE_NOW
 from yaptext.server.service import Service
 from yaptext.server.slots import Slots
 from yaptext.server.socket import LARGE_BYTES, Socket
-from yaptext.wire.frames import Done, Error, error_frame
+from yaptext.wire.frames import Done, Error, Usage, error_frame
 
 _log = structlog.get_logger(__name__)
 _MOST_WAITING = 8
@@ -39,6 +40,7 @@ _MOST_WAITING = 8
 _OF_SOCKET_BYTES = 2**20
 _CLOSE_SLOW = 1008
 _ABORT_TIMEOUT_S = 10.0
+_T = TypeVar("_T")
 _decode: Callable[[str | bytes], Create | Cancel] = reader(Create, Cancel)
 
 
@@ -79,6 +81,8 @@ class ResponsesSocket(Socket):
         """With the bytes of their frames."""
         self._answering: asyncio.Task[None] | None = None
         self._turn: Turn | None = None
+        self._warming: asyncio.Task[Usage] | None = None
+        """Ends when anything else is wanted: it has the lowest priority."""
         self._response_id: str | None = None
         """Of the response that runs; its turn may not have begun."""
         self._before_id: str | None = None
@@ -123,6 +127,8 @@ class ResponsesSocket(Socket):
                 self._check_waiting(len(frame))
                 message = replace(message, model=message.model or self._model)
                 self._waiting.append((message, Events(message, as_frame), len(frame)))
+                if self._warming is not None:
+                    self._warming.cancel()
                 if self._answering is None:
                     self._answering = self._group.create_task(self._answer())
         except WireError as error:
@@ -151,8 +157,9 @@ class ResponsesSocket(Socket):
         wanted = next(iter(known), None) if unnamed else response_id
         if wanted is not None and wanted in known:
             self._cancelled.add(wanted)
-            if self._turn is not None and wanted == self._response_id:
-                self._turn.cancel()
+            runs = (self._turn or self._warming) if wanted == self._response_id else None
+            if runs is not None:
+                runs.cancel()
 
     # --- out
 
@@ -189,9 +196,10 @@ class ResponsesSocket(Socket):
 
             said = Said(events, self._send_queue, self._erred, answered)
             if body.generate is False:
-                usage = await warming.warm_request(self._runtime, session, request)
+                usage = await self._warm(warming.warm_request(self._runtime, session, request))
                 said.begin()
-                said.send(Done(turn=0, usage=usage, finish_reason="stop"))
+                cancelled = True if events.id in self._cancelled else UNSET
+                said.send(Done(turn=0, usage=usage, finish_reason="stop", cancelled=cancelled))
             else:
                 self._turn = turn = Turn(self._runtime, session, request, said)
                 said.alternatives = turn.answer.alternatives
@@ -199,7 +207,7 @@ class ResponsesSocket(Socket):
                 if events.id in self._cancelled:
                     turn.cancel()
                 try:
-                    await self._run(turn)
+                    await _ended(asyncio.create_task(turn.run()))
                 finally:
                     turn.abandon()
                     self._turn = None
@@ -213,16 +221,14 @@ class ResponsesSocket(Socket):
         self._response_id = None
         self._before_id = None if self._waiting else response_id
 
-    async def _run(self, turn: Turn) -> None:
-        """In a task of its own: a turn that ends early cancels its task, and the next response waits for this one."""
-        running = asyncio.create_task(turn.run())
+    async def _warm(self, work: Coroutine[Any, Any, Usage]) -> Usage:
+        self._warming = asyncio.create_task(work)
+        if self._waiting or self._response_id in self._cancelled:
+            self._warming.cancel()
         try:
-            await asyncio.wait([running])
+            return await _ended(self._warming) or Usage()
         finally:
-            running.cancel()
-            await asyncio.wait([running])  # the engine has let go
-        if not running.cancelled() and (error := running.exception()) is not None:
-            raise error
+            self._warming = None
 
     async def _send_frame(self, frame: bytes) -> None:
         await super()._send_frame(self._numbering.of(frame))
@@ -244,6 +250,17 @@ class ResponsesSocket(Socket):
     def _close_code(self, error: WireError) -> int:
         """Clients reconnect after 1001, 1011, 1012, 1013."""
         return _CLOSE_SLOW if isinstance(error, SlowClient) else super()._close_code(error)
+
+
+async def _ended(task: asyncio.Task[_T]) -> _T | None:
+    """What the task returned; None if it was cancelled, as by the turn that it runs: the next response waits for this
+    one. If the caller is cancelled, so is the task."""
+    try:
+        await asyncio.wait([task])
+    finally:
+        task.cancel()
+        await asyncio.wait([task])  # the engine has let go
+    return None if task.cancelled() else task.result()
 
 
 def _error_event(error: Error) -> bytes:

@@ -18,6 +18,8 @@ class Dialect(Protocol):
     """Whether events have a hole for their number."""
     top_logprobs: int | None
     """How many of the likeliest tokens to list for each token; None for no log probabilities."""
+    one_call: bool
+    """Whether all calls but the first are left out (`parallel_tool_calls`)."""
 
     def begin(self) -> Iterable[bytes]: ...
 
@@ -79,6 +81,7 @@ class Said:
     ) -> None:
         self.dialect, self._queue, self._erred, self._answered = dialect, queue, erred, answered
         self.calls: list[IdentifiedCall] = []
+        """Those that the client gets."""
         self.done: Done | None = None
         self.error: Error | None = None
         self.alternatives: Sequence[dict[str, float]] = ()
@@ -105,7 +108,7 @@ class Said:
 
     def send(self, message: ServerMessage) -> None:
         if isinstance(message, ToolCall) and message.raw:
-            self.calls = message.raw
+            self.calls = message.raw[:1] if self.dialect.one_call else message.raw
             self._put(lambda: self.dialect.calls(self.calls))
         elif isinstance(message, Done):
             done = self.done = message
