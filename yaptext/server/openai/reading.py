@@ -20,7 +20,7 @@ _MAX_BYTES = {
     "conversation": 1_024,
 }
 """Limits in bytes of JSON. Reading these fields costs up to 50 times as much as a text of the same size."""
-_MOST_OBJECTS = 65_536
+_MOST_OBJECTS = 16_384
 
 
 def reader(*kinds: type[Struct]) -> Callable[[str | bytes], Any]:
