@@ -170,7 +170,8 @@ async def test_conversations_of_two_turns(real: Target, tokenizer: Path, tmp_pat
         whole = [("user", said[0]), ("assistant", replied), ("user", said[1])]
         messages = [(message["role"], message["content"]) for message in request["payload"]["messages"]]
         assert messages == (whole if turn else whole[:1])
-        assert 0 < figure(request, "time_to_first_token") < figure(request, "request_latency")
+        # All of a reply may come at once.
+        assert 0 < figure(request, "time_to_first_token") <= figure(request, "request_latency")
         if not turn:
             template.add(figure(request, "usage_prompt_tokens") - figure(request, "input_sequence_length"))
         ended = a_turn(request)["finish"] == "stop"  # by a token that has no text
